@@ -1,0 +1,80 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""Batches of conversations for the Trainer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .processing_visualchat import VisualChatProcessor
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class VisualChatDataCollator:
+    """
+    Turns rows of `{"messages": [...], "images": [...]}` into a batch. `images` fills the image parts that carry no picture
+    of their own, in reading order. Labels are the answers and their end tokens, in every round, taken from the chat
+    template's generation spans; all else is -100.
+
+    Args:
+        processor (`VisualChatProcessor`): Assembles and tokenizes.
+        pad_to_multiple_of (`int`, *optional*): Pads the length of the batch up to a multiple.
+
+    Raises:
+        ValueError: If a row's images and image parts differ in number (both are given), or if a row has nothing to learn.
+            The row's index in the batch is named.
+    """
+
+    processor: VisualChatProcessor
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right, and
+            `pixel_values` of shape `(images in the batch, channels, height, width)` if there are images.
+        """
+        conversations = [fill_images(row, f"row {index}") for index, row in enumerate(rows)]
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+            processor_kwargs={
+                "padding": True,
+                "padding_side": "right",
+                "pad_to_multiple_of": self.pad_to_multiple_of,
+            },
+        )
+        learned = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        for index, row_learned in enumerate(learned):
+            if not row_learned.any():
+                raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")
+        return {**batch, "labels": batch["input_ids"].masked_fill(~learned, IGNORE_INDEX)}
+
+
+def fill_images(row: dict, name: str) -> list[dict]:
+    """
+    The messages of a row, with its images put into the image parts that carry none, in reading order.
+    """
+    images = list(row.get("images") or [])
+    given = len(images)
+    empty = 0
+    messages = []
+    for message in row["messages"]:
+        content = message["content"]
+        if isinstance(content, list):
+            filled = []
+            for part in content:
+                if part["type"] == "image" and all(part.get(key) is None for key in ("image", "url", "path", "base64")):
+                    empty += 1
+                    part = {"type": "image", "image": images.pop(0) if images else None}
+                filled.append(part)
+            content = filled
+        messages.append({**message, "content": content})
+    if empty != given:
+        raise ValueError(f"{name}: {empty} image parts wait for a picture, but `images` holds {given}")
+    return messages

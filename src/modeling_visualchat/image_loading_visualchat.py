@@ -1,0 +1,140 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""Pictures of any kind, as people see them: upright, 8-bit RGB, transparent parts on white."""
+
+import base64
+import binascii
+import io
+import os
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import load_image as fetch_image
+
+
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+
+
+def load_image(source: ImageSource, name: str = "image") -> Image.Image:
+    """
+    Opens a picture.
+
+    Args:
+        source: A path, an http(s) URL, a data URL, a base64 string, encoded bytes, a PIL image, or an array of shape
+            `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, with 1, 3 or 4 channels: 8-bit or
+            16-bit unsigned integers, or floats from 0 to 1.
+        name (`str`): What errors call the picture.
+
+    Returns:
+        `PIL.Image.Image` in mode RGB, turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: If the picture cannot be read, has no pixels, or exceeds `PIL.Image.MAX_IMAGE_PIXELS`.
+        FileNotFoundError: If the path does not exist.
+        TypeError: If `source` is something else.
+    """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return to_rgb(_from_array(np.asarray(source), name), name)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        try:
+            image = fetch_image(source)
+        except Exception as error:  # whatever the network library of the day raises
+            raise ValueError(f"{name}: cannot fetch {source}: {error}") from error
+    elif isinstance(source, str | os.PathLike | bytes):
+        image = _open(source, name)
+    else:
+        raise TypeError(f"{name}: expected a path, URL, bytes, PIL image or array, got {type(source).__name__}")
+    if 0 in image.size:
+        raise ValueError(f"{name}: the picture has no pixels, its size is {image.width}×{image.height}")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: the picture is broken: {error}") from error
+    return to_rgb(image, name)
+
+
+def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+    if isinstance(source, bytes):
+        described, data = f"{len(source)} bytes", source
+    elif os.path.isfile(source):
+        described, data = str(source), None
+        if os.path.getsize(source) == 0:
+            raise ValueError(f"{name}: {described} is empty")
+    elif isinstance(source, str) and (source.startswith("data:image/") or len(source) > 255):
+        described = "a base64 string"
+        try:
+            data = base64.b64decode(source.split(",", 1)[-1], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"{name}: neither a path nor valid base64 ({error}): {source[:60]}…") from error
+    else:
+        raise FileNotFoundError(f"{name}: there is no file {source}")
+    if data == b"":
+        raise ValueError(f"{name}: {described}: the picture is empty")
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data) if data is not None else source)
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name}: {described} exceeds Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels, set by"
+            f" PIL.Image.MAX_IMAGE_PIXELS: {error}"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: {described} is not a picture that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken data
+        raise ValueError(f"{name}: {described} is a broken picture: {error}") from error
+    return image
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    shape = array.shape
+    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(
+            f"{name}: an array must have the shape (height, width), (height, width, channels) or (channels, height,"
+            f" width) with 1, 3 or 4 channels, got {shape}"
+        )
+    if 0 in shape:
+        raise ValueError(f"{name}: the picture has no pixels, its shape is {shape}")
+    if array.dtype == np.uint16:
+        array = array / 65535
+    elif array.dtype == bool:
+        array = array.astype(np.float32)
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"{name}: floats must lie between 0 and 1, got {array.min():g} to {array.max():g}; use uint8 for 0 to 255"
+            )
+        array = np.round(array * 255)
+    elif array.min() < 0 or array.max() > 255:
+        raise ValueError(f"{name}: integers must lie between 0 and 255, got {array.min()} to {array.max()}")
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """
+    Converts any PIL mode to RGB: 16-bit is scaled rather than clipped, transparency is laid on white.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and 32-bit grayscale
+        values = np.asarray(image).astype(np.float64)
+        if not (values.min() >= 0 and values.max() <= 65535):
+            raise ValueError(f"{name}: grayscale must lie between 0 and 65535, got {values.min():g} to {values.max():g}")
+        is_16_bit = image.mode.startswith("I;16") or values.max() > 255
+        if image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        return Image.fromarray(np.round(values / 257 if is_16_bit else values).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

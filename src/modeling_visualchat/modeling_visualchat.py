@@ -1,0 +1,592 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+PyTorch VisualChat model (DeepSpeed-VisualChat, arXiv 2309.14327).
+
+    image → CLIP vision tower → projector ─┐
+                                           ├→ LLaMA decoder with multi-modal causal attention → next token
+    text  → token embedding ───────────────┘
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import CLIPModel, CLIPVisionModel, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_visualchat import (
+    SUPPORTED_ATTENTION_IMPLEMENTATIONS,
+    MultimodalMask,
+    VisualChatAttention,
+    create_multimodal_mask,
+    update_image_numbers,
+)
+from .configuration_visualchat import VisualChatConfig
+from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
+
+
+@dataclass
+class VisualChatModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    A [`~transformers.modeling_outputs.BaseModelOutputWithPast`] and:
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`, *optional*):
+            The projected features of the images of this call.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class VisualChatCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): Next-token loss.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores of the next token.
+        past_key_values (`Cache`, *optional*, returned with `use_cache=True`): Keys, values and image numbers seen so far.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): One of shape `(batch_size, sequence_length, hidden_size)` for the
+            embeddings and one for each layer.
+        attentions (`tuple(torch.Tensor)`, *optional*): With `eager`, of shape `(batch_size, heads, sequence_length, keys)`
+            for each layer. Under `"mmca"` a text row that sees an image sums to 2.
+        image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`, *optional*):
+            The projected features of the images of this call.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class VisualChatPreTrainedModel(PreTrainedModel):
+    config_class = VisualChatConfig
+    config: VisualChatConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisualChatDecoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, VisualChatPerceiverProjector):
+            nn.init.normal_(module.query, std=self.config.text_config.initializer_range)
+
+
+class VisualChatDecoderLayer(GradientCheckpointingLayer):
+    """LLaMA's decoder layer around [`VisualChatAttention`]."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = VisualChatAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: MultimodalMask,
+        past_key_values: Cache | None = None,
+        number_embeds: torch.Tensor | None = None,
+        image_numbers: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            self.input_layernorm(number_embeds) if number_embeds is not None else None,
+            image_numbers,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class VisualChatTextModel(VisualChatPreTrainedModel):
+    """
+    LLaMA's decoder with multi-modal causal attention. Its parameters have the names of a
+    [`~transformers.LlamaModel`], and its config is a plain `LlamaConfig`.
+    """
+
+    config_class = LlamaConfig
+    config: LlamaConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": VisualChatDecoderLayer, "attentions": VisualChatAttention}
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__(config.text_config)
+        self.multimodal_attention = config.multimodal_attention
+        self.image_seq_length = config.image_seq_length
+        text_config = config.text_config
+        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [VisualChatDecoderLayer(text_config, layer_idx) for layer_idx in range(text_config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(text_config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        is_image: torch.BoolTensor | None = None,
+        number_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings and image
+                features, in place.
+            is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows that belong to an
+                image. `None`: all of them are text.
+            number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
+        """
+        implementation = self.config._attn_implementation
+        if implementation not in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"
+                f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))}"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+
+        image_numbers, key_image_numbers = update_image_numbers(
+            past_key_values,
+            is_image,
+            self.image_seq_length,
+            self.config.num_hidden_layers,
+            inputs_embeds.shape[:2],
+            inputs_embeds.device,
+        )
+        if number_embeds is not None:
+            torch_compilable_check(
+                image_numbers.max() <= len(number_embeds),
+                lambda: (
+                    f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
+                    f" only {len(number_embeds)} numbers"
+                ),
+            )
+        mask = create_multimodal_mask(
+            self.multimodal_attention,
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            image_numbers,
+            key_image_numbers,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings,
+                mask,
+                past_key_values=past_key_values,
+                number_embeds=number_embeds,
+                image_numbers=image_numbers,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class VisualChatModel(VisualChatPreTrainedModel):
+    """The vision tower, the projector and the decoder, without the language modeling head."""
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__(config)
+        self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = PROJECTORS[config.projector](config)
+        self.language_model = VisualChatTextModel(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """
+        Images as tokens of the decoder. A frozen vision tower runs without gradients and keeps no activations.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
+
+        Returns:
+            The vision tower's outputs, with `pooler_output` a `list` of one `torch.Tensor` of shape
+            `(image_seq_length, hidden_size)` for each image.
+        """
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                "`pixel_values` must have the shape (images in the batch, channels, height, width), got"
+                f" {tuple(pixel_values.shape)}"
+            )
+        layer = self.config.vision_feature_layer
+        is_last_layer = layer in (-1, self.config.vision_config.num_hidden_layers)
+        if not is_last_layer:
+            kwargs["output_hidden_states"] = True
+        trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.last_hidden_state if is_last_layer else outputs.hidden_states[layer]
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> VisualChatModelOutputWithPast:
+        """
+        See [`VisualChatForCausalLM.forward`] for the inputs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Specify only one of `pixel_values` and `mm_encoder_outputs`")
+        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+        if mm_token_type_ids is not None and mm_token_type_ids.shape != tokens.shape:
+            raise ValueError(
+                f"`mm_token_type_ids` has the shape {tuple(mm_token_type_ids.shape)}, but the inputs have"
+                f" {tuple(tokens.shape)}: give one entry for each new token"
+            )
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        is_image = self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, image_outputs)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.stack(list(image_outputs.pooler_output))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_features)
+        elif self.training:
+            # Every rank of a distributed run must call the same modules in every step, also with a batch of text alone
+            tower_config = self.config.vision_config
+            size = tower_config.image_size
+            blank = torch.zeros(
+                1,
+                tower_config.num_channels,
+                *((size, size) if isinstance(size, int) else size),
+                dtype=self.vision_tower.dtype,
+                device=self.vision_tower.device,
+            )
+            unused = torch.stack(self.get_image_features(blank, return_dict=True).pooler_output)
+            inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+
+        number_embeds = None
+        if self.config.image_number_keys and is_image is not None:
+            number_embeds = self._embed_image_numbers().to(inputs_embeds.device, inputs_embeds.dtype)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            is_image=is_image,
+            number_embeds=number_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return VisualChatModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _find_image_rows(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        mm_token_type_ids: torch.LongTensor | None,
+        image_outputs: BaseModelOutputWithPooling | None,
+    ) -> torch.BoolTensor | None:
+        """
+        The rows that belong to an image, of shape `(batch_size, sequence_length)`, or `None` if all are text. Raises a
+        `ValueError` with both counts if the placeholders do not match the images.
+        """
+        if mm_token_type_ids is not None:
+            is_image = mm_token_type_ids == 1
+        elif input_ids is not None:
+            is_image = input_ids == self.config.image_token_id
+        elif image_outputs is not None:
+            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            is_image = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        else:
+            return None
+
+        if image_outputs is None:
+            if inputs_embeds is not None:  # the caller has put the image features in place
+                return is_image
+            if input_ids.shape[1] > 1:  # a single token is one that was generated
+                torch_compilable_check(
+                    ~is_image.any(), lambda: self._describe_mismatch(is_image, 0) + ": pass `pixel_values`"
+                )
+            return None
+        num_images = len(image_outputs.pooler_output)
+        num_features = sum(len(features) for features in image_outputs.pooler_output)
+        torch_compilable_check(is_image.sum() == num_features, lambda: self._describe_mismatch(is_image, num_images))
+        return is_image
+
+    def _describe_mismatch(self, is_image: torch.BoolTensor, num_images: int) -> str:
+        per_image = self.config.image_seq_length
+        tokens = is_image.sum(-1).tolist()
+        return (
+            f"The batch holds {sum(tokens)} image placeholder tokens ({', '.join(map(str, tokens))} by row), which makes"
+            f" {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images} images were given"
+        )
+
+    def _embed_image_numbers(self) -> torch.Tensor:
+        """The embedding of each number as the prompt spells it, the mean over its tokens: `(numbers, hidden_size)`."""
+        spellings = self.config.image_number_token_ids
+        embedding = self.get_input_embeddings()
+        device = embedding.weight.device
+        token_ids = torch.tensor([token for spelling in spellings for token in spelling], device=device)
+        owners = torch.tensor([k for k, spelling in enumerate(spellings) for _ in spelling], device=device)
+        lengths = torch.tensor([len(spelling) for spelling in spellings], device=device)
+        embeds = embedding(token_ids)
+        sums = embeds.new_zeros(len(spellings), embeds.shape[-1]).index_add(0, owners, embeds)
+        return sums / lengths[:, None]
+
+
+class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
+    """
+    VisualChat with its language modeling head: what trains, generates and chats.
+
+    ```python
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained("outputs/demo/model", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("outputs/demo/model", trust_remote_code=True)
+    >>> messages = [{"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "Who?"}]}]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ```"""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__(config)
+        self.model = VisualChatModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        # Saved with the config, so that each of these loads the folder; registration alone keeps only one of them
+        auto_classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+        config.auto_map = {
+            "AutoConfig": "configuration_visualchat.VisualChatConfig",
+            **dict.fromkeys(auto_classes, "modeling_visualchat.VisualChatForCausalLM"),
+        }
+        # A placeholder is input only: it stands for an image that a generated one would lack
+        self.generation_config.suppress_tokens = [config.image_token_id]
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | CLIPVisionModel | CLIPModel,
+        text: str | LlamaForCausalLM,
+        *,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | dict[str, str] | None = None,
+        **config,
+    ) -> "VisualChatForCausalLM":
+        """
+        Joins a CLIP vision tower and a LLaMA-family decoder with a new, random projector, makes room for the placeholder
+        token in the embedding, and freezes what the paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
+
+        Args:
+            vision (`str`, `CLIPVisionModel` or `CLIPModel`): The tower: a Hub id, a folder, or a model. A model's weights
+                are shared, not copied.
+            text (`str` or `LlamaForCausalLM`): The decoder: a Hub id, a folder, or a model. A model's weights are shared,
+                not copied.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): What ids and folders are loaded in. The
+                projector takes the decoder's.
+            attn_implementation (`str` or `dict`, *optional*): As for `from_pretrained`.
+            config: Fields of [`VisualChatConfig`]. `image_token_id` defaults to a new id after the decoder's vocabulary, as
+                [`VisualChatProcessor`] assigns it.
+
+        Raises:
+            TypeError: If one of the parts is another kind of model.
+        """
+        if isinstance(vision, str):
+            vision = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
+        elif isinstance(vision, CLIPModel):
+            vision = vision.vision_model
+        if isinstance(text, str):
+            text = LlamaForCausalLM.from_pretrained(text, dtype=dtype)
+        for name, part, expected in (("vision", vision, CLIPVisionModel), ("text", text, LlamaForCausalLM)):
+            if not isinstance(part, expected):
+                raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(part).__name__}")
+
+        vocab_size = text.config.vocab_size
+        config.setdefault("image_token_id", vocab_size)
+        visualchat_config = cls.config_class(
+            vision_config=copy.deepcopy(vision.config), text_config=copy.deepcopy(text.config), **config
+        )
+        visualchat_config.dtype = text.dtype
+        if attn_implementation is not None:
+            visualchat_config._attn_implementation = attn_implementation
+        with torch.device("meta"):
+            model = cls(visualchat_config)
+        model.model.vision_tower = vision
+        model.model.language_model.load_state_dict(text.model.state_dict(), assign=True)
+        model.model.language_model.rotary_emb = text.model.rotary_emb
+        model.lm_head.load_state_dict(text.lm_head.state_dict(), assign=True)
+        model.tie_weights()
+        model.model.multi_modal_projector.to_empty(device=text.device).to(text.dtype)
+        model.model.multi_modal_projector.apply(model._init_weights)
+
+        model.generation_config = copy.deepcopy(text.generation_config)
+        model.generation_config.suppress_tokens = [visualchat_config.image_token_id]
+        if visualchat_config.image_token_id >= vocab_size:
+            # The new row is a placeholder's: image features stand in its place
+            model.resize_token_embeddings(visualchat_config.image_token_id + 1, mean_resizing=False)
+        model.freeze_for_alignment()
+        return model.eval()
+
+    def freeze_for_alignment(self):
+        """
+        Freezes all but the projector and the token embedding: what the paper trains (section 5). With tied embeddings the
+        output layer is the token embedding, and trains too.
+        """
+        self.requires_grad_(False)
+        self.model.multi_modal_projector.requires_grad_(True)
+        self.get_input_embeddings().requires_grad_(True)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`VisualChatModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VisualChatCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Tokens, with `config.image_seq_length` placeholders for each image, as the processor expands them.
+            pixel_values (`torch.Tensor` of shape `(images in the batch, channels, height, width)`, *optional*):
+                Normalized pixels of the images of `input_ids`, in reading order: row by row, left to right.
+            attention_mask (`torch.Tensor` of shape `(batch_size, tokens seen so far)`, *optional*): 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Rotary positions.
+            past_key_values (`Cache`, *optional*): What earlier calls returned. Any cache class.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                In place of `input_ids`. With image features already in place, say so by `mm_token_type_ids`.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 where a token belongs to an image. By default it is read off `input_ids`.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": model.get_image_features(pixel_values)}` in place of `pixel_values`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Next tokens to learn, -100
+                where there is no loss.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute only the last logits, or those at
+                these positions. 0 is all.
+
+        Raises:
+            ValueError: If the placeholders do not match the images. Both counts are given.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return VisualChatCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """As in transformers. A conversation that goes on from a cache may bring all its images again: those whose
+        placeholders are cached are left out."""
+        if pixel_values is not None and next_sequence_length is not None:
+            is_image = input_ids == self.config.image_token_id
+            images = (is_image.sum(-1) // self.config.image_seq_length).tolist()
+            if sum(images) == len(pixel_values):
+                new_images = (is_image[:, -next_sequence_length:].sum(-1) // self.config.image_seq_length).tolist()
+                rows = pixel_values.split(images)
+                pixel_values = torch.cat([row[len(row) - new :] for row, new in zip(rows, new_images)])
+        pixel_values = pixel_values if pixel_values is not None and len(pixel_values) else None
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, pixel_values=pixel_values, **kwargs
+        )
+
+
+__all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel", "VisualChatTextModel"]

@@ -1,0 +1,121 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+The projector: what turns the vision tower's features into tokens of the decoder (arXiv 2309.14327, section 4.2). With the
+token embedding it is the only part that the paper trains.
+"""
+
+import torch
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from .configuration_visualchat import VisualChatConfig
+
+
+LAYER_NORM_EPS = 1e-12
+
+
+class VisualChatLinearProjector(nn.Module):
+    """Linear + LayerNorm: the paper's default."""
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__()
+        self.keeps_class_token = config.vision_feature_select_strategy == "full"
+        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.text_config.hidden_size, eps=LAYER_NORM_EPS)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(images, 1 + patches, vision_hidden_size)`): Class token first.
+
+        Returns:
+            `torch.Tensor` of shape `(images, config.image_seq_length, text_hidden_size)`.
+        """
+        features = features if self.keeps_class_token else features[:, 1:]
+        return self.layer_norm(self.linear(features))
+
+
+class VisualChatVitProjector(VisualChatLinearProjector):
+    """One more CLIP encoder layer, trained from scratch, then Linear + LayerNorm."""
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__(config)
+        self.encoder_layer = CLIPEncoderLayer(config.vision_config)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.encoder_layer(features, attention_mask=None))
+
+
+class VisualChatPerceiverProjector(nn.Module):
+    """
+    Learned queries on a square grid cross-attend to the patches (the class token is left out), then LayerNorm + Linear.
+    Queries and keys carry 2-D sine-cosine positions of their grids.
+    """
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.num_heads = max(1, hidden_size // 128)
+        self.query = nn.Parameter(torch.empty(config.num_query_tokens, hidden_size))
+        self.query_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.kv_proj = nn.Linear(config.vision_config.hidden_size, hidden_size, bias=False)
+        self.kv_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.layer_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(images, 1 + patches, vision_hidden_size)`): Class token first.
+
+        Returns:
+            `torch.Tensor` of shape `(images, num_query_tokens, text_hidden_size)`.
+        """
+        patches = self.kv_norm(self.kv_proj(features[:, 1:]))
+        queries = self.query_norm(self.query)
+        patch_positions = sincos_positions(patches.shape[1], patches)
+        query_positions = sincos_positions(queries.shape[0], patches)
+        q = self._split_heads(self.q_proj(queries + query_positions).expand(len(features), -1, -1))
+        k = self._split_heads(self.k_proj(patches + patch_positions))
+        v = self._split_heads(self.v_proj(patches))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.linear(self.layer_norm(self.out_proj(attended)))
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def sincos_positions(length: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    2-D sine-cosine positions of a square grid of `length` cells, over the unit square, so that grids of different sizes
+    (queries, patches) name the same place alike. Half of the features encode the row, half the column.
+
+    Returns:
+        `torch.Tensor` of shape `(length, like.shape[-1])`, with the dtype and device of `like`.
+    """
+    side = round(length**0.5)
+    if side * side != length:
+        raise ValueError(f"The perceiver projector needs a square grid of patches, got {length} patches")
+    hidden_size = like.shape[-1]
+    if hidden_size % 4:
+        raise ValueError(f"The perceiver projector needs a text hidden size divisible by 4, got {hidden_size}")
+    quarter = hidden_size // 4
+    frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
+    # In units of cells of the default 16 × 16 grid, measured at the cells' centres
+    centres = (torch.arange(side, dtype=torch.float32, device=like.device) + 0.5) * 16 / side
+    angles = centres[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows = waves[:, None].expand(side, side, -1)
+    columns = waves[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(length, hidden_size).to(like.dtype)
+
+
+PROJECTORS = {
+    "linear": VisualChatLinearProjector,
+    "vit": VisualChatVitProjector,
+    "perceiver": VisualChatPerceiverProjector,
+}
