@@ -176,8 +176,9 @@ class VisualChatTextModel(VisualChatPreTrainedModel):
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_length(inputs_embeds.shape[1], past_length)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
         image_numbers, key_image_numbers = update_image_numbers(
@@ -220,6 +221,17 @@ class VisualChatTextModel(VisualChatPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_length(self, new_length: int, past_length: int | torch.Tensor):
+        # An answer may run over the limit, as in transformers; a prompt may not. A static cache has a length of its own.
+        if new_length == 1 or isinstance(past_length, torch.Tensor):
+            return
+        limit = self.config.max_position_embeddings
+        if past_length + new_length > limit and self.config.rope_parameters["rope_type"] != "dynamic":
+            raise ValueError(
+                f"The input is {past_length + new_length} tokens long, but the decoder's max_position_embeddings is {limit}:"
+                f" shorten the conversation or bring fewer images ({self.image_seq_length} tokens each)"
+            )
 
 
 class VisualChatModel(VisualChatPreTrainedModel):
@@ -369,17 +381,20 @@ class VisualChatModel(VisualChatPreTrainedModel):
                     ~is_image.any(), lambda: self._describe_mismatch(is_image, 0) + ": pass `pixel_values`"
                 )
             return None
-        num_images = len(image_outputs.pooler_output)
+        per_image = self.config.image_seq_length
         num_features = sum(len(features) for features in image_outputs.pooler_output)
-        torch_compilable_check(is_image.sum() == num_features, lambda: self._describe_mismatch(is_image, num_images))
+        matches = is_image.sum() == num_features
+        if num_features % per_image == 0:  # a prefill in chunks may cut through an image, a row of a batch may not
+            matches = matches & (is_image.sum(-1) % per_image == 0).all()
+        torch_compilable_check(matches, lambda: self._describe_mismatch(is_image, num_features / per_image))
         return is_image
 
-    def _describe_mismatch(self, is_image: torch.BoolTensor, num_images: int) -> str:
+    def _describe_mismatch(self, is_image: torch.BoolTensor, num_images: float) -> str:
         per_image = self.config.image_seq_length
         tokens = is_image.sum(-1).tolist()
         return (
             f"The batch holds {sum(tokens)} image placeholder tokens ({', '.join(map(str, tokens))} by row), which makes"
-            f" {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images} images were given"
+            f" {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images:g} images were given"
         )
 
     def _embed_image_numbers(self) -> torch.Tensor:
@@ -567,26 +582,49 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(
+    def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):
+        """
+        As in transformers. A conversation that goes on from `past_key_values` may bring all its images in `pixel_values`, as
+        the processor makes them, or the new ones alone: those whose placeholders are cached are left out.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        cache_implementation = kwargs.get("cache_implementation") or ""
+        if cache_implementation.startswith("offloaded") and self.device.type == "cpu":
+            raise ValueError(
+                f"cache_implementation={cache_implementation!r} moves the cache from an accelerator to the CPU, where this"
+                " model already is: use 'dynamic' or 'static', or 'quantized' to save memory"
+            )
+        if kwargs.get("pixel_values") is None:
+            kwargs.pop("pixel_values", None)
+        elif isinstance(kwargs.get("assistant_model"), VisualChatPreTrainedModel):
+            raise ValueError(
+                "transformers hands no images to an `assistant_model`: take a text model with this vocabulary, such as the"
+                " decoder alone, or use `prompt_lookup_num_tokens`"
+            )
+        elif input_ids is not None and kwargs.get("past_key_values") is not None:
+            kwargs["pixel_values"] = self._select_new_images(
+                input_ids, kwargs["pixel_values"], kwargs["past_key_values"], kwargs.get("attention_mask")
+            )
+            if len(kwargs["pixel_values"]) == 0:
+                kwargs.pop("pixel_values")
+        return super().generate(inputs, *args, **kwargs)
+
+    def _select_new_images(
         self,
         input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        pixel_values: torch.Tensor | None = None,
-        **kwargs,
-    ) -> dict:
-        """As in transformers. A conversation that goes on from a cache may bring all its images again: those whose
-        placeholders are cached are left out."""
-        if pixel_values is not None and next_sequence_length is not None:
-            is_image = input_ids == self.config.image_token_id
-            images = (is_image.sum(-1) // self.config.image_seq_length).tolist()
-            if sum(images) == len(pixel_values):
-                new_images = (is_image[:, -next_sequence_length:].sum(-1) // self.config.image_seq_length).tolist()
-                rows = pixel_values.split(images)
-                pixel_values = torch.cat([row[len(row) - new :] for row, new in zip(rows, new_images)])
-        pixel_values = pixel_values if pixel_values is not None and len(pixel_values) else None
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, pixel_values=pixel_values, **kwargs
-        )
+        pixel_values: torch.Tensor,
+        past_key_values: Cache,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
+            return pixel_values  # the new tokens alone were passed
+        is_image = input_ids == self.config.image_token_id
+        images = (is_image.sum(-1) // self.config.image_seq_length).tolist()
+        if sum(images) != len(pixel_values):
+            return pixel_values
+        cached = is_image[:, : int(past_key_values.get_seq_length())]
+        cached_images = (cached.sum(-1) // self.config.image_seq_length).tolist()
+        return torch.cat([row[seen:] for row, seen in zip(pixel_values.split(images), cached_images)])
 
 
 __all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel", "VisualChatTextModel"]

@@ -1,0 +1,305 @@
+"""`generate`, with every decoding mode and every cache."""
+
+import copy
+
+import pytest
+import torch
+from tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_inputs, make_model, make_tokenizer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+
+NEW = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+LAYOUT = ["tt", "titit", "iitt", "ti", "tiiiit"]
+
+
+@pytest.fixture(scope="module", params=["mmca", "mmca_merged", "causal"])
+def model(request):
+    return make_model(multimodal_attention=request.param, image_number_keys=True)
+
+
+@pytest.fixture(scope="module")
+def mmca():
+    return make_model(image_number_keys=True)
+
+
+def rows_alone(inputs, layout):
+    image = 0
+    for row, parts in enumerate(layout):
+        kept = inputs["attention_mask"][row].bool()
+        images = parts.count("i")
+        alone = {
+            "input_ids": inputs["input_ids"][row][kept][None],
+            "attention_mask": inputs["attention_mask"][row][kept][None],
+        }
+        if images:
+            alone["pixel_values"] = inputs["pixel_values"][image : image + images]
+        image += images
+        yield alone
+
+
+def test_cached_decoding_equals_uncached(model):
+    inputs = make_inputs(LAYOUT, model)
+    cached = model.generate(**inputs, **NEW, return_dict_in_generate=True, output_logits=True)
+    uncached = model.generate(**inputs, **NEW, use_cache=False, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_a_left_padded_batch_of_0_to_4_images_equals_its_rows_alone(model):
+    inputs = make_inputs(LAYOUT, model)
+    assert sorted(row.count("i") for row in LAYOUT) == [0, 1, 2, 2, 4]
+    together = model.generate(**inputs, **NEW)[:, inputs["input_ids"].shape[1] :]
+    for row, alone in enumerate(rows_alone(inputs, LAYOUT)):
+        tokens = model.generate(**alone, **NEW)[0, alone["input_ids"].shape[1] :]
+        assert tokens.tolist() == together[row].tolist()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"do_sample": True, "top_k": 20, "temperature": 0.7},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 4},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_decoding_modes_equal_their_uncached_selves(model, mode):
+    layout = ["tiittt"] if "prompt_lookup_num_tokens" in mode else ["titit", "tt", "iit"]
+    inputs = make_inputs(layout, model)
+    settings = {**NEW, **mode}
+    torch.manual_seed(0)
+    cached = model.generate(**inputs, **settings)
+    if "prompt_lookup_num_tokens" in mode:  # which needs a cache: greedy search is its definition
+        settings.pop("prompt_lookup_num_tokens")
+        assert torch.equal(cached, model.generate(**inputs, **settings))
+    else:
+        torch.manual_seed(0)
+        assert torch.equal(cached, model.generate(**inputs, **settings, use_cache=False))
+    assert cached.shape[0] == len(layout) * mode.get("num_return_sequences", 1)
+
+
+def test_prompt_lookup_never_proposes_a_placeholder(mmca):
+    # The last two tokens stand before an image in the prompt, so the lookup finds placeholders to propose
+    inputs = make_inputs(["titt"], mmca)
+    input_ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :2]], dim=1)
+    kwargs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": inputs["pixel_values"]}
+    looked_up = mmca.generate(**kwargs, **NEW, prompt_lookup_num_tokens=4)
+    assert torch.equal(looked_up, mmca.generate(**kwargs, **NEW))
+
+
+def test_no_placeholder_is_ever_generated(mmca):
+    model = copy.deepcopy(mmca)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.image_token_id] = 0.0
+        model.lm_head.weight[:].mul_(1e-3)  # all tokens equally likely, but for the suppression
+    inputs = make_inputs(["tit"], model)
+    torch.manual_seed(0)
+    tokens = model.generate(**inputs, do_sample=True, max_new_tokens=40, num_return_sequences=20, eos_token_id=None)
+    assert model.config.image_token_id not in tokens[:, inputs["input_ids"].shape[1] :]
+
+
+def test_assisted_decoding_with_a_text_model(mmca):
+    assistant = copy_llama_weights(mmca, LlamaForCausalLM(mmca.config.text_config))
+    inputs = make_inputs(["titit"], mmca)
+    assert torch.equal(mmca.generate(**inputs, **NEW, assistant_model=assistant), mmca.generate(**inputs, **NEW))
+
+
+def test_an_assistant_that_needs_images_says_what_to_use(mmca):
+    assistant = make_model(seed=3)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        mmca.generate(**make_inputs(["titit"], mmca), **NEW, assistant_model=assistant)
+    text = make_inputs(["ttt"], mmca)
+    assert torch.equal(mmca.generate(**text, **NEW, assistant_model=assistant), mmca.generate(**text, **NEW))
+
+
+def test_streamers(mmca):
+    tokenizer = make_tokenizer()
+    inputs = make_inputs(["titit"], mmca)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    tokens = mmca.generate(**inputs, **NEW, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
+    assert "".join(streamer) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("images", ["pixel_values", "in place"])
+def test_inputs_embeds(model, images):
+    inputs = make_inputs(LAYOUT, model)
+    expected = model.generate(**inputs, **NEW)[:, inputs["input_ids"].shape[1] :]
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    kwargs = {"pixel_values": inputs["pixel_values"]}
+    if images == "in place":
+        is_image = inputs["input_ids"] == model.config.image_token_id
+        embeds[is_image] = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output).detach()
+        kwargs = {"mm_token_type_ids": is_image.long()}
+    tokens = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **kwargs, **NEW)
+    assert torch.equal(tokens, expected)
+
+
+CACHES = {
+    "dynamic": lambda model: DynamicCache(),
+    "dynamic with config": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=128),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_users_cache(model, cache):
+    inputs = make_inputs(LAYOUT, model)
+    tokens = model.generate(**inputs, **NEW, past_key_values=CACHES[cache](model))
+    assert torch.equal(tokens, model.generate(**inputs, **NEW))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("images", ["all", "new ones"])
+def test_a_conversation_goes_on_from_a_cache_with_new_images(model, cache, images):
+    """Rounds bring 0, 2, 0 and 1 images; each starts from the cache of the last, and equals a run from scratch."""
+    past = CACHES[cache](model)
+    rounds = [make_inputs([layout], model, seed=k) for k, layout in enumerate(["tt", "itit", "tt", "tit"])]
+    input_ids = torch.empty(1, 0, dtype=torch.long)
+    pictures = torch.empty(0, 3, 16, 16)
+    for new in rounds:
+        input_ids = torch.cat([input_ids, new["input_ids"]], dim=1)
+        pictures = torch.cat([pictures, new.get("pixel_values", pictures[:0])])
+        everything = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),  # else generate takes padding tokens in answers for padding
+            "pixel_values": pictures if len(pictures) else None,
+        }
+        given = everything if images == "all" else {**everything, "pixel_values": new.get("pixel_values")}
+        tokens = model.generate(**given, **NEW, past_key_values=past)
+        assert torch.equal(tokens, model.generate(**everything, **NEW))
+        input_ids = tokens
+
+
+def test_a_batch_goes_on_from_a_cache_with_new_images(model):
+    first, second = make_inputs(["tit", "ttt"], model), make_inputs(["titi", "tiit"], model, seed=1)
+    past = DynamicCache()
+    tokens = model.generate(**first, **NEW, past_key_values=past)
+    input_ids = torch.cat([tokens, second["input_ids"]], dim=1)
+    ones = torch.ones(2, input_ids.shape[1] - first["input_ids"].shape[1], dtype=torch.long)
+    attention_mask = torch.cat([first["attention_mask"], ones[:, : tokens.shape[1] - first["input_ids"].shape[1]]], dim=1)
+    attention_mask = torch.cat([attention_mask, second["attention_mask"]], dim=1)
+    images = torch.cat([first["pixel_values"][:1], second["pixel_values"]])
+    kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": images}
+    expected = model.generate(**kwargs, **NEW)
+    assert torch.equal(model.generate(**kwargs, **NEW, past_key_values=past), expected)
+
+
+def test_forward_by_pieces_equals_forward_at_once(model):
+    inputs = make_inputs(["titit", "iiitt"], model)
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        embeds[is_image] = torch.cat(features)
+        for cache in CACHES.values():
+            past, pieces = cache(model), []
+            for start in range(0, embeds.shape[1], 3):  # pieces cut through images
+                piece = slice(start, start + 3)
+                pieces.append(
+                    model(
+                        inputs_embeds=embeds[:, piece],
+                        mm_token_type_ids=is_image[:, piece].long(),
+                        attention_mask=inputs["attention_mask"][:, : start + 3],
+                        past_key_values=past,
+                    ).logits
+                )
+            kept = inputs["attention_mask"].bool()
+            torch.testing.assert_close(torch.cat(pieces, dim=1)[kept], whole[kept], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["static", "dynamic"])
+def test_cache_implementations_by_name(model, implementation):
+    inputs = make_inputs(LAYOUT, model)
+    tokens = model.generate(**inputs, **NEW, cache_implementation=implementation)
+    assert torch.equal(tokens, model.generate(**inputs, **NEW))
+    beams = model.generate(**inputs, **NEW, num_beams=3, cache_implementation=implementation)
+    assert torch.equal(beams, model.generate(**inputs, **NEW, num_beams=3))
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloading_from_the_cpu_says_what_to_use(mmca, implementation):
+    with pytest.raises(ValueError, match=r"use 'dynamic' or 'static'"):
+        mmca.generate(**make_inputs(["titit"], mmca), **NEW, cache_implementation=implementation)
+
+
+def test_a_quantized_cache(model):
+    """fp8 keys and values: the logits after the prefill stay close, and images are told from text exactly."""
+    inputs = make_inputs(LAYOUT, model)
+    kwargs = {**NEW, "return_dict_in_generate": True, "output_logits": True}
+    exact = model.generate(**inputs, **kwargs)
+    quantized = model.generate(**inputs, **kwargs, cache_implementation="quantized", cache_config={"backend": "fp8"})
+    assert torch.equal(exact.logits[0], quantized.logits[0])  # the prefill reads what it just computed
+    similarity = torch.cosine_similarity(exact.logits[1], quantized.logits[1], dim=-1)
+    assert (similarity > 0.99).all(), similarity
+    numbers = quantized.past_key_values.layers[-1].keys[:, 0, :, 0]
+    assert torch.equal(numbers, exact.past_key_values.layers[-1].keys[:, 0, :, 0])
+
+
+def test_chunked_prefill(model):
+    inputs = make_inputs(["titit", "tiitt"], model)
+    chunked = model.generate(**inputs, **NEW, prefill_chunk_size=4)  # chunks cut through images
+    assert torch.equal(chunked, model.generate(**inputs, **NEW))
+
+
+def test_cropping_and_repeating_a_cache(mmca):
+    inputs = make_inputs(["titit"], mmca)
+    past = DynamicCache(config=mmca.config)
+    with torch.no_grad():
+        mmca(**inputs, past_key_values=past)
+        next_tokens = torch.tensor([[7, 8, 9]])
+        expected = mmca(next_tokens, past_key_values=copy.deepcopy(past)).logits
+        mmca(torch.tensor([[11, 12]]), past_key_values=past)
+        past.crop(-2)
+        past.batch_repeat_interleave(2)
+        again = mmca(next_tokens.expand(2, -1), past_key_values=past).logits
+        past.reorder_cache(torch.tensor([1, 0]))
+        past.batch_select_indices(torch.tensor([1]))
+        assert past.get_seq_length() == inputs["input_ids"].shape[1] + 3
+    torch.testing.assert_close(again, expected.expand(2, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_images_after_a_cached_text(mmca):
+    """The cache of a text conversation says nothing of images until one comes."""
+    text, image = make_inputs(["tt"], mmca), make_inputs(["it"], mmca, seed=1)
+    whole = torch.cat([text["input_ids"], image["input_ids"]], dim=1)
+    with torch.no_grad():
+        expected = mmca(whole, pixel_values=image["pixel_values"]).logits
+        for cache in CACHES.values():
+            past = cache(mmca)
+            mmca(text["input_ids"], past_key_values=past)
+            layers = mmca.config.text_config.num_hidden_layers
+            assert len(past.layers) == layers
+            logits = mmca(image["input_ids"], pixel_values=image["pixel_values"], past_key_values=past).logits
+            assert len(past.layers) == layers + 1
+            torch.testing.assert_close(logits, expected[:, -logits.shape[1] :], atol=1e-5, rtol=1e-5)
+
+
+def test_a_generation_config_is_saved_and_loaded(mmca, tmp_path):
+    mmca.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).suppress_tokens == [mmca.config.image_token_id]
+
+
+def test_stopping_criteria_and_scores(mmca):
+    inputs = make_inputs(["titit"], mmca)
+    outputs = mmca.generate(
+        **inputs,
+        **{**NEW, "max_new_tokens": 50},
+        stopping_criteria=StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= inputs["input_ids"].shape[1] + 3]),
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_hidden_states=True,
+    )
+    assert outputs.sequences.shape[1] == inputs["input_ids"].shape[1] + 3 == 6 + 2 * TOKENS_PER_IMAGE + 3
+    assert len(outputs.scores) == len(outputs.hidden_states) == 3

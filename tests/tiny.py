@@ -1,0 +1,142 @@
+"""Tiny models, tokenizers and pictures, made in-process: no test needs a network."""
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+
+
+IMAGE_SIZE = 16
+PATCH_SIZE = 8
+TOKENS_PER_IMAGE = 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2
+CORPUS = [
+    "You are a powerful vision-language assistant.\n\n### Image 1:\n\n### Question:\nWhat is this?\n\n### Answer:\n",
+    "please describe the image. It's a cute black cat. What's the difference between the three cats?",
+    "1 2 3 4 5 6 7 8 9 10 11 12",
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that starts sequences with <s>, as LLaMA's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def make_processor() -> VisualChatProcessor:
+    image_processor = CLIPImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    return VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=TOKENS_PER_IMAGE)
+
+
+def make_config(**overrides) -> VisualChatConfig:
+    """A config whose vocabulary is that of `make_processor`. `text` and `vision` override the sub-configs' fields."""
+    processor = make_processor()
+    text = {
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "bos_token_id": processor.tokenizer.bos_token_id,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        **overrides.pop("text", {}),
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "initializer_factor": 5.0,
+        **overrides.pop("vision", {}),
+    }
+    if overrides.get("image_number_keys"):
+        overrides.setdefault("image_number_token_ids", processor.image_number_token_ids(12))
+    overrides.setdefault("image_token_id", processor.image_token_id)
+    return VisualChatConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), **overrides)
+
+
+def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) -> VisualChatForCausalLM:
+    """Random weights, large enough that every token has its say in the logits."""
+    torch.manual_seed(seed)
+    config = make_config(**overrides)
+    model = VisualChatForCausalLM._from_config(config, attn_implementation=attn_implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases, which start at one and zero
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_inputs(layout: list[str], model: VisualChatForCausalLM, seed: int = 0) -> dict[str, torch.Tensor]:
+    """
+    A batch from strings such as "tti.tit": `t` is a run of two text tokens, `i` an image. Rows are padded on the left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    rows = []
+    for row in layout:
+        tokens = []
+        for part in row:
+            if part == "i":
+                tokens += [config.image_token_id] * config.image_seq_length
+            else:
+                tokens += torch.randint(3, 256, (2,), generator=generator).tolist()
+        rows.append(tokens)
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    images = sum(row.count("i") for row in layout)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if images:
+        inputs["pixel_values"] = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return inputs
+
+
+def digit_image(index: int) -> Image.Image:
+    """One of scikit-learn's 1,797 scans of handwritten digits, 8×8 pixels."""
+    return Image.fromarray(np.uint8(load_digits().images[index] * 15)).convert("RGB")
+
+
+def user(text: str, *images: Image.Image) -> dict:
+    return {"role": "user", "content": [*({"type": "image", "image": image} for image in images), text_part(text)]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [text_part(text)]}
+
+
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def copy_llama_weights(model: VisualChatForCausalLM, llama: torch.nn.Module) -> torch.nn.Module:
+    """Gives a stock `LlamaForCausalLM` the decoder's weights."""
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    return llama.eval()
