@@ -1,0 +1,182 @@
+"""Pictures of every kind, good and bad."""
+
+import base64
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from tiny import make_processor, text_part
+
+from modeling_visualchat.image_loading_visualchat import load_image
+
+
+PHOTOGRAPH = Image.fromarray(load_sample_image("china.jpg")[:60, :80])
+
+
+def encode(image: Image.Image, kind: str, **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+class TestSources:
+    @pytest.fixture
+    def png(self):
+        return encode(PHOTOGRAPH, "PNG")
+
+    @pytest.mark.parametrize(
+        "kind", ["bytes", "str", "Path", "data URL", "base64", "PIL", "array", "tensor", "floats", "CHW"]
+    )
+    def test_every_source_gives_the_same_picture(self, kind, png, tmp_path):
+        path = tmp_path / "a.png"
+        path.write_bytes(png)
+        array = np.asarray(PHOTOGRAPH)
+        source = {
+            "bytes": png,
+            "str": str(path),
+            "Path": path,
+            "data URL": "data:image/png;base64," + base64.b64encode(png).decode(),
+            "base64": base64.b64encode(png).decode(),
+            "PIL": PHOTOGRAPH,
+            "array": array,
+            "tensor": torch.from_numpy(array.copy()),
+            "floats": array / 255,
+            "CHW": np.moveaxis(array, -1, 0),
+        }[kind]
+        assert np.array_equal(load_image(source), array)
+
+    def test_an_http_url(self, monkeypatch):
+        monkeypatch.setattr("modeling_visualchat.image_loading_visualchat.fetch_image", lambda url: PHOTOGRAPH)
+        assert np.array_equal(load_image("https://example.com/a.png"), PHOTOGRAPH)
+
+    def test_a_url_that_fails_is_named(self):
+        with pytest.raises(ValueError, match=r"image 2: cannot fetch http://127.0.0.1:9/a.png"):
+            load_image("http://127.0.0.1:9/a.png", name="image 2")
+
+
+class TestModes:
+    def test_grayscale(self):
+        gray = PHOTOGRAPH.convert("L")
+        assert np.array_equal(load_image(encode(gray, "PNG")), np.stack([np.asarray(gray)] * 3, axis=-1))
+
+    def test_black_and_white(self):
+        image = load_image(Image.fromarray(np.array([[True, False]])))
+        assert np.asarray(image)[0, :, 0].tolist() == [255, 0]
+
+    def test_palette(self):
+        palette = PHOTOGRAPH.convert("P")
+        assert np.array_equal(load_image(encode(palette, "GIF")), palette.convert("RGB"))
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_transparency_is_laid_on_white(self, mode):
+        image = Image.new(mode, (2, 1), 0)
+        opaque = (0, 0, 0, 255) if mode == "RGBA" else (0, 255)
+        image.putpixel((1, 0), opaque)
+        assert np.asarray(load_image(encode(image, "PNG")))[0].tolist() == [[255] * 3, [0] * 3]
+
+    def test_a_transparent_palette_is_laid_on_white(self):
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([10, 20, 30, 40, 50, 60])
+        image.putpixel((1, 0), 1)
+        loaded = load_image(encode(image, "PNG", transparency=0))
+        assert np.asarray(loaded)[0].tolist() == [[255] * 3, [40, 50, 60]]
+
+    def test_16_bit_is_scaled_not_clipped(self):
+        ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None]
+        loaded = np.asarray(load_image(encode(Image.fromarray(ramp), "PNG")))
+        assert np.array_equal(loaded[0, :, 0], np.arange(256))
+        assert np.array_equal(np.asarray(load_image(ramp))[0, :, 0], np.arange(256))
+
+    def test_floating_point_tiff(self):
+        loaded = load_image(encode(Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "TIFF"))
+        assert np.asarray(loaded)[0, :, 0].tolist() == [0, 128, 255]
+
+    def test_cmyk(self):
+        cmyk = PHOTOGRAPH.convert("CMYK")
+        loaded = np.asarray(load_image(encode(cmyk, "TIFF"))).astype(int)
+        assert np.abs(loaded - np.asarray(PHOTOGRAPH)).mean() < 1
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_exif_rotation_is_applied(self, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turn = {
+            1: None,
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_270,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90,
+        }[orientation]
+        upright = PHOTOGRAPH if turn is None else PHOTOGRAPH.transpose(turn)
+        assert np.array_equal(load_image(encode(PHOTOGRAPH, "PNG", exif=exif)), upright)
+
+
+class TestBadPictures:
+    def test_a_missing_file(self):
+        with pytest.raises(FileNotFoundError, match=r"image 1: there is no file nowhere\.png"):
+            load_image("nowhere.png", name="image 1")
+
+    def test_an_empty_file(self, tmp_path):
+        path = tmp_path / "empty.png"
+        path.touch()
+        with pytest.raises(ValueError, match=r"empty\.png is empty"):
+            load_image(path)
+        with pytest.raises(ValueError, match="0 bytes: the picture is empty"):
+            load_image(b"")
+
+    def test_not_a_picture(self, tmp_path):
+        path = tmp_path / "text.png"
+        path.write_text("hello")
+        with pytest.raises(ValueError, match=r"text\.png is not a picture that Pillow can read"):
+            load_image(path)
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+    def test_a_truncated_picture(self, kind, tmp_path):
+        path = tmp_path / "half"
+        data = encode(PHOTOGRAPH, kind)
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match="half is a broken picture"):
+            load_image(path)
+
+    @pytest.mark.parametrize("source", [Image.new("RGB", (0, 5)), np.zeros((0, 5, 3), dtype=np.uint8)], ids=["PIL", "array"])
+    def test_no_pixels(self, source):
+        with pytest.raises(ValueError, match="the picture has no pixels"):
+            load_image(source)
+
+    @pytest.mark.parametrize("limit", [4000, 2000])  # Pillow warns above the limit and raises above twice the limit
+    def test_over_pillows_decompression_limit(self, limit, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(ValueError, match=rf"exceeds Pillow's limit of {limit} pixels"):
+                load_image(encode(PHOTOGRAPH, "PNG"))
+
+    def test_arrays_that_are_no_pictures(self):
+        with pytest.raises(ValueError, match=r"must have the shape .* got \(2, 2, 2\)"):
+            load_image(np.zeros((2, 2, 2)))
+        with pytest.raises(ValueError, match="floats must lie between 0 and 1, got 0 to 255"):
+            load_image(np.array([[0.0, 255.0]]))
+        with pytest.raises(ValueError, match="integers must lie between 0 and 255, got -1 to 3"):
+            load_image(np.array([[-1, 3]]))
+
+    def test_other_types(self):
+        with pytest.raises(TypeError, match="expected a path, URL, bytes, PIL image or array, got int"):
+            load_image(3)
+
+    def test_the_processor_names_the_image(self, tmp_path):
+        processor = make_processor()
+        (tmp_path / "bad.png").write_text("x")
+        content = [
+            {"type": "image", "image": PHOTOGRAPH},
+            {"type": "image", "path": str(tmp_path / "bad.png")},
+            text_part("What?"),
+        ]
+        with pytest.raises(ValueError, match=r"image 2: .*bad\.png is not a picture"):
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)

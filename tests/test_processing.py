@@ -1,0 +1,265 @@
+"""Messages in, model inputs out: the prompt to the letter, labels to the token, and what bad messages are told."""
+
+import copy
+
+import pytest
+import torch
+from tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
+from transformers import AutoProcessor
+
+from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
+
+
+# ../shared/DESIGN.md, section 3
+DESIGN_PROMPT = """\
+You are a powerful vision-language assistant.
+
+### Image 1:
+<image>
+
+### Question:
+please describe the image.
+
+### Answer:
+It's a cute black cat.</s>
+### Image 2:
+<image>
+### Image 3:
+<image>
+
+### Question:
+What's the difference between the three cats?
+
+### Answer:
+"""
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture
+def cats():
+    return [
+        user("please describe the image.", digit_image(0)),
+        assistant("It's a cute black cat."),
+        user("What's the difference between the three cats?", digit_image(1), digit_image(2)),
+    ]
+
+
+def inputs_of(processor, conversation, **kwargs):
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **kwargs}
+    return processor.apply_chat_template(conversation, **settings)
+
+
+class TestPrompt:
+    def test_the_prompt_is_the_papers(self, processor, cats):
+        assert processor.apply_chat_template(cats, add_generation_prompt=True) == DESIGN_PROMPT
+
+    def test_text_only_rounds_and_a_first_image_in_a_later_round(self, processor):
+        conversation = [
+            {"role": "user", "content": "Hi"},
+            assistant("Hello"),
+            user("Who?", digit_image(0)),
+            assistant("Me"),
+            user("Why?"),
+        ]
+        assert processor.apply_chat_template(conversation, add_generation_prompt=True) == (
+            "You are a powerful vision-language assistant.\n\n### Question:\nHi\n\n### Answer:\nHello</s>\n"
+            "### Image 1:\n<image>\n\n### Question:\nWho?\n\n### Answer:\nMe</s>\n"
+            "\n### Question:\nWhy?\n\n### Answer:\n"
+        )
+
+    def test_a_system_message_takes_the_place_of_the_default(self, processor, cats):
+        conversation = [{"role": "system", "content": "You see."}, *cats]
+        expected = DESIGN_PROMPT.replace("You are a powerful vision-language assistant.", "You see.")
+        assert processor.apply_chat_template(conversation, add_generation_prompt=True) == expected
+
+    def test_images_stand_before_the_question_of_their_turn_and_texts_are_joined_by_lines(self, processor):
+        content = [text_part("a"), {"type": "image", "image": digit_image(0)}, text_part("b")]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+        assert prompt.endswith("\n\n### Image 1:\n<image>\n\n### Question:\na\nb\n")
+
+    def test_a_later_turn_never_rewrites_an_earlier_one(self, processor, cats):
+        before = processor.apply_chat_template(cats[:1], add_generation_prompt=True)
+        assert processor.apply_chat_template(cats, add_generation_prompt=True).startswith(before)
+        short = inputs_of(processor, cats[:1], add_generation_prompt=True)["input_ids"][0]
+        whole = inputs_of(processor, cats)["input_ids"][0]
+        assert torch.equal(whole[: len(short)], short)
+
+    def test_continue_final_message(self, processor, cats):
+        prompt = processor.apply_chat_template([*cats, assistant("They are")], continue_final_message=True)
+        assert prompt == DESIGN_PROMPT + "They are"
+
+
+class TestInputs:
+    def test_placeholders_are_expanded_and_images_are_in_reading_order(self, processor, cats):
+        other = [user("And this?", digit_image(3))]
+        batch = inputs_of(processor, [cats, other], processor_kwargs={"padding": True})
+        is_image = batch["input_ids"] == processor.image_token_id
+        assert is_image.sum(-1).tolist() == [3 * TOKENS_PER_IMAGE, TOKENS_PER_IMAGE]
+        assert batch["pixel_values"].shape == (4, 3, 16, 16)
+        for index in range(4):
+            alone = processor.image_processor(digit_image(index), return_tensors="pt")["pixel_values"][0]
+            assert torch.equal(batch["pixel_values"][index], alone)
+        assert batch["attention_mask"][1, 0] == 0  # padded on the left, for generation
+        assert (batch["input_ids"] == processor.tokenizer.bos_token_id).sum(-1).tolist() == [1, 1]
+
+    def test_the_model_reads_what_the_processor_writes(self, processor, cats):
+        model = make_model(image_number_keys=True)
+        inputs = inputs_of(processor, [cats, cats[:1]], processor_kwargs={"padding": True}, add_generation_prompt=True)
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert len(processor.batch_decode(tokens, skip_special_tokens=True)) == 2
+
+    def test_text_and_images_without_a_template(self, processor):
+        inputs = processor(text="a <image> b <image>", images=[digit_image(0), digit_image(1)], return_tensors="pt")
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * TOKENS_PER_IMAGE
+
+    def test_a_wrong_number_of_images_raises_with_both_counts(self, processor):
+        with pytest.raises(ValueError, match=r"2 <image> tokens and 1 images"):
+            processor(text="<image> and <image>", images=[digit_image(0)])
+        with pytest.raises(ValueError, match=r"Found 1 <image> tokens in the text but no images"):
+            processor(text="<image>")
+
+    def test_truncation_through_an_image_raises(self, processor, cats):
+        with pytest.raises(ValueError, match="truncation"):
+            inputs_of(processor, cats, processor_kwargs={"truncation": True, "max_length": 40})
+
+    def test_number_token_ids_are_the_numbers_in_the_prompt(self, processor):
+        spelled = processor.image_number_token_ids(12)
+        assert [processor.tokenizer.decode(tokens).strip() for tokens in spelled] == [str(k) for k in range(1, 13)]
+        conversation = [user("Q", *(digit_image(k) for k in range(12)))]
+        prompt = inputs_of(processor, conversation)["input_ids"][0].tolist()
+        starts = [i for i in range(len(prompt)) if prompt[i] == processor.image_token_id != prompt[i - 1]]
+        for start, tokens in zip(starts, spelled):
+            header = prompt[start - len(tokens) - 2 : start]
+            assert tokens == header[: len(tokens)] or tokens == header[1 : len(tokens) + 1], (tokens, header)
+
+    def test_saving_and_loading(self, processor, cats, tmp_path):
+        processor.save_pretrained(tmp_path)
+        again = AutoProcessor.from_pretrained(tmp_path)
+        assert type(again) is VisualChatProcessor
+        assert again.image_seq_length == TOKENS_PER_IMAGE
+        assert again.image_token_id == processor.image_token_id
+        assert len(again.tokenizer) == len(processor.tokenizer)
+        expected, loaded = inputs_of(processor, cats), inputs_of(again, cats)
+        assert {key: value.tolist() for key, value in loaded.items()} == {k: v.tolist() for k, v in expected.items()}
+
+
+class TestLabels:
+    def test_labels_are_the_answers_and_their_end_tokens_in_every_round(self, processor, cats):
+        conversation = [*cats, assistant("Their tails."), {"role": "user", "content": "Sure?"}, assistant("Yes.")]
+        batch = VisualChatDataCollator(processor)(
+            [{"messages": conversation}, {"messages": [*cats[:1], assistant("A cat")]}]
+        )
+        tokenizer = processor.tokenizer
+        end = tokenizer.eos_token_id
+        answers = [["It's a cute black cat.", "Their tails.", "Yes."], ["A cat"]]
+        for row, expected in enumerate(answers):
+            labels = batch["labels"][row].tolist()
+            supervised = [token for answer in expected for token in [*tokenizer.encode(answer)[1:], end]]
+            assert [token for token in labels if token != -100] == supervised
+            learned = [token == label for token, label in zip(batch["input_ids"][row].tolist(), labels) if label != -100]
+            assert all(learned)
+        assert batch["attention_mask"][1, -1] == 0  # padded on the right, for training
+        assert batch["labels"][1, -1] == -100
+
+    def test_an_end_token_as_padding_is_learned_where_it_ends_an_answer_only(self, cats):
+        processor = make_processor()
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        rows = [{"messages": [*cats, assistant("No.")]}, {"messages": [*cats[:1], assistant("A cat")]}]
+        labels = VisualChatDataCollator(processor)(rows)["labels"]
+        assert (labels == processor.tokenizer.eos_token_id).sum(-1).tolist() == [2, 1]
+
+    def test_images_fill_the_empty_image_parts(self, processor):
+        empty = {"type": "image"}
+        messages = [
+            {"role": "user", "content": [empty, text_part("What?")]},
+            assistant("A."),
+            {"role": "user", "content": [{"type": "image", "image": None, "text": None}, text_part("And?")]},
+            assistant("B."),
+        ]
+        row = {"messages": messages, "images": [digit_image(1), digit_image(2)]}
+        untouched = copy.deepcopy(messages)
+        batch = VisualChatDataCollator(processor)([row])
+        inline = [user("What?", digit_image(1)), assistant("A."), user("And?", digit_image(2)), assistant("B.")]
+        expected = VisualChatDataCollator(processor)([{"messages": inline}])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+        assert messages == untouched
+        assert len(row["images"]) == 2
+
+    @pytest.mark.parametrize("given", [1, 3])
+    def test_a_wrong_number_of_images_names_the_row_and_both_counts(self, processor, given):
+        content = [{"type": "image"}, {"type": "image"}, text_part("What?")]
+        row = {"messages": [{"role": "user", "content": content}, assistant("A.")], "images": [digit_image(0)] * given}
+        good = {"messages": [{"role": "user", "content": "Hi"}, assistant("A.")]}
+        with pytest.raises(ValueError, match=rf"row 1: 2 image parts wait for a picture, but `images` holds {given}"):
+            VisualChatDataCollator(processor)([good, row])
+
+    def test_a_row_without_an_answer_is_reported(self, processor):
+        good = {"messages": [{"role": "user", "content": "Hi"}, assistant("A.")]}
+        with pytest.raises(ValueError, match="row 1 holds no answer"):
+            VisualChatDataCollator(processor)([good, {"messages": [{"role": "user", "content": "Hi"}]}])
+
+    def test_text_only_batches_have_no_pixel_values(self, processor):
+        batch = VisualChatDataCollator(processor, pad_to_multiple_of=64)(
+            [{"messages": [{"role": "user", "content": "Hi"}, assistant("A.")]}]
+        )
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert batch["input_ids"].shape == batch["labels"].shape
+        assert batch["input_ids"].shape[1] % 64 == 0
+
+
+class TestBadMessages:
+    @pytest.mark.parametrize(
+        ("conversation", "message"),
+        [
+            ([], "the conversation is empty"),
+            ([{"role": "tool", "content": "x"}], "message 0 has the role 'tool': use 'system', 'user' or 'assistant'"),
+            ([{"content": "x"}], "message 0 has the role None"),
+            ([{"role": "user", "content": "x"}] * 2, "message 1 has the role 'user', .* expected 'assistant'"),
+            ([{"role": "assistant", "content": "x"}], "message 0 has the role 'assistant', .* expected 'user'"),
+            ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 1 has the role 'system'"),
+            ([{"role": "system", "content": "y"}], "only a system message"),
+            ([{"role": "user"}], "message 0 has a content of type NoneType"),
+            ([{"role": "user", "content": [{"type": "video"}]}], "message 0, part 0 must be a dict whose 'type'"),
+            ([{"role": "user", "content": ["x"]}], "message 0, part 0 must be a dict"),
+            (
+                [{"role": "user", "content": [{"type": "text"}]}],
+                "message 0, part 0 has the type 'text', but its 'text' is None",
+            ),
+            (
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]}],
+                "message 1, part 0 is an image in a message of the role 'assistant'",
+            ),
+            ([{"role": "user", "content": "see <image>"}], "message 0 holds the text '<image>'"),
+        ],
+    )
+    def test_each_is_named(self, processor, conversation, message):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(conversation)
+        good = [{"role": "user", "content": "Hi"}]
+        with pytest.raises(ValueError, match="conversation 1: .*" + message):
+            processor.apply_chat_template([good, conversation])
+
+    def test_an_image_part_without_a_picture_raises_when_tokenized(self, processor):
+        with pytest.raises(ValueError, match="no images were passed"):
+            inputs_of(processor, [{"role": "user", "content": [{"type": "image"}, text_part("x")]}])
+
+    def test_a_strangers_placeholder_can_be_taken_as_text(self, processor):
+        conversation = [user("a <image> and </s> b", digit_image(0))]
+        inputs = inputs_of(processor, conversation, sanitize_control_tokens=True)
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == TOKENS_PER_IMAGE
+        assert (inputs["input_ids"] == processor.tokenizer.eos_token_id).sum() == 0
+        assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
+        plain = inputs_of(processor, [user("a", digit_image(0))])
+        sanitized = inputs_of(processor, [user("a", digit_image(0))], sanitize_control_tokens=True)
+        assert torch.equal(plain["input_ids"], sanitized["input_ids"])
+
+    def test_openai_image_urls(self, processor, tmp_path):
+        path = tmp_path / "digit.png"
+        digit_image(0).save(path)
+        part = {"type": "image_url", "image_url": {"url": str(path)}}
+        inputs = inputs_of(processor, [{"role": "user", "content": [part, text_part("x")]}])
+        assert inputs["pixel_values"].shape == (1, 3, 16, 16)
