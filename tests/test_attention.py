@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tiny import copy_llama_weights, make_inputs, make_model
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import AutoModel, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
@@ -132,10 +132,16 @@ def test_backends_equal_eager(implementation, variant, numbered):
             )
 
 
-def test_an_unsupported_backend_says_what_to_use():
+def test_an_unsupported_backend_says_what_to_use(tmp_path):
+    message = r"flash_attention_\d.*'eager', 'sdpa', 'flex_attention'"
     model = make_model()
+    with pytest.raises(ValueError, match=message):
+        make_model("flash_attention_2")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="flash_attention_3")
     model.config.text_config._attn_implementation = "flash_attention_3"
-    with pytest.raises(ValueError, match=r"flash_attention_3.*'eager', 'sdpa', 'flex_attention'"):
+    with pytest.raises(ValueError, match=message):
         model(**make_inputs(["tit"], model))
 
 

@@ -36,6 +36,20 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
+def check_attention_implementation(config: LlamaConfig) -> None:
+    """
+    Raises a `ValueError` that says what to use if the decoder is to run an attention backend that cannot express the masks
+    of MMCA. `None` is the default, chosen by transformers.
+    """
+    implementation = config._attn_implementation
+    if implementation is not None and implementation not in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"
+            f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder (the vision tower may differ:"
+            " attn_implementation={'text_config': …, 'vision_config': …})"
+        )
+
+
 class MultimodalMask(NamedTuple):
     """
     What the rows of one forward pass may look at. Masks are what the attention backend takes: boolean for `sdpa` (`None`
@@ -46,8 +60,7 @@ class MultimodalMask(NamedTuple):
         text_keys: Text keys ≤ i.
         image_keys: Image keys ≤ i.
         sees_image (`torch.BoolTensor` of shape `(batch_size, 1, sequence_length, 1)`): Whether row i has an image key ≤ i.
-            `None` under `flex_attention`, which
-            returns zeros for a row that sees nothing.
+            `None` under `flex_attention`, which returns zeros for a row that sees nothing.
         is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The rows whose output is their own value.
             `None` if there are none.
         past_length (`int` or `torch.Tensor`): Where the new tokens stand among all tokens: the first is key `past_length`.

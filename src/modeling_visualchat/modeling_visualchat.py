@@ -23,9 +23,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_visualchat import (
-    SUPPORTED_ATTENTION_IMPLEMENTATIONS,
     MultimodalMask,
     VisualChatAttention,
+    check_attention_implementation,
     create_multimodal_mask,
     update_image_numbers,
 )
@@ -81,6 +81,10 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config: VisualChatConfig | LlamaConfig):
+        check_attention_implementation(config.get_text_config())
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -168,12 +172,7 @@ class VisualChatTextModel(VisualChatPreTrainedModel):
                 image. `None`: all of them are text.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
         """
-        implementation = self.config._attn_implementation
-        if implementation not in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"
-                f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))}"
-            )
+        check_attention_implementation(self.config)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -23,6 +23,7 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{{- bos_token if write_bos_token else '' -}}
 {%- if messages[0]['role'] != 'system' -%}
     {{- 'You are a powerful vision-language assistant.\\n' -}}
 {%- endif -%}
@@ -125,7 +126,10 @@ class VisualChatProcessor(ProcessorMixin):
         """
         conversation = getattr(conversation, "messages", conversation)
         is_batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
-        image_token = self.image_token if not kwargs.get("sanitize_control_tokens") else None
+        image_token = self.image_token
+        if kwargs.get("sanitize_control_tokens"):
+            image_token = None
+            kwargs["write_bos_token"] = True  # the tokenizer adds no special token of its own to sanitized text
         if is_batched:
             conversation = [
                 check_conversation(getattr(one, "messages", one), image_token=image_token, name=f"conversation {index}: ")
