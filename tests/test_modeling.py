@@ -67,8 +67,12 @@ class TestInputs:
 
     def test_a_prompt_longer_than_the_decoder_raises(self):
         model = make_model(text={"max_position_embeddings": 16})
-        with pytest.raises(ValueError, match=r"18 tokens long.*max_position_embeddings is 16"):
+        message = r"18 tokens long.*max_position_embeddings is 16"
+        with pytest.raises(ValueError, match=message):
             model(**make_inputs(["tititt"], model))
+        for layout in ("tititt", "t" * 9):
+            with pytest.raises(ValueError, match=message):
+                model.generate(**make_inputs([layout], model))
 
     def test_more_images_than_numbers_raise(self):
         model = make_model(image_number_keys=True, image_number_token_ids=[[20], [21]])
@@ -276,15 +280,16 @@ class TestTraining:
         projector = [gradients[f"model.multi_modal_projector.{n}"] for n in ("linear.weight", "layer_norm.bias")]
         assert all(gradient.abs().sum() == 0 for gradient in projector)
 
+    @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("frozen", [False, True], ids=["all train", "alignment"])
     @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
-    def test_gradient_checkpointing_gives_the_same_gradients(self, variant, frozen):
+    def test_gradient_checkpointing_gives_the_same_gradients(self, variant, frozen, reentrant):
         model = make_model(multimodal_attention=variant, image_number_keys=True).train()
         if frozen:
             model.freeze_for_alignment()
         inputs = make_inputs(["titit", "tt"], model)
         loss, gradients = loss_and_gradients(model, inputs)
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         checkpointed_loss, checkpointed = loss_and_gradients(model, inputs)
         assert torch.equal(loss, checkpointed_loss)
         assert set(checkpointed) == set(gradients)

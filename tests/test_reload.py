@@ -26,6 +26,7 @@ from modeling_visualchat import VisualChatConfig, VisualChatDataCollator, Visual
 CODE_FILES = {
     "attention_visualchat.py",
     "configuration_visualchat.py",
+    "decoder_visualchat.py",
     "image_loading_visualchat.py",
     "modeling_visualchat.py",
     "processing_visualchat.py",

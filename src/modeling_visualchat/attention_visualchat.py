@@ -298,12 +298,15 @@ class VisualChatAttention(LlamaAttention):
 
         if attention_mask.is_image is not None:
             is_image_BQ = attention_mask.is_image
-            own_values_BQHD = repeat_kv(v_BGQD, self.num_key_value_groups).transpose(1, 2)
-            output_BQHD = torch.where(is_image_BQ[:, :, None, None], own_values_BQHD, output_BQHD)
-            if weights is not None:
+            if weights is None:
+                own_values_BQHD = repeat_kv(v_BGQD, self.num_key_value_groups).transpose(1, 2)
+                output_BQHD = torch.where(is_image_BQ[:, :, None, None], own_values_BQHD, output_BQHD)
+            else:
                 keys_K = torch.arange(weights.shape[-1], device=weights.device)
                 own_key_Q = torch.arange(weights.shape[-2], device=weights.device) + attention_mask.past_length
                 self_only_QK = (own_key_Q[:, None] == keys_K).to(weights.dtype)
                 weights = torch.where(is_image_BQ[:, None, :, None], self_only_QK, weights)
+                # The output is made of the weights that are returned, so that they have gradients
+                output_BQHD = (weights @ repeat_kv(v_BGKD, self.num_key_value_groups)).transpose(1, 2)
 
         return self.o_proj(output_BQHD.reshape(*input_shape, -1).contiguous()), weights

@@ -12,24 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModel, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import CLIPModel, CLIPVisionModel, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple, torch_compilable_check
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .attention_visualchat import (
-    MultimodalMask,
-    VisualChatAttention,
-    check_attention_implementation,
-    create_multimodal_mask,
-    update_image_numbers,
-)
+from .attention_visualchat import check_attention_implementation
 from .configuration_visualchat import VisualChatConfig
+from .decoder_visualchat import VisualChatTextModel
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 
 
@@ -82,155 +74,21 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def __init__(self, config: VisualChatConfig | LlamaConfig):
+    def __init__(self, config: VisualChatConfig):
         check_attention_implementation(config.get_text_config())
         super().__init__(config)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # What this guards against, weights written in place, is not done here; and it leaves out the initialization of
+        # modules without parameters of their own: CLIP's attention and MLP, when a checkpoint lacks the tower
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, VisualChatPerceiverProjector):
             nn.init.normal_(module.query, std=self.config.text_config.initializer_range)
-
-
-class VisualChatDecoderLayer(GradientCheckpointingLayer):
-    """LLaMA's decoder layer around [`VisualChatAttention`]."""
-
-    def __init__(self, config: LlamaConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = VisualChatAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: MultimodalMask,
-        past_key_values: Cache | None = None,
-        number_embeds: torch.Tensor | None = None,
-        image_numbers: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            attention_mask,
-            past_key_values,
-            self.input_layernorm(number_embeds) if number_embeds is not None else None,
-            image_numbers,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class VisualChatTextModel(VisualChatPreTrainedModel):
-    """
-    LLaMA's decoder with multi-modal causal attention. Its parameters have the names of a
-    [`~transformers.LlamaModel`], and its config is a plain `LlamaConfig`.
-    """
-
-    config_class = LlamaConfig
-    config: LlamaConfig
-    input_modalities = ("text",)
-    _can_record_outputs = {"hidden_states": VisualChatDecoderLayer, "attentions": VisualChatAttention}
-
-    def __init__(self, config: VisualChatConfig):
-        super().__init__(config.text_config)
-        self.multimodal_attention = config.multimodal_attention
-        self.image_seq_length = config.image_seq_length
-        text_config = config.text_config
-        self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
-        self.layers = nn.ModuleList(
-            [VisualChatDecoderLayer(text_config, layer_idx) for layer_idx in range(text_config.num_hidden_layers)]
-        )
-        self.norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(text_config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        is_image: torch.BoolTensor | None = None,
-        number_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings and image
-                features, in place.
-            is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows that belong to an
-                image. `None`: all of them are text.
-            number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
-        """
-        check_attention_implementation(self.config)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_length(inputs_embeds.shape[1], past_length)
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-
-        image_numbers, key_image_numbers = update_image_numbers(
-            past_key_values,
-            is_image,
-            self.image_seq_length,
-            self.config.num_hidden_layers,
-            inputs_embeds.shape[:2],
-            inputs_embeds.device,
-        )
-        if number_embeds is not None:
-            torch_compilable_check(
-                image_numbers.max() <= len(number_embeds),
-                lambda: (
-                    f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
-                    f" only {len(number_embeds)} numbers"
-                ),
-            )
-        mask = create_multimodal_mask(
-            self.multimodal_attention,
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            image_numbers,
-            key_image_numbers,
-        )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-
-        hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings,
-                mask,
-                past_key_values=past_key_values,
-                number_embeds=number_embeds,
-                image_numbers=image_numbers,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _check_length(self, new_length: int, past_length: int | torch.Tensor):
-        # An answer may run over the limit, as in transformers; a prompt may not. A static cache has a length of its own.
-        if new_length == 1 or isinstance(past_length, torch.Tensor):
-            return
-        limit = self.config.max_position_embeddings
-        if past_length + new_length > limit and self.config.rope_parameters["rope_type"] != "dynamic":
-            raise ValueError(
-                f"The input is {past_length + new_length} tokens long, but the decoder's max_position_embeddings is {limit}:"
-                f" shorten the conversation or bring fewer images ({self.image_seq_length} tokens each)"
-            )
 
 
 class VisualChatModel(VisualChatPreTrainedModel):
@@ -250,7 +108,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
         self.language_model.embed_tokens = value
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """
         Images as tokens of the decoder. A frozen vision tower runs without gradients and keeps no activations.
 
@@ -268,8 +128,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
             )
         layer = self.config.vision_feature_layer
         is_last_layer = layer in (-1, self.config.vision_config.num_hidden_layers)
-        if not is_last_layer:
-            kwargs["output_hidden_states"] = True
+        if not is_last_layer and not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = [layer]  # only this one is kept
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -288,7 +148,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VisualChatModelOutputWithPast:
         """
         See [`VisualChatForCausalLM.forward`] for the inputs.
@@ -515,7 +375,9 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         self.model.multi_modal_projector.requires_grad_(True)
         self.get_input_embeddings().requires_grad_(True)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """See [`VisualChatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -532,7 +394,7 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VisualChatCausalLMOutputWithPast:
         """
         Args:
@@ -593,6 +455,8 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
                 f"cache_implementation={cache_implementation!r} moves the cache from an accelerator to the CPU, where this"
                 " model already is: use 'dynamic' or 'static', or 'quantized' to save memory"
             )
+        if input_ids is not None:
+            self.model.language_model.check_length(input_ids.shape[1])
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         elif isinstance(kwargs.get("assistant_model"), VisualChatPreTrainedModel):
@@ -626,4 +490,4 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         return torch.cat([row[seen:] for row, seen in zip(pixel_values.split(images), cached_images)])
 
 
-__all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel", "VisualChatTextModel"]
+__all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel"]

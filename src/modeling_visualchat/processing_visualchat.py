@@ -95,6 +95,8 @@ class VisualChatProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        # `save_pretrained` would add it: with it, a processor that was saved equals the one that is loaded
+        self.auto_map = {"AutoProcessor": "processing_visualchat.VisualChatProcessor"}
 
     def image_number_token_ids(self, count: int = 64) -> list[list[int]]:
         """
