@@ -306,6 +306,26 @@ class TestTraining:
         torch.testing.assert_close(model(**inputs, labels=labels).loss, expected / 4)
         torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=8).loss, expected / 8)
 
+    @pytest.mark.parametrize("items", [None, 7])
+    def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients(self, items):
+        model = make_model(image_number_keys=True)
+        inputs = make_inputs(["titit", "tt", "itt"], model)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -3:-1] = inputs["input_ids"][:, -3:-1]
+        labels[0, 2] = 17
+        supervised = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        results = []
+        for logits_to_keep in (0, supervised):
+            model.zero_grad()
+            outputs = model(**inputs, labels=labels, logits_to_keep=logits_to_keep, num_items_in_batch=items)
+            outputs.loss.backward()
+            results.append((outputs, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        (full, full_gradients), (kept, kept_gradients) = results
+        torch.testing.assert_close(kept.loss, full.loss, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(kept.logits, full.logits[supervised])
+        for name, gradient in full_gradients.items():
+            torch.testing.assert_close(kept_gradients[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
     def test_peft_lora_attaches_and_merges(self):
         model = make_model(image_number_keys=True)
         inputs = make_inputs(["titit"], model)

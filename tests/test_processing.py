@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
-from transformers import AutoProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 
@@ -146,6 +147,15 @@ class TestInputs:
         expected, loaded = inputs_of(processor, cats), inputs_of(again, cats)
         assert {key: value.tolist() for key, value in loaded.items()} == {k: v.tolist() for k, v in expected.items()}
 
+    def test_an_ordinary_token_of_the_placeholders_name_becomes_special(self):
+        backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "<image>": 2, "b": 3}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+        processor = VisualChatProcessor(make_processor().image_processor, tokenizer, image_seq_length=2)
+        assert processor.image_token_id == 2
+        inputs = processor(text="a <image> b", images=[digit_image(0)])
+        assert inputs["input_ids"] == [[1, 2, 2, 3]]
+
 
 class TestLabels:
     def test_labels_are_the_answers_and_their_end_tokens_in_every_round(self, processor, cats):
@@ -188,6 +198,24 @@ class TestLabels:
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
         assert messages == untouched
         assert len(row["images"]) == 2
+
+    def test_logits_are_kept_where_the_next_token_is_learned(self, processor, cats):
+        rows = [{"messages": [*cats, assistant("No.")]}, {"messages": [*cats[:1], assistant("A cat")]}]
+        batch = VisualChatDataCollator(processor, supervised_logits_only=True)(rows)
+        assert torch.equal(batch["logits_to_keep"][:, :-1], batch["labels"][:, 1:] != -100)
+        assert not batch["logits_to_keep"][:, -1].any()
+
+    def test_undecoded_images_of_a_table(self, processor, tmp_path):
+        digit_image(0).save(tmp_path / "digit.png")
+        content = [{"type": "image"}, {"type": "image"}, text_part("What?")]
+        messages = [{"role": "user", "content": content}, assistant("A.")]
+        stored = [
+            {"bytes": (tmp_path / "digit.png").read_bytes(), "path": None},
+            {"bytes": None, "path": str(tmp_path / "digit.png")},
+        ]
+        batch = VisualChatDataCollator(processor)([{"messages": messages, "images": stored}])
+        decoded = VisualChatDataCollator(processor)([{"messages": messages, "images": [digit_image(0)] * 2}])
+        assert torch.equal(batch["pixel_values"], decoded["pixel_values"])
 
     @pytest.mark.parametrize("given", [1, 3])
     def test_a_wrong_number_of_images_names_the_row_and_both_counts(self, processor, given):

@@ -100,6 +100,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows that belong to an
                 image. `None`: all of them are text.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
+                Without images they have no effect.
         """
         check_attention_implementation(self.config)
         if use_cache and past_key_values is None:
@@ -118,7 +119,9 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             inputs_embeds.shape[:2],
             inputs_embeds.device,
         )
-        if number_embeds is not None:
+        if number_embeds is not None and image_numbers is None:
+            image_numbers = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int, device=inputs_embeds.device)
+        elif number_embeds is not None:
             torch_compilable_check(
                 image_numbers.max() <= len(number_embeds),
                 lambda: (

@@ -165,33 +165,33 @@ class VisualChatModel(VisualChatPreTrainedModel):
             )
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        # In training every process of a distributed run calls the same modules in the same order in every step, also with a
+        # batch of text alone: a blank picture and the numbers go through them there, with no effect on the result. Else
+        # ZeRO-3 hangs, and ZeRO-1 and ZeRO-2 add up the gradients of different parameters.
+        without_images = self.training and image_outputs is None and pixel_values is None and mm_token_type_ids is None
+        from_embeds = inputs_embeds is not None
+        if not from_embeds:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if without_images:
+            pixel_values = self._blank_picture()
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        is_image = self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, image_outputs)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_features = None
+        is_image = image_features = None
         if image_outputs is not None:
             image_features = torch.stack(list(image_outputs.pooler_output))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_features)
-        elif self.training:
-            # Every rank of a distributed run must call the same modules in every step, also with a batch of text alone
-            tower_config = self.config.vision_config
-            size = tower_config.image_size
-            blank = torch.zeros(
-                1,
-                tower_config.num_channels,
-                *((size, size) if isinstance(size, int) else size),
-                dtype=self.vision_tower.dtype,
-                device=self.vision_tower.device,
-            )
-            unused = torch.stack(self.get_image_features(blank, return_dict=True).pooler_output)
-            inputs_embeds = inputs_embeds + 0.0 * unused.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+        if without_images:
+            self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, None, from_embeds)
+            inputs_embeds = inputs_embeds + 0.0 * image_features.sum()
+            image_features = None
+        else:
+            is_image = self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, image_outputs, from_embeds)
+            if image_features is not None:
+                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_features)
 
         number_embeds = None
-        if self.config.image_number_keys and is_image is not None:
+        if self.config.image_number_keys and (is_image is not None or without_images):
             number_embeds = self._embed_image_numbers().to(inputs_embeds.device, inputs_embeds.dtype)
 
         outputs = self.language_model(
@@ -211,12 +211,21 @@ class VisualChatModel(VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def _blank_picture(self) -> torch.Tensor:
+        config = self.config.vision_config
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(
+            1, config.num_channels, height, width, dtype=self.vision_tower.dtype, device=self.vision_tower.device
+        )
+
     def _find_image_rows(
         self,
         input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
         mm_token_type_ids: torch.LongTensor | None,
         image_outputs: BaseModelOutputWithPooling | None,
+        from_embeds: bool,
     ) -> torch.BoolTensor | None:
         """
         The rows that belong to an image, of shape `(batch_size, sequence_length)`, or `None` if all are text. Raises a
@@ -233,7 +242,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
             return None
 
         if image_outputs is None:
-            if inputs_embeds is not None:  # the caller has put the image features in place
+            if from_embeds:  # the caller has put the image features in place
                 return is_image
             if input_ids.shape[1] > 1:  # a single token is one that was generated
                 torch_compilable_check(
@@ -414,7 +423,9 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Next tokens to learn, -100
                 where there is no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute only the last logits, or those at
-                these positions. 0 is all.
+                these positions. 0 is all. With a boolean tensor of shape `(batch_size, sequence_length)` that holds at least
+                the positions before the labels, the loss is the same, and the vocabulary projection takes these rows only;
+                logits then have the shape `(positions, vocab_size)`.
 
         Raises:
             ValueError: If the placeholders do not match the images. Both counts are given.
@@ -433,7 +444,16 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+                next_tokens = next_tokens[logits_to_keep]
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                shift_labels=next_tokens,
+                **kwargs,
+            )
         return VisualChatCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -87,7 +87,7 @@ class VisualChatProcessor(ProcessorMixin):
         image_token: str = "<image>",
         chat_template: str | None = None,
     ):
-        if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
+        if image_token not in tokenizer.get_added_vocab():  # an ordinary token of this name becomes a special one
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -1,0 +1,162 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""What can be wrong with a raw row, and the checks that find it before training does."""
+
+import base64
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_visualchat.image_loading_visualchat import load_image
+
+
+PLACEHOLDER = "<image>"
+KINDS = {
+    "missing field": "a needed field is absent or of the wrong type",
+    "empty question": "a question without words",
+    "empty answer": "an answer without words",
+    "odd turns": "the speakers do not take turns, or a question lacks its answer",
+    "image count": "the images and the text's placeholders or names for them do not agree",
+    "duplicate id": "two rows of a file have the same id; the first is kept",
+    "unknown record": "a record refers to one that the file does not hold; the reference is ignored",
+    "missing image": "there is no such file or entry",
+    "truncated image": "the picture's data ends too early",
+    "undecodable image": "the data is not a picture that can be read",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One thing that is wrong with the raw data.
+
+    Args:
+        kind (`str`): A key of `KINDS`.
+        file (`str`): The raw file, relative to the data root.
+        row (`str`): Index, counted from 0, of a row in a list; key of a row in a mapping.
+        field (`str`): Path of the field within the row, such as `conversations[1].value`.
+        detail (`str`): What was found there.
+    """
+
+    kind: str
+    file: str
+    row: str
+    field: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}, {self.field}: {self.kind}: {self.detail}"
+
+
+class BadRow(Exception):  # noqa: N818 - it is reported, not an error of the program
+    """Raised by row functions; becomes a [`Problem`] once the file and row are known."""
+
+    def __init__(self, kind: str, field: str, detail: str):
+        super().__init__(f"{field}: {kind}: {detail}")
+        self.kind, self.field, self.detail = kind, field, detail
+
+
+class LeftOut(Exception):  # noqa: N818
+    """Raised for a row that is sound, but that the recipe leaves out; counted under its reason."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    A picture that has not been opened yet.
+
+    Args:
+        path (`str`): Absolute path of the picture, or of the JSON file that holds it as a base64 string.
+        field (`str`): The field of the raw row that names it.
+        span (`tuple[int, int]`, *optional*): First and last byte + 1 of that string, quotes included.
+    """
+
+    path: str
+    field: str
+    span: tuple[int, int] | None = None
+
+
+def need(row: dict, field: str, kind: type | tuple, inside: str = ""):
+    """The value of a field that the row must have, of the type it must have. `inside` is the path of `row` itself."""
+    path = f"{inside}.{field}" if inside else field
+    if not isinstance(row, dict):
+        raise BadRow("missing field", inside, f"expected an object with the field {field!r}, got {row!r:.80}")
+    if field not in row:
+        raise BadRow("missing field", path, f"there is no such field; present: {', '.join(row) or 'none'}")
+    if not isinstance(row[field], kind) or isinstance(row[field], bool):
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise BadRow("missing field", path, f"expected {names}, got {row[field]!r:.80}")
+    return row[field]
+
+
+def words(text: str, field: str, what: str) -> str:
+    """`text` without the blanks around it, checked: `what` ("question" or "answer") has words and no stray placeholder."""
+    text = text.strip()
+    if not text:
+        raise BadRow(f"empty {what}", field, "there is no text")
+    if PLACEHOLDER in text:
+        raise BadRow("image count", field, f"the {what} holds {PLACEHOLDER!r}, but has no image there: {text!r:.80}")
+    return text
+
+
+def check_turns(turns: list, speakers: tuple[str, str], field: str, key: str) -> None:
+    """Checks that the two speakers alternate, the first one begins and the second one ends."""
+    for index, turn in enumerate(turns):
+        speaker, expected = need(turn, key, str, f"{field}[{index}]"), speakers[index % 2]
+        if speaker != expected:
+            raise BadRow("odd turns", f"{field}[{index}].{key}", f"it is {speaker!r}, but expected was {expected!r}")
+    if not turns or len(turns) % 2:
+        raise BadRow("odd turns", field, f"{len(turns)} turns: every question needs an answer")
+
+
+def read_picture(path: str, span: tuple[int, int] | None) -> bytes:
+    """
+    The encoded bytes of a picture.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the span is not base64.
+    """
+    with open(path, "rb") as file:
+        if span is None:
+            return file.read()
+        file.seek(span[0])
+        text = json.loads(file.read(span[1] - span[0]))
+    return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)  # data URLs have a head and a comma
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def inspect_picture(path: str, span: tuple[int, int] | None) -> tuple[tuple[int, int] | None, str, str]:
+    """
+    Decodes a picture, once in each process however many rows show it.
+
+    Returns:
+        Its width and height, "" and ""; or None, the kind of problem and the detail.
+    """
+    try:
+        source = Path(path) if span is None else read_picture(path, span)
+        return load_image(source, name="picture").size, "", ""
+    except FileNotFoundError:
+        return None, "missing image", f"there is no file {path}"
+    except (OSError, ValueError) as error:
+        reason = f"{error.__cause__ or ''}".lower()
+        is_cut = "truncated" in reason or str(error).endswith("is empty")
+        return None, "truncated image" if is_cut else "undecodable image", str(error)
+
+
+def summarize(problems: Iterable[Problem], left_out: Counter, shown: int = 20) -> str:
+    """Counts by kind, and the first problems one by one."""
+    problems = list(problems)
+    counts = Counter(problem.kind for problem in problems)
+    bad_rows = {(problem.file, problem.row) for problem in problems}
+    lines = [f"{len(problems)} problems in {len(bad_rows)} rows" if problems else "no problems"]
+    lines += [f"  {counts[kind]:>8}  {kind}: {meaning}" for kind, meaning in KINDS.items() if counts[kind]]
+    lines += [f"  {problem}" for problem in problems[:shown]]
+    if len(problems) > shown:
+        lines.append(f"  … and {len(problems) - shown} more")
+    if left_out:
+        lines.append(f"{sum(left_out.values())} left out by the recipe, which is no problem")
+        lines += [f"  {count:>8}  {reason}" for reason, count in sorted(left_out.items())]
+    return "\n".join(lines)

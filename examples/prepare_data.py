@@ -1,0 +1,249 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+Turns the sources of the paper's training data into rows of one schema, `messages` and `images`, and finds bad rows first:
+
+    python examples/prepare_data.py --list
+    python examples/prepare_data.py --source llava --data-root data --check
+    python examples/prepare_data.py --source llava llava_dial --data-root data --output prepared
+
+The raw files are downloaded by you; `--list` shows which ones a source needs. All texts are read and checked first, then the
+pictures of the rows are decoded in parallel. `OUTPUT/NAME` appears once every row is made: parquet shards for
+`datasets.load_dataset("parquet", data_files="OUTPUT/NAME/*.parquet")`, `prepared.json` with the settings and counts,
+`problems.jsonl` with every problem, and a dataset card. Until then the work lies in `OUTPUT/NAME.partial`. A run that was
+killed goes on there when it is started again: finished shards are not made anew.
+
+If a row is bad, the run ends with exit status 1 and presents nothing. Mend the data and run again: only the shards that had
+problems are made anew. Or pass `--skip-bad`: bad rows are dropped and counted. With one seed the result is the same whatever
+the number of processes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from data_checks import Problem, summarize
+from data_rows import Context, Sample
+from data_shards import Report, Shard, run_shards, write_whole
+from data_sources import SOURCES, open_source
+from tqdm import tqdm
+
+
+CARD = """\
+---
+configs:
+- config_name: default
+  data_files: shard-*.parquet
+---
+
+{rows} conversations of the source `{name}`, with {images} images and {rounds} rounds, made by VisualChat's
+`examples/prepare_data.py`; `prepared.json` holds the settings. Images are {kept}.
+"""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", nargs="+", choices=SOURCES, metavar="NAME", help="what to prepare; see --list")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the raw data")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write DIR/NAME to")
+    parser.add_argument("--check", action="store_true", help="only look for problems; with --output, list them all there")
+    parser.add_argument("--skip-bad", action="store_true", help="drop and count bad rows instead of stopping")
+    parser.add_argument(
+        "--max-samples", type=int, metavar="N", help="at most so many rows, drawn at random; texts are all read"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: 0)")
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes (default: the number of cores)")
+    parser.add_argument("--rows-per-shard", type=int, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument("--embed-images", action="store_true", help="store the bytes of image files, not their paths")
+    parser.add_argument("--overwrite", action="store_true", help="replace what a run with other settings left")
+    parser.add_argument("--list", action="store_true", help="show the sources and the raw files that each needs")
+    options = parser.parse_args(arguments)
+    if not options.list:
+        needed = {"--source": options.source, "--data-root": options.data_root}
+        if not options.check:
+            needed["--output"] = options.output
+        if missing := [name for name, value in needed.items() if not value]:
+            parser.error(f"{', '.join(missing)} missing (or use --list)")
+    for name in ("max_samples", "num_proc", "rows_per_shard"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    return options
+
+
+def plan_rows(context: Context, max_samples: int | None) -> list[list[Sample]]:
+    """Which samples make which row: all samples once, in random order, one to `concatenate` of them a row."""
+    samples = list(context.source.samples(context))
+    draw = random.Random(f"{context.seed}-{context.name}")
+    draw.shuffle(samples)
+    rows, start = [], 0
+    while start < len(samples) and (max_samples is None or len(rows) < max_samples):
+        stop = start + draw.randint(1, context.source.concatenate)
+        rows.append(samples[start:stop])
+        start = stop
+    return rows
+
+
+def describe_settings(context: Context, rows: list[list[Sample]], options: argparse.Namespace) -> dict:
+    """All that the result depends on. Two runs with the same settings make the same shards."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return {
+        "source": context.name,
+        "data_root": str(context.root),
+        "seed": options.seed,
+        "max_samples": options.max_samples,
+        "rows_per_shard": options.rows_per_shard,
+        "embed_images": options.embed_images,
+        **{f"bytes of {raw.path}": os.path.getsize(context.root / raw.path) for raw in context.source.files},
+        "sha256 of the planned rows": digest.hexdigest(),
+    }
+
+
+def check_settings(settings: dict, path: Path) -> dict:
+    """
+    The content of the file at `path`.
+
+    Raises:
+        ValueError: If the settings kept there differ. Names them, with both values.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = content["settings"]
+    names = [name for name in {**settings, **kept} if settings.get(name) != kept.get(name)]
+    if names:
+        differences = "; ".join(f"{name} was {kept.get(name)}, now {settings.get(name)}" for name in names)
+        raise ValueError(f"{path.parent} was made with other settings: {differences}. Use those, or pass --overwrite")
+    return content
+
+
+def prepare(name: str, options: argparse.Namespace) -> int:
+    """Prepares or checks one source. Returns the exit status."""
+    print(f"{name}: reading", flush=True)
+    context = open_source(name, options.data_root, options.seed)
+    rows = plan_rows(context, options.max_samples)
+    groups = [rows[start : start + options.rows_per_shard] for start in range(0, len(rows), options.rows_per_shard)]
+    if options.check:
+        shards = [Shard(name, group, context.source.min_side) for group in groups]
+        problems, _, _ = conclude(context, decode(shards, [], options.num_proc, f"{name}: checking"))
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            write_problems(options.output / f"{name}.problems.jsonl", problems)
+        return 1 if problems else 0
+
+    final, partial = options.output / name, options.output / f"{name}.partial"
+    settings = describe_settings(context, rows, options)
+    if final.exists() and not (final / "prepared.json").exists():
+        raise ValueError(f"{final} exists, but was not made by this program: use another --output")
+    if final.exists() and not options.overwrite:
+        dropped = sum(check_settings(settings, final / "prepared.json")["problems"].values())
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"{name}: {final} is complete; {dropped} problems, see problems.jsonl there")
+        return 1 if dropped and not options.skip_bad else 0
+    begin(partial, settings, options.overwrite)
+
+    shards, done = [], []
+    for index, group in enumerate(groups):
+        label = f"shard-{index:05d}-of-{len(groups):05d}"
+        parquet, report = partial / "shards" / f"{label}.parquet", partial / "reports" / f"{label}.json"
+        earlier = Report.read(report) if report.exists() and parquet.exists() else None
+        if earlier and (options.skip_bad or not earlier.problems):  # else the pictures may have been mended
+            done.append(earlier)
+        else:
+            shards.append(Shard(name, group, context.source.min_side, options.embed_images, parquet, report))
+    reports = decode(shards, done, options.num_proc, f"{name}: preparing")
+    problems, left_out, counts = conclude(context, reports)
+    write_problems(partial / "shards" / "problems.jsonl", problems)
+    if problems and not options.skip_bad:
+        print(f"{name}: not finished. Mend the data and run again, or drop the bad rows with --skip-bad", file=sys.stderr)
+        print(f"{name}: all problems are listed in {partial / 'shards' / 'problems.jsonl'}", file=sys.stderr)
+        return 1
+    if not counts["rows"]:
+        raise ValueError(f"{name}: there are no rows to write")
+
+    kinds = Counter(problem.kind for problem in problems)
+    summary = {"settings": settings, **counts, "shards": len(groups), "problems": kinds, "left_out": left_out}
+    write_whole(partial / "shards" / "prepared.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    in_rows = options.embed_images or context.source.images.endswith(".json")
+    kept = "in the rows" if in_rows else "named by their paths on the machine that made it"
+    write_whole(partial / "shards" / "README.md", CARD.format(name=name, kept=kept, **counts))
+    present(partial, final)
+    print(f"{name}: {counts['rows']} rows, {counts['rounds']} rounds, {counts['images']} images in {final}")
+    return 0
+
+
+def begin(partial: Path, settings: dict, overwrite: bool) -> None:
+    """Makes the folder in which a run works, or takes up the one that an earlier run with the same settings left."""
+    if (partial / "settings.json").exists():
+        try:
+            check_settings(settings, partial / "settings.json")
+        except ValueError:
+            if not overwrite:
+                raise
+            shutil.rmtree(partial)
+    for folder in ("shards", "reports"):
+        (partial / folder).mkdir(parents=True, exist_ok=True)
+    write_whole(partial / "settings.json", json.dumps({"settings": settings}, indent=1))
+
+
+def present(partial: Path, final: Path) -> None:
+    """Gives the finished shards their final place, at once. What stood there goes."""
+    for leftover in (partial / "shards").glob(".*"):  # files that were being written when a run was killed
+        leftover.unlink()
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial / "shards", final)
+    shutil.rmtree(partial)
+
+
+def decode(shards: list[Shard], done: list[Report], num_proc: int, label: str) -> list[Report]:
+    """Runs the shards under a progress bar that counts rows. Reports of shards `done` earlier come first."""
+    reports, finished = list(done), sum(report.planned_rows for report in done)
+    total = finished + sum(len(shard.rows) for shard in shards)
+    with tqdm(total=total, initial=finished, desc=label, unit="row") as bar:
+        for report in run_shards(shards, num_proc):
+            reports.append(report)
+            bar.update(report.planned_rows)
+    return reports
+
+
+def conclude(context: Context, reports: list[Report]) -> tuple[list[Problem], Counter, dict[str, int]]:
+    """Joins and prints what was found: problems by file, row and field, what was left out, and counts."""
+    problems = context.problems + [problem for report in reports for problem in report.problems]
+    problems.sort(key=lambda problem: (problem.file, problem.row.zfill(12), problem.field, problem.kind))
+    left_out = sum((report.left_out for report in reports), context.left_out)
+    counts = {name: sum(report.counts[name] for report in reports) for name in ("rows", "samples", "rounds", "images")}
+    print(f"{context.name}: {summarize(problems, left_out)}", flush=True)
+    return problems, left_out, counts
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    write_whole(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
+
+
+def list_sources() -> None:
+    for name, source in SOURCES.items():
+        joined = f", 1 to {source.concatenate} joined" if source.concatenate > 1 else ""
+        print(f"{name:<20}{source.about}{joined}\n{'':<20}  rows:   {', '.join(raw.path for raw in source.files)}")
+        print(f"{'':<20}  images: {source.images}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.list:
+        list_sources()
+        return 0
+    try:
+        return max([prepare(name, options) for name in options.source])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

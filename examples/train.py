@@ -1,0 +1,261 @@
+"""
+Fine-tunes a VisualChat: seed → logging → data → model → Trainer → train → save → evaluate → card → push.
+
+One recipe is one run, and any field of it can be given on the command line as well:
+
+    python examples/train.py examples/recipes/tiny.yaml
+    python examples/train.py examples/recipes/tiny.yaml --mode lora --learning_rate 2e-4 --resume
+
+With DeepSpeed, on one machine (`--use_cpu` where there is no accelerator):
+
+    torchrun --nproc_per_node 8 examples/train.py examples/recipes/paper-7b.yaml
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from training_card import write_card
+from training_data import TrainingCollator, prepare_rows, report_rows
+from training_loop import (
+    VisualChatTrainer,
+    VisualChatTrainingArguments,
+    WholeCheckpoints,
+    find_whole_checkpoint,
+    plot_curves,
+)
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+
+
+logger = logging.getLogger("train")
+
+LORA_TARGETS = {
+    "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+}
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat: a folder or a Hub id."})
+    vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a CLIP vision tower to join …"})
+    text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
+    multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model."})
+    image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model."})
+    projector: str = field(default="linear", metadata={"help": "Of a joined model."})
+    dtype: str = field(default="auto", metadata={"help": "What the weights are loaded in."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention."})
+    mode: Literal["alignment", "lora", "full"] = field(
+        default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
+    )
+    lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA goes."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA's matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, times rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the decoder in 4 bits (needs bitsandbytes)."})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub ids; see load_rows."})
+    weights: list[float] | None = field(default=None, metadata={"help": "Of each dataset in the mixture."})
+    eval_fraction: float = field(default=0.1, metadata={"help": "Share of the rows that is held out."})
+    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set --max_steps."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure rows."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Go on when a picture cannot be read; it is counted."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, VisualChatTrainingArguments]:
+    """A recipe's fields are defaults, which the command line overrides."""
+    kinds = (ModelArguments, DataArguments, VisualChatTrainingArguments)
+    parser = HfArgumentParser(kinds, description=__doc__.strip().splitlines()[0])
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe = yaml.safe_load(Path(argv[0]).read_text())
+        known = {one.name for kind in kinds for one in fields(kind)}
+        if unknown := sorted(set(recipe) - known):
+            raise ValueError(f"{argv[0]}: unknown fields {', '.join(unknown)}")
+        parser.set_defaults(**recipe)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def load_processor(model_args: ModelArguments) -> VisualChatProcessor:
+    """The model's, or one made of the parts'."""
+    if model_args.model_name_or_path:
+        return AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+    if not (model_args.vision_name_or_path and model_args.text_name_or_path):
+        raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
+    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
+
+
+def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
+    """Joins tower and decoder once and saves them, so that every process can load its share of the result."""
+    model = VisualChatForCausalLM.from_vision_text_pretrained(
+        model_args.vision_name_or_path,
+        model_args.text_name_or_path,
+        dtype=model_args.dtype,
+        image_token_id=processor.image_token_id,
+        multimodal_attention=model_args.multimodal_attention,
+        projector=model_args.projector,
+        image_number_keys=model_args.image_number_keys,
+        image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+    )
+    processor.image_seq_length = model.config.image_seq_length
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
+    """The model, with what the mode trains set to train."""
+    quantization = None
+    if model_args.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+        )
+    model = AutoModel.from_pretrained(
+        model_args.model_name_or_path,
+        trust_remote_code=True,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization,
+    )
+    model.config.use_cache = not training_args.gradient_checkpointing
+    if model_args.mode == "alignment":
+        model.freeze_for_alignment()
+    elif model_args.mode == "lora":
+        from peft import LoraConfig, get_peft_model  # of the extra `train`
+
+        targets = LORA_TARGETS.values() if model_args.lora_target == "both" else [LORA_TARGETS[model_args.lora_target]]
+        lora = LoraConfig(
+            r=model_args.lora_rank,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules="|".join(targets),
+            modules_to_save=["multi_modal_projector", "embed_tokens"],
+        )
+        model = get_peft_model(model, lora)
+    return model
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    model_args, data_args, training_args = parse_arguments(argv)
+    training_args.remove_unused_columns = False  # the collator reads all columns
+    training_args.prediction_loss_only = True  # accuracy comes from generated answers
+    output_dir = Path(training_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Seed and logging
+    set_seed(training_args.seed)
+    logging.basicConfig(
+        level=logging.INFO if training_args.process_index == 0 else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if training_args.deepspeed:
+        import deepspeed  # of the extra `train`
+
+        # Before the model, which ZeRO-3 shares out while it is loaded
+        backend = "gloo" if training_args.use_cpu else None
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+
+    # Data
+    processor = load_processor(model_args)
+    if not model_args.model_name_or_path:
+        model_args.model_name_or_path = str(output_dir / "joined")
+        with training_args.main_process_first(desc="joining tower and decoder"):
+            if training_args.process_index == 0 and not data_args.resume:
+                join_parts(model_args, processor, output_dir / "joined")
+        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+    with training_args.main_process_first(desc="preparing rows"):
+        prepared = prepare_rows(
+            data_args.datasets,
+            processor,
+            data_args.max_length,
+            data_args.weights,
+            data_args.streaming,
+            data_args.num_proc,
+            training_args.seed,
+        )
+    table = ""
+    if data_args.streaming:
+        train_rows, eval_rows = prepared.rows, None
+    else:
+        if training_args.process_index == 0:
+            table = report_rows(prepared.rows, output_dir)
+            logger.info("Rows to train on, those held out among them:\n%s", table)
+        train_rows, eval_rows = prepared.rows, None
+        if data_args.eval_fraction > 0:
+            split = prepared.rows.train_test_split(data_args.eval_fraction, seed=training_args.seed)
+            train_rows, eval_rows = split["train"], split["test"]
+
+    # Model
+    model = load_model(model_args, training_args)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("Mode %s trains %s parameters", model_args.mode, f"{trained:,}")
+
+    # Trainer
+    trainer = VisualChatTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=TrainingCollator(processor, data_args.skip_broken_images),
+        processing_class=processor,
+        callbacks=[WholeCheckpoints()],
+    )
+
+    # Train
+    checkpoint = None
+    if data_args.resume:
+        checkpoint = find_whole_checkpoint(training_args)
+        logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Save
+    folder = output_dir / "model"
+    trainer.save_model(str(folder))
+
+    # Evaluate
+    metrics = trainer.evaluate() if eval_rows is not None else {}
+    metrics["broken_rows"] = trainer.data_collator.broken_rows.value
+
+    # Card and push
+    if trainer.is_world_process_zero():
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
+        plot_curves(trainer.state.log_history, output_dir / "curves.png")
+        write_card(folder, model_args, data_args, training_args, table, metrics, output_dir)
+        if training_args.push_to_hub:
+            from huggingface_hub import HfApi
+
+            repository = training_args.hub_model_id or output_dir.name
+            api = HfApi(token=training_args.hub_token)
+            repo_id = api.create_repo(repository, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Train")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return metrics
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(sys.argv[1:])

@@ -1,0 +1,182 @@
+"""
+The Trainer with what a vision-language model needs beside it: learning rates by part, accuracy by generation, a count of
+broken pictures in every log line, and checkpoints that are known to be whole.
+"""
+
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from training_data import TrainingCollator
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_visualchat import VisualChatProcessor
+from modeling_visualchat.data_collator_visualchat import fill_images
+
+
+logger = logging.getLogger(__name__)
+
+WHOLE = "whole.json"
+
+
+@dataclass
+class VisualChatTrainingArguments(TrainingArguments):
+    """transformers' arguments, and learning rates by part. `learning_rate` is for whatever has none of its own."""
+
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector."})
+    embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of the token embedding."})
+    lora_learning_rate: float | None = field(default=None, metadata={"help": "Of LoRA's matrices."})
+    generation_samples: int = field(
+        default=0, metadata={"help": "Evaluation rows whose last answer is generated, and counted if it is exact."}
+    )
+    generation_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a generated answer at most."})
+
+
+class VisualChatTrainer(Trainer):
+    """See the module's docstring."""
+
+    args: VisualChatTrainingArguments
+    data_collator: TrainingCollator
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parts = group_parameters(self.model if model is None else model, self.args)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(parts, **kwargs)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log({**logs, "broken_rows": self.data_collator.broken_rows.value}, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        count = min(self.args.generation_samples, len(rows))
+        if count:
+            accuracy = self.exact_answers(rows.select(range(count)))
+            metrics[f"{metric_key_prefix}_exact_answers"] = accuracy
+            self.log({f"{metric_key_prefix}_exact_answers": accuracy})
+        return metrics
+
+    @torch.no_grad()
+    def exact_answers(self, rows) -> float:
+        """Share of rows whose last answer is generated word for word. Every process takes its share of the rows."""
+        processor: VisualChatProcessor = self.processing_class
+        model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        model.eval()
+        settings = {"max_new_tokens": self.args.generation_max_new_tokens, "do_sample": False}
+        settings["synced_gpus"] = self.args.world_size > 1
+        # The same number of turns on every rank: under ZeRO-3 all of them generate together
+        turns = -(-len(rows) // self.args.world_size)
+        right = 0
+        for turn in range(turns):
+            index = turn * self.args.world_size + self.args.process_index
+            messages = fill_images(rows[index % len(rows)], f"evaluation row {index}")
+            last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+            inputs = processor.apply_chat_template(
+                messages[:last], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(self.args.device)
+            tokens = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+            answer = processor.decode(tokens, skip_special_tokens=True)
+            content = messages[last]["content"]
+            expected = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+            right += index < len(rows) and answer.strip() == expected.strip()
+        total = self.accelerator.reduce(torch.tensor(float(right), device=self.args.device))
+        return float(total) / len(rows)
+
+
+def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) -> list[dict]:
+    """Trained parameters by part, each with its learning rate and name. Weight decay leaves out norms and biases."""
+    rates = {
+        "lora": args.lora_learning_rate,
+        "projector": args.projector_learning_rate,
+        "embedding": args.embedding_learning_rate,
+        "rest": None,
+    }
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "lora_" in name:
+            part = "lora"
+        elif "multi_modal_projector" in name:
+            part = "projector"
+        elif "embed_tokens" in name:
+            part = "embedding"
+        else:
+            part = "rest"
+        decays = not re.search(r"bias$|norm", name)
+        rate = rates[part] if rates[part] is not None else args.learning_rate
+        key = (part, decays)
+        if key not in groups:
+            weight_decay = args.weight_decay if decays else 0.0
+            groups[key] = {"params": [], "lr": rate, "weight_decay": weight_decay, "name": part}
+        groups[key]["params"].append(parameter)
+    if not groups:
+        raise ValueError("No parameter trains: see --mode")
+    return list(groups.values())
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks a checkpoint once every process has written its part of it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            (folder / WHOLE).write_text(json.dumps({"step": state.global_step, "world_size": args.world_size}))
+
+
+def find_whole_checkpoint(args: TrainingArguments, deepspeed_universal: bool = False) -> str | None:
+    """
+    The newest checkpoint that was written to its end, for `--resume`; newer ones, cut off by a kill, are removed.
+
+    Raises:
+        ValueError: If it was written by another number of processes under DeepSpeed, with the command that converts it.
+    """
+    folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    newest_first = sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    for folder in newest_first:
+        if not (folder / WHOLE).exists():
+            logger.warning("%s was not written to its end: left out", folder)
+            if args.process_index == 0:
+                shutil.rmtree(folder)
+            continue
+        written_by = json.loads((folder / WHOLE).read_text())["world_size"]
+        if args.deepspeed and written_by != args.world_size and not deepspeed_universal:
+            step = folder.name.rsplit("-", 1)[1]
+            raise ValueError(
+                f"{folder} was written by {written_by} processes, and this run has {args.world_size}. Convert it:\n"
+                f"  python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder}/global_step{step}"
+                f" --output_folder {folder}/global_step{step}_universal\n"
+                '(ZeRO-2: also --inject_missing_state), write the folder\'s name into the file "latest_universal" beside it,'
+                ' and set "checkpoint": {"load_universal": true} in the DeepSpeed JSON'
+            )
+        return str(folder)
+    return None
+
+
+def plot_curves(log_history: list[dict], path: Path) -> None:
+    """Loss, evaluation loss and learning rate by step."""
+    figure, (losses, rates) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for key, style in (("loss", "-"), ("eval_loss", "o--")):
+        points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
+        if points:
+            losses.plot(*zip(*points), style, color="black", label=key, markersize=4)
+    losses.legend()
+    losses.set_ylabel("loss")
+    points = [(entry["step"], float(entry["learning_rate"])) for entry in log_history if "learning_rate" in entry]
+    if points:
+        rates.plot(*zip(*points), color="black")
+    rates.set_ylabel("learning rate")
+    for axis in (losses, rates):
+        axis.set_xlabel("step")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
