@@ -279,6 +279,8 @@ class TestTraining:
             torch.testing.assert_close(ours, gradient, atol=1e-5, rtol=1e-5, msg=name)
         projector = [gradients[f"model.multi_modal_projector.{n}"] for n in ("linear.weight", "layer_norm.bias")]
         assert all(gradient.abs().sum() == 0 for gradient in projector)
+        _, with_types = loss_and_gradients(model, {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["input_ids"])})
+        assert set(with_types) == set(gradients)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("frozen", [False, True], ids=["all train", "alignment"])

@@ -240,6 +240,18 @@ class TestRows:
         with pytest.raises(ValueError, match="2 datasets, but 1 weights"):
             prepare_rows(names, make_processor(), 512, weights=[1])
 
+    def test_json_lines_with_paths_of_pictures(self, tmp_path, monkeypatch):
+        from training_data import TrainingCollator, prepare_rows
+
+        monkeypatch.chdir(tmp_path)
+        Path("pictures").mkdir()
+        digit_image(0).save("pictures/cat.jpg")
+        readme = (EXAMPLES.parent / "README.md").read_text()
+        Path("rows.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
+        rows = prepare_rows(["rows.jsonl"], make_processor(), 512).rows
+        batch = TrainingCollator(make_processor())([rows[0]])
+        assert batch["pixel_values"].shape == (1, 3, 16, 16)
+
     def test_a_dataset_of_another_schema_is_named(self, tmp_path):
         from training_data import load_rows
 
@@ -269,6 +281,35 @@ class TestRows:
         assert "bad.png" in caplog.text
         log = json.loads((tmp_path / "go" / "log.json").read_text())
         assert [entry["broken_rows"] for entry in log][-1] == 1
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_trls_sft_trainer_needs_no_glue(parts, tmp_path, answers_only):
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModel.from_pretrained(parts / "model")
+    model.freeze_for_alignment()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = datasets.Dataset.from_list([make_row(k, images=1 + k % 2) for k in range(8)], features=FEATURES)
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_length=None,
+        assistant_only_loss=answers_only,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        logging_steps=1,
+    )
+    processor = AutoProcessor.from_pretrained(parts / "model")
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    logged = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all(loss > 0 for loss in logged)
+    assert moved(before, model.state_dict()) == ALIGNMENT
 
 
 def make_filled(row):

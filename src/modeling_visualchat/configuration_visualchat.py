@@ -92,6 +92,11 @@ class VisualChatConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @property
+    def hidden_size(self) -> int:
+        """The decoder's: what DeepSpeed's `"auto"` bucket sizes are computed from."""
+        return self.text_config.hidden_size
+
+    @property
     def image_seq_length(self) -> int:
         """Tokens that one image takes in `input_ids`."""
         if self.projector == "perceiver":

@@ -46,14 +46,15 @@ class VisualChatDataCollator:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            return_tensors="pt",
+            return_tensors=None,  # spans are found in lists: in tensors it takes longer than all the rest
             processor_kwargs={
                 "padding": True,
                 "padding_side": "right",
                 "pad_to_multiple_of": self.pad_to_multiple_of,
             },
         )
-        learned = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        learned = torch.tensor(batch.pop("assistant_masks"), dtype=torch.bool)
+        batch.convert_to_tensors("pt")
         for index, row_learned in enumerate(learned):
             if not row_learned.any():
                 raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import load_image as fetch_image
 
 
+ORIENTATION = 0x0112  # the EXIF tag
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
@@ -50,7 +51,8 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name}: the picture has no pixels, its size is {image.width}×{image.height}")
     try:
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: the picture is broken: {error}") from error
     return to_rgb(image, name)

@@ -168,8 +168,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
         # In training every process of a distributed run calls the same modules in the same order in every step, also with a
         # batch of text alone: a blank picture and the numbers go through them there, with no effect on the result. Else
         # ZeRO-3 hangs, and ZeRO-1 and ZeRO-2 add up the gradients of different parameters.
-        without_images = self.training and image_outputs is None and pixel_values is None and mm_token_type_ids is None
         from_embeds = inputs_embeds is not None
+        features_in_place = from_embeds and mm_token_type_ids is not None
+        without_images = self.training and image_outputs is None and pixel_values is None and not features_in_place
         if not from_embeds:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if without_images:
