@@ -172,12 +172,18 @@ def answer_questions(
 
 def save_conversation(rows: list[dict], folder: Path) -> list[dict]:
     """
-    Writes the pictures and the messages of the first row with the most rounds, images and kinds of questions.
+    Writes the pictures and the messages of one row: that with the most kinds of questions, and of these with the most rounds
+    that bring images.
 
     Returns:
         `list[dict]`: Its messages, with the pictures' paths.
     """
-    row = max(rows, key=lambda row: (len(set(row["kinds"])), len(row["images"]), len(row["messages"])))
+
+    def variety(row):
+        arrivals = sum(any(part["type"] == "image" for part in message["content"]) for message in row["messages"][::2])
+        return len(set(row["kinds"])), arrivals, len(row["images"])
+
+    row = max(rows, key=variety)
     folder.mkdir(exist_ok=True)
     paths = []
     for number, picture in enumerate(row["images"], 1):
