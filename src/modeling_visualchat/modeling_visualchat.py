@@ -445,7 +445,9 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            next_tokens = kwargs.pop("shift_labels", None)  # given where a sequence is shared out over processes
+            if next_tokens is None:
+                next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
                 next_tokens = next_tokens[logits_to_keep]
             loss = self.loss_function(
