@@ -71,8 +71,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if missing := [name for name, value in needed.items() if not value]:
             parser.error(f"{', '.join(missing)} missing (or use --list)")
     for name in ("max_samples", "num_proc", "rows_per_shard"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+        value = vars(options)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return options
 
 

@@ -181,7 +181,8 @@ def main(argv: list[str]) -> dict[str, float]:
     if not model_args.model_name_or_path:
         model_args.model_name_or_path = str(output_dir / "joined")
         with training_args.main_process_first(desc="joining tower and decoder"):
-            if training_args.process_index == 0 and not data_args.resume:
+            joined = (output_dir / "joined" / "processor_config.json").exists()  # written last
+            if training_args.process_index == 0 and not (data_args.resume and joined):
                 join_parts(model_args, processor, output_dir / "joined")
         processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
     with training_args.main_process_first(desc="preparing rows"):

@@ -85,10 +85,10 @@ class VisualChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for field, expected in (("vision_config", CLIPVisionConfig), ("text_config", LlamaConfig)):
-            model_type = getattr(self, field).model_type
-            if model_type != expected.model_type:
-                raise TypeError(f"`{field}` must be a {expected.__name__}, got one with model_type {model_type!r}")
+        parts = (("vision_config", self.vision_config, CLIPVisionConfig), ("text_config", self.text_config, LlamaConfig))
+        for field, part, expected in parts:
+            if part.model_type != expected.model_type:
+                raise TypeError(f"`{field}` must be a {expected.__name__}, got one with model_type {part.model_type!r}")
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModel, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, CLIPModel, CLIPVisionModel, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -96,7 +96,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
-        self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector](config)
         self.language_model = VisualChatTextModel(config)
         self.post_init()

@@ -1,0 +1,63 @@
+"""The model compiled, sharded, offloaded, in other precisions, and with other LLaMAs as its decoder."""
+
+import pytest
+import torch
+from tiny import copy_llama_weights, make_inputs, make_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+class TestPlacement:
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal"])
+    def test_torch_compile_of_the_forward(self, variant):
+        model = make_model(multimodal_attention=variant, image_number_keys=True)
+        inputs = make_inputs(["titit", "tt"], model)
+        compiled = torch.compile(model, fullgraph=True)
+        with torch.no_grad():
+            kept = inputs["attention_mask"].bool()
+            torch.testing.assert_close(compiled(**inputs).logits[kept], model(**inputs).logits[kept], atol=1e-4, rtol=1e-4)
+
+    def test_sharded_safetensors_device_map_and_dtype(self, tmp_path):
+        model = make_model()
+        inputs = make_inputs(["titit"], model)
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+        assert (tmp_path / "model.safetensors.index.json").exists()
+        with torch.no_grad():
+            mapped = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto").eval()
+            assert torch.equal(mapped(**inputs).logits, model(**inputs).logits)
+            half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+            assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+            inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+            assert half(**inputs).logits.dtype == torch.bfloat16
+
+    def test_parts_offloaded_to_disk_compute_the_same(self, tmp_path):
+        model = make_model(image_number_keys=True)
+        inputs = make_inputs(["titit"], model)
+        model.save_pretrained(tmp_path / "model")
+        device_map = {
+            "model.vision_tower": "disk",
+            "model.multi_modal_projector": "cpu",
+            "model.language_model.embed_tokens": "cpu",
+            "model.language_model.layers.0": "disk",
+            "model.language_model.layers.1": "cpu",
+            "model.language_model.layers.2": "disk",
+            "model.language_model.norm": "cpu",
+            "model.language_model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+        }
+        offloaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        ).eval()
+        with torch.no_grad():
+            assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
+
+    def test_rope_scaling_and_biases_of_other_llamas(self):
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 256
+        text = {"rope_parameters": rope, "attention_bias": True, "mlp_bias": True, "head_dim": 24}
+        model = make_model(text=text)
+        llama = copy_llama_weights(model, LlamaForCausalLM._from_config(LlamaConfig(**model.config.text_config.to_dict())))
+        inputs = make_inputs(["tttt"], model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, llama(**inputs).logits)
+            assert model(**make_inputs(["titi"], model)).logits.isfinite().all()
