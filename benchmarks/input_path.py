@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 
 
-SAMPLES, BATCH, REPEATS, TARGET = 64, 8, 7, 0.9
+SAMPLES, BATCH, REPEATS, TARGET = 64, 8, 21, 0.9
 ANSWER = "A building with a curved roof stands between trees, and people walk along the path in front of it. " * 2
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What can be wrong with a raw row, and the checks that find it before training does."""
+"""What can be wrong with a row, raw or of `messages` and `images`, and the checks that find it before training does."""
 
 import base64
 import functools
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_visualchat.image_loading_visualchat import load_image
+from modeling_visualchat.processing_visualchat import PART_KEYS
 
 
 PLACEHOLDER = "<image>"
@@ -30,11 +31,11 @@ KINDS = {
 @dataclass(frozen=True)
 class Problem:
     """
-    One thing that is wrong with the raw data.
+    One thing that is wrong with the data.
 
     Args:
         kind (`str`): A key of `KINDS`.
-        file (`str`): The raw file, relative to the data root.
+        file (`str`): The raw file, relative to the data root; or the dataset, as it was named.
         row (`str`): Index, counted from 0, of a row in a list; key of a row in a mapping.
         field (`str`): Path of the field within the row, such as `conversations[1].value`.
         detail (`str`): What was found there.
@@ -101,14 +102,61 @@ def words(text: str, field: str, what: str) -> str:
     return text
 
 
-def check_turns(turns: list, speakers: tuple[str, str], field: str, key: str) -> None:
-    """Checks that the two speakers alternate, the first one begins and the second one ends."""
-    for index, turn in enumerate(turns):
-        speaker, expected = need(turn, key, str, f"{field}[{index}]"), speakers[index % 2]
+def check_turns(turns: list, speakers: tuple[str, str], field: str, key: str, start: int = 0) -> None:
+    """Checks that from the turn `start` on the two speakers alternate, the first one begins and the second one ends."""
+    for index, turn in enumerate(turns[start:], start):
+        speaker, expected = need(turn, key, str, f"{field}[{index}]"), speakers[(index - start) % 2]
         if speaker != expected:
             raise BadRow("odd turns", f"{field}[{index}].{key}", f"it is {speaker!r}, but expected was {expected!r}")
-    if not turns or len(turns) % 2:
-        raise BadRow("odd turns", field, f"{len(turns)} turns: every question needs an answer")
+    count = len(turns) - start
+    if not count or count % 2:
+        raise BadRow("odd turns", field, f"{count} turns: every question needs an answer")
+
+
+def check_conversation(row: dict) -> list[tuple[str, str | bytes]]:
+    """
+    Checks a row of `messages` and `images`, all but the pictures themselves. A system message may come first, and a question
+    that brings a picture needs no words.
+
+    Returns:
+        For every picture its field, and its path, URL or data.
+
+    Raises:
+        BadRow: For the first fault.
+    """
+    messages, images = need(row, "messages", list), row.get("images") or []
+    begins_with_system = bool(messages) and need(messages[0], "role", str, "messages[0]") == "system"
+    check_turns(messages, ("user", "assistant"), "messages", "role", start=int(begins_with_system))
+    pictures, empty = [], 0
+    for index, message in enumerate(messages):
+        content, field = need(message, "content", (str, list), f"messages[{index}]"), f"messages[{index}].content"
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts, shown = [], 0
+        for k, part in enumerate(parts):
+            kind = need(part, "type", str, f"{field}[{k}]")
+            if kind == "text":
+                texts.append(need(part, "text", str, f"{field}[{k}]"))
+            elif kind != "image":
+                raise BadRow("missing field", f"{field}[{k}].type", f"expected 'image' or 'text', got {kind!r:.80}")
+            elif message["role"] != "user":
+                raise BadRow("image count", f"{field}[{k}]", f"only the user shows images, not the {message['role']}")
+            else:
+                shown += 1
+                own = next((key for key in PART_KEYS["image"] if part.get(key) is not None), None)
+                if own is None:
+                    empty += 1
+                else:
+                    pictures.append((f"{field}[{k}].{own}", need(part, own, (str, bytes), f"{field}[{k}]")))
+        text = "\n".join(texts)
+        if text.strip() or message["role"] == "assistant" or (message["role"] == "user" and not shown):
+            words(text, field, {"system": "system message", "user": "question", "assistant": "answer"}[message["role"]])
+    if empty != len(images):
+        raise BadRow("image count", "images", f"{empty} image parts wait for a picture, but there are {len(images)} images")
+    for k, image in enumerate(images):
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise BadRow("missing image", f"images[{k}]", "there is neither a path nor data")
+        pictures.append((f"images[{k}]", image["path"] if image["bytes"] is None else image["bytes"]))
+    return pictures
 
 
 def read_picture(path: str, span: tuple[int, int] | None) -> bytes:
@@ -128,18 +176,25 @@ def read_picture(path: str, span: tuple[int, int] | None) -> bytes:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def inspect_picture(path: str, span: tuple[int, int] | None) -> tuple[tuple[int, int] | None, str, str]:
+def inspect_picture(path: str | Path, span: tuple[int, int] | None = None) -> tuple[tuple[int, int] | None, str, str]:
+    """[`inspect_data`] of a picture that lies elsewhere: decoded once in each process, however many rows show it."""
+    try:
+        return inspect_data(path if span is None else read_picture(path, span))
+    except (OSError, ValueError) as error:
+        return None, "undecodable image", str(error)
+
+
+def inspect_data(source: str | Path | bytes) -> tuple[tuple[int, int] | None, str, str]:
     """
-    Decodes a picture, once in each process however many rows show it.
+    Decodes a picture.
 
     Returns:
         Its width and height, "" and ""; or None, the kind of problem and the detail.
     """
     try:
-        source = Path(path) if span is None else read_picture(path, span)
         return load_image(source, name="picture").size, "", ""
     except FileNotFoundError:
-        return None, "missing image", f"there is no file {path}"
+        return None, "missing image", f"there is no file {source}"
     except (OSError, ValueError) as error:
         reason = f"{error.__cause__ or ''}".lower()
         is_cut = "truncated" in reason or str(error).endswith("is empty")

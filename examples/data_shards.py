@@ -12,7 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
-from data_checks import Picture, Problem, inspect_picture, read_picture
+from data_checks import (
+    BadRow,
+    Picture,
+    Problem,
+    check_conversation,
+    inspect_data,
+    inspect_picture,
+    read_picture,
+)
 from data_rows import Sample
 
 
@@ -29,28 +37,8 @@ FEATURES = datasets.Features(
         "images": datasets.List(datasets.Image()),
     }
 )
-
-
-@dataclass(frozen=True)
-class Shard:
-    """
-    Work for one process.
-
-    Args:
-        source (`str`): Name of the source.
-        rows (`list[list[Sample]]`): The samples that each row joins.
-        min_side (`int`): Samples with a picture of fewer pixels a side are left out.
-        embed_images (`bool`): Whether rows hold the bytes of all pictures, or paths of those that are files.
-        parquet (`Path`, *optional*): Where to write. Without it, rows are only checked.
-        report (`Path`, *optional*): Where to write what became of the shard, once the shard is there.
-    """
-
-    source: str
-    rows: list[list[Sample]]
-    min_side: int
-    embed_images: bool = False
-    parquet: Path | None = None
-    report: Path | None = None
+# What the feature Image writes of a picture is its path alone, if there is such a file where the program runs
+AS_GIVEN = datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
 
 
 @dataclass
@@ -80,40 +68,117 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def make_shard(shard: Shard) -> Report:
+@dataclass(frozen=True)
+class Shard:
     """
-    Checks the pictures of a shard and writes its good samples. A sample with a bad picture is dropped, and a row only if
-    none of its samples is good.
+    Work for one process.
+
+    Args:
+        name (`str`): Of the source or dataset.
+        rows (`list[list[Sample]]` or `datasets.Dataset`): What rows are made of: the samples that each joins, or rows.
+        embed_images (`bool`): Whether rows hold the bytes of all pictures, or paths of those that are files.
+        parquet (`Path`, *optional*): Where to write. Without it, rows are only checked.
+        report (`Path`, *optional*): Where to write what became of the shard, once the shard is there.
     """
+
+    name: str
+    rows: list[list[Sample]] | datasets.Dataset
+    embed_images: bool = field(default=False, kw_only=True)
+    parquet: Path | None = field(default=None, kw_only=True)
+    report: Path | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class SourceShard(Shard):
+    """
+    Rows of a source. A sample with a bad picture is dropped, and a row only if none of its samples is good.
+
+    Args:
+        min_side (`int`): Samples with a picture of fewer pixels a side are left out.
+    """
+
+    min_side: int
+    features = FEATURES
+
+    def make_rows(self, report: Report) -> Iterator[dict]:
+        """The good rows."""
+        for samples in self.rows:
+            good = [sample for sample in samples if self._check(sample, report)]
+            if good:
+                report.counts["samples"] += len(good)
+                yield make_row(good, self.name, self.embed_images)
+
+    def _check(self, sample: Sample, report: Report) -> bool:
+        is_good = True
+        for picture in (picture for one in sample.rounds for picture in one.pictures):
+            size, kind, detail = inspect_picture(Path(picture.path), picture.span)
+            if size is None:
+                report.problems.append(Problem(kind, sample.file, sample.row, picture.field, detail))
+                is_good = False
+            elif min(size) < self.min_side and is_good:
+                report.left_out[f"samples whose image has fewer than {self.min_side} pixels a side"] += 1
+                return False
+        return is_good
+
+
+@dataclass(frozen=True)
+class DatasetShard(Shard):
+    """
+    Rows of a dataset in the schema, written as they are.
+
+    Args:
+        numbers (`list[int]`): Which row of the dataset each one is, counted from 0.
+    """
+
+    numbers: list[int]
+
+    @property
+    def features(self) -> datasets.Features:
+        return self.rows.features
+
+    def make_rows(self, report: Report) -> Iterator[dict]:
+        """The good rows."""
+        for number, row in zip(self.numbers, self.rows):
+            if self._check(str(number), row, report):
+                report.counts["samples"] += 1
+                yield {**row, "images": [self._make_cell(image) for image in row.get("images") or []]}
+
+    def _check(self, number: str, row: dict, report: Report) -> bool:
+        try:
+            pictures = check_conversation(row)
+        except BadRow as bad:
+            report.problems.append(Problem(bad.kind, self.name, number, bad.field, bad.detail))
+            return False
+        is_good = True
+        for place, picture in pictures:
+            inspect = inspect_picture if isinstance(picture, str) else inspect_data
+            size, kind, detail = inspect(picture)
+            if size is None:
+                report.problems.append(Problem(kind, self.name, number, place, detail))
+                is_good = False
+        return is_good
+
+    def _make_cell(self, image: dict) -> dict:
+        return image if image["bytes"] is not None else make_cell(Picture(image["path"], "images"), self.embed_images)
+
+
+def make_shard(shard: SourceShard | DatasetShard) -> Report:
+    """Checks the rows of a shard with their pictures and writes the good ones."""
     report, rows = Report(len(shard.rows)), []
-    for samples in shard.rows:
-        good = [sample for sample in samples if _check_sample(sample, shard.min_side, report)]
-        if good:
-            rows.append(make_row(good, shard.source, shard.embed_images))
-            report.counts["samples"] += len(good)
-            report.counts["rounds"] += len(rows[-1]["messages"]) // 2
-            report.counts["images"] += len(rows[-1]["images"])
+    for row in shard.make_rows(report):
+        rows.append(row)
+        report.counts["rounds"] += len(row["messages"]) // 2
+        report.counts["images"] += len(row["images"])
     report.counts["rows"] = len(rows)
     if shard.parquet is not None:
         temporary = shard.parquet.with_name(f".{shard.parquet.name}.{os.getpid()}")
         datasets.disable_progress_bars()  # of the single file; there is one over all shards
-        datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(temporary)
+        features = datasets.Features({**shard.features, "images": AS_GIVEN})
+        written = datasets.Dataset.from_list(rows, features=features).cast_column("images", FEATURES["images"])
+        written.to_parquet(temporary)
         os.replace(temporary, shard.parquet)
         report.write(shard.report)
     return report
-
-
-def _check_sample(sample: Sample, min_side: int, report: Report) -> bool:
-    is_good = True
-    for picture in (picture for one in sample.rounds for picture in one.pictures):
-        size, kind, detail = inspect_picture(picture.path, picture.span)
-        if size is None:
-            report.problems.append(Problem(kind, sample.file, sample.row, picture.field, detail))
-            is_good = False
-        elif min(size) < min_side and is_good:
-            report.left_out[f"samples whose image has fewer than {min_side} pixels a side"] += 1
-            return False
-    return is_good
 
 
 def make_row(samples: list[Sample], source: str, embed_images: bool) -> dict:
@@ -135,7 +200,7 @@ def make_cell(picture: Picture, embed_images: bool) -> dict:
     return {"bytes": None, "path": picture.path}
 
 
-def run_shards(shards: list[Shard], num_proc: int) -> Iterator[Report]:
+def run_shards(shards: list[SourceShard | DatasetShard], num_proc: int) -> Iterator[Report]:
     """The reports, in the order in which the shards become ready."""
     inspect_picture.cache_clear()  # pictures may have been mended since an earlier call
     if num_proc == 1 or len(shards) < 2:

@@ -1,10 +1,13 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Turns the sources of the paper's training data into rows of one schema, `messages` and `images`, and finds bad rows first:
+Turns the sources of the paper's training data into rows of one schema, `messages` and `images`, and finds bad rows first;
+also those of any dataset that has the schema already, named as for `train.py`:
 
     python examples/prepare_data.py --list
     python examples/prepare_data.py --source llava --data-root data --check
     python examples/prepare_data.py --source llava llava_dial --data-root data --output prepared
+    python examples/prepare_data.py --dataset rows.jsonl --check
+    python examples/prepare_data.py --dataset rows.jsonl --output prepared --skip-bad
 
 The raw files are downloaded by you; `--list` shows which ones a source needs. All texts are read and checked first, then the
 pictures of the rows are decoded in parallel. `OUTPUT/NAME` appears once every row is made: parquet shards for
@@ -25,14 +28,17 @@ import random
 import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data_checks import Problem, summarize
 from data_rows import Context, Sample
-from data_shards import Report, Shard, run_shards, write_whole
+from data_shards import DatasetShard, Report, SourceShard, run_shards, write_whole
 from data_sources import SOURCES, open_source
+from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
+from training_data import load_rows
 
 
 CARD = """\
@@ -42,7 +48,7 @@ configs:
   data_files: shard-*.parquet
 ---
 
-{rows} conversations of the source `{name}`, with {images} images and {rounds} rounds, made by VisualChat's
+{rows} conversations of `{name}`, with {images} images and {rounds} rounds, made by VisualChat's
 `examples/prepare_data.py`; `prepared.json` holds the settings. Images are {kept}.
 """
 
@@ -50,6 +56,7 @@ configs:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", nargs="+", choices=SOURCES, metavar="NAME", help="what to prepare; see --list")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="what train.py's --datasets takes")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the raw data")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write DIR/NAME to")
     parser.add_argument("--check", action="store_true", help="only look for problems; with --output, list them all there")
@@ -65,7 +72,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="show the sources and the raw files that each needs")
     options = parser.parse_args(arguments)
     if not options.list:
-        needed = {"--source": options.source, "--data-root": options.data_root}
+        needed = {"--source or --dataset": options.source or options.dataset}
+        if options.source:
+            needed["--data-root"] = options.data_root
         if not options.check:
             needed["--output"] = options.output
         if missing := [name for name, value in needed.items() if not value]:
@@ -75,6 +84,74 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return options
+
+
+@dataclass
+class Plan:
+    """
+    What is to be checked or made of a source or a dataset.
+
+    Args:
+        name (`str`): What its files are called.
+        shards (`list[SourceShard]` or `list[DatasetShard]`): The work, not yet told where to write.
+        origin (`dict`): Its part of the settings.
+        content (`Iterable`): What the settings hold the digest of.
+        kept (`str`): Where the images are, unless they are embedded.
+        problems (`list[Problem]`), left_out (`Counter`): What was found while the rows were read.
+    """
+
+    name: str
+    shards: list[SourceShard] | list[DatasetShard]
+    origin: dict
+    content: Iterable
+    kept: str
+    problems: list[Problem] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+
+
+def plan_source(name: str, options: argparse.Namespace) -> Plan:
+    """Reads and checks the texts of a source."""
+    context = open_source(name, options.data_root, options.seed)
+    rows = plan_rows(context, options.max_samples)
+    size = options.rows_per_shard
+    return Plan(
+        name,
+        [SourceShard(name, rows[k : k + size], context.source.min_side) for k in range(0, len(rows), size)],
+        {
+            "source": name,
+            "data_root": str(context.root),
+            **{f"bytes of {raw.path}": os.path.getsize(context.root / raw.path) for raw in context.source.files},
+        },
+        rows,
+        "in the rows" if context.source.images.endswith(".json") else "named by their paths on the machine that made it",
+        context.problems,
+        context.left_out,
+    )
+
+
+def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
+    """
+    Opens a dataset as `train.py` does. Its rows keep their order.
+
+    Raises:
+        ValueError: If it cannot be read at all.
+    """
+    try:
+        rows = load_rows(name)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    numbers = list(range(len(rows)))
+    if options.max_samples is not None and options.max_samples < len(rows):
+        numbers = sorted(random.Random(f"{options.seed}-{name}").sample(numbers, options.max_samples))
+    groups = [numbers[k : k + options.rows_per_shard] for k in range(0, len(numbers), options.rows_per_shard)]
+    path = Path(name)
+    return Plan(
+        path.stem if path.suffix in (".parquet", ".json", ".jsonl") else path.name,
+        [DatasetShard(name, rows.select(group), group) for group in groups],
+        {"dataset": name, "bytes of the rows": rows.data.nbytes},
+        rows.select_columns("messages"),
+        "as the dataset has them: in the rows, or named by their paths",
+    )
 
 
 def plan_rows(context: Context, max_samples: int | None) -> list[list[Sample]]:
@@ -90,19 +167,17 @@ def plan_rows(context: Context, max_samples: int | None) -> list[list[Sample]]:
     return rows
 
 
-def describe_settings(context: Context, rows: list[list[Sample]], options: argparse.Namespace) -> dict:
+def describe_settings(plan: Plan, options: argparse.Namespace) -> dict:
     """All that the result depends on. Two runs with the same settings make the same shards."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in plan.content:
         digest.update(repr(row).encode())
     return {
-        "source": context.name,
-        "data_root": str(context.root),
+        **plan.origin,
         "seed": options.seed,
         "max_samples": options.max_samples,
         "rows_per_shard": options.rows_per_shard,
         "embed_images": options.embed_images,
-        **{f"bytes of {raw.path}": os.path.getsize(context.root / raw.path) for raw in context.source.files},
         "sha256 of the planned rows": digest.hexdigest(),
     }
 
@@ -123,22 +198,18 @@ def check_settings(settings: dict, path: Path) -> dict:
     return content
 
 
-def prepare(name: str, options: argparse.Namespace) -> int:
-    """Prepares or checks one source. Returns the exit status."""
-    print(f"{name}: reading", flush=True)
-    context = open_source(name, options.data_root, options.seed)
-    rows = plan_rows(context, options.max_samples)
-    groups = [rows[start : start + options.rows_per_shard] for start in range(0, len(rows), options.rows_per_shard)]
+def prepare(plan: Plan, options: argparse.Namespace) -> int:
+    """Prepares or checks one source or dataset. Returns the exit status."""
+    name = plan.name
     if options.check:
-        shards = [Shard(name, group, context.source.min_side) for group in groups]
-        problems, _, _ = conclude(context, decode(shards, [], options.num_proc, f"{name}: checking"))
+        problems, _, _ = conclude(plan, decode(plan.shards, [], options.num_proc, f"{name}: checking"))
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
             write_problems(options.output / f"{name}.problems.jsonl", problems)
         return 1 if problems else 0
 
     final, partial = options.output / name, options.output / f"{name}.partial"
-    settings = describe_settings(context, rows, options)
+    settings = describe_settings(plan, options)
     if final.exists() and not (final / "prepared.json").exists():
         raise ValueError(f"{final} exists, but was not made by this program: use another --output")
     if final.exists() and not options.overwrite:
@@ -149,16 +220,16 @@ def prepare(name: str, options: argparse.Namespace) -> int:
     begin(partial, settings, options.overwrite)
 
     shards, done = [], []
-    for index, group in enumerate(groups):
-        label = f"shard-{index:05d}-of-{len(groups):05d}"
+    for index, shard in enumerate(plan.shards):
+        label = f"shard-{index:05d}-of-{len(plan.shards):05d}"
         parquet, report = partial / "shards" / f"{label}.parquet", partial / "reports" / f"{label}.json"
         earlier = Report.read(report) if report.exists() and parquet.exists() else None
         if earlier and (options.skip_bad or not earlier.problems):  # else the pictures may have been mended
             done.append(earlier)
         else:
-            shards.append(Shard(name, group, context.source.min_side, options.embed_images, parquet, report))
+            shards.append(replace(shard, embed_images=options.embed_images, parquet=parquet, report=report))
     reports = decode(shards, done, options.num_proc, f"{name}: preparing")
-    problems, left_out, counts = conclude(context, reports)
+    problems, left_out, counts = conclude(plan, reports)
     write_problems(partial / "shards" / "problems.jsonl", problems)
     if problems and not options.skip_bad:
         print(f"{name}: not finished. Mend the data and run again, or drop the bad rows with --skip-bad", file=sys.stderr)
@@ -168,10 +239,9 @@ def prepare(name: str, options: argparse.Namespace) -> int:
         raise ValueError(f"{name}: there are no rows to write")
 
     kinds = Counter(problem.kind for problem in problems)
-    summary = {"settings": settings, **counts, "shards": len(groups), "problems": kinds, "left_out": left_out}
+    summary = {"settings": settings, **counts, "shards": len(plan.shards), "problems": kinds, "left_out": left_out}
     write_whole(partial / "shards" / "prepared.json", json.dumps(summary, indent=1, ensure_ascii=False))
-    in_rows = options.embed_images or context.source.images.endswith(".json")
-    kept = "in the rows" if in_rows else "named by their paths on the machine that made it"
+    kept = "in the rows" if options.embed_images else plan.kept
     write_whole(partial / "shards" / "README.md", CARD.format(name=name, kept=kept, **counts))
     present(partial, final)
     print(f"{name}: {counts['rows']} rows, {counts['rounds']} rounds, {counts['images']} images in {final}")
@@ -202,7 +272,7 @@ def present(partial: Path, final: Path) -> None:
     shutil.rmtree(partial)
 
 
-def decode(shards: list[Shard], done: list[Report], num_proc: int, label: str) -> list[Report]:
+def decode(shards: list[SourceShard] | list[DatasetShard], done: list[Report], num_proc: int, label: str) -> list[Report]:
     """Runs the shards under a progress bar that counts rows. Reports of shards `done` earlier come first."""
     reports, finished = list(done), sum(report.planned_rows for report in done)
     total = finished + sum(len(shard.rows) for shard in shards)
@@ -213,13 +283,13 @@ def decode(shards: list[Shard], done: list[Report], num_proc: int, label: str) -
     return reports
 
 
-def conclude(context: Context, reports: list[Report]) -> tuple[list[Problem], Counter, dict[str, int]]:
+def conclude(plan: Plan, reports: list[Report]) -> tuple[list[Problem], Counter, dict[str, int]]:
     """Joins and prints what was found: problems by file, row and field, what was left out, and counts."""
-    problems = context.problems + [problem for report in reports for problem in report.problems]
+    problems = plan.problems + [problem for report in reports for problem in report.problems]
     problems.sort(key=lambda problem: (problem.file, problem.row.zfill(12), problem.field, problem.kind))
-    left_out = sum((report.left_out for report in reports), context.left_out)
+    left_out = sum((report.left_out for report in reports), plan.left_out)
     counts = {name: sum(report.counts[name] for report in reports) for name in ("rows", "samples", "rounds", "images")}
-    print(f"{context.name}: {summarize(problems, left_out)}", flush=True)
+    print(f"{plan.name}: {summarize(problems, left_out)}", flush=True)
     return problems, left_out, counts
 
 
@@ -240,7 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
         list_sources()
         return 0
     try:
-        return max([prepare(name, options) for name in options.source])
+        statuses = []
+        for plan_one, names in ((plan_source, options.source), (plan_dataset, options.dataset)):
+            for name in names or []:
+                print(f"{name}: reading", flush=True)
+                statuses.append(prepare(plan_one(name, options), options))
+        return max(statuses)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

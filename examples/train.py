@@ -24,14 +24,17 @@ import yaml
 from training_card import write_card
 from training_data import TrainingCollator, prepare_rows, report_rows
 from training_loop import (
+    EpochOrder,
     VisualChatTrainer,
     VisualChatTrainingArguments,
-    WholeCheckpoints,
     find_whole_checkpoint,
+    is_for_another_world,
+    load_universal,
     plot_curves,
 )
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
@@ -94,6 +97,31 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Vis
     return parser.parse_args_into_dataclasses(argv)
 
 
+def check_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: VisualChatTrainingArguments
+) -> None:
+    """
+    Raises:
+        ImportError: If `load_in_4bit` is asked for without bitsandbytes.
+        ValueError: If two fields contradict each other; both are named, with their values.
+    """
+    if model_args.load_in_4bit and model_args.mode != "lora":
+        raise ValueError(f"load_in_4bit trains by LoRA alone: it needs mode: lora, got {model_args.mode}")
+    if model_args.load_in_4bit and not is_bitsandbytes_available():
+        raise ImportError("load_in_4bit needs bitsandbytes: pip install -U bitsandbytes")
+    if data_args.streaming:
+        if training_args.max_steps <= 0:
+            raise ValueError(f"streaming: true does not know its rows: it needs max_steps, got {training_args.max_steps}")
+        if training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                "streaming: true reads rows in their order: it needs train_sampling_strategy: random (the default), got "
+                f"{training_args.train_sampling_strategy}"
+            )
+    if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
+        reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
+        raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
+
+
 def load_processor(model_args: ModelArguments) -> VisualChatProcessor:
     """The model's, or one made of the parts'."""
     if model_args.model_name_or_path:
@@ -129,7 +157,7 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],  # whole names
         )
     model = AutoModel.from_pretrained(
         model_args.model_name_or_path,
@@ -158,7 +186,9 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
 
 def main(argv: list[str]) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(argv)
+    check_arguments(model_args, data_args, training_args)
     training_args.remove_unused_columns = False  # the collator reads all columns
+    training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of rows
     training_args.prediction_loss_only = True  # accuracy comes from generated answers
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -220,7 +250,7 @@ def main(argv: list[str]) -> dict[str, float]:
         eval_dataset=eval_rows,
         data_collator=TrainingCollator(processor, data_args.skip_broken_images),
         processing_class=processor,
-        callbacks=[WholeCheckpoints()],
+        callbacks=[EpochOrder()],
     )
 
     # Train
@@ -228,6 +258,8 @@ def main(argv: list[str]) -> dict[str, float]:
     if data_args.resume:
         checkpoint = find_whole_checkpoint(training_args)
         logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
+        if checkpoint and is_for_another_world(Path(checkpoint), training_args):
+            load_universal(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save

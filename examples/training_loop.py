@@ -3,9 +3,11 @@ The Trainer with what a vision-language model needs beside it: learning rates by
 broken pictures in every log line, and checkpoints that are known to be whole.
 """
 
+import copy
 import json
 import logging
 import re
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,9 @@ import matplotlib.pyplot as plt
 import torch
 from training_data import TrainingCollator
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from modeling_visualchat import VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import fill_images
@@ -23,6 +27,7 @@ from modeling_visualchat.data_collator_visualchat import fill_images
 logger = logging.getLogger(__name__)
 
 WHOLE = "whole.json"
+LATEST_UNIVERSAL = "latest_universal"  # written by ds_to_universal when it is done
 
 
 @dataclass
@@ -38,11 +43,56 @@ class VisualChatTrainingArguments(TrainingArguments):
     generation_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a generated answer at most."})
 
 
+class SeededLengthGroups(LengthGroupedSampler):
+    """
+    transformers' batches of like length, in an order of the seed and the epoch alone. Its own is drawn from each process's
+    random state, which differs between processes and after a resume: rows would be lost and others seen twice.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class VisualChatTrainer(Trainer):
     """See the module's docstring."""
 
     args: VisualChatTrainingArguments
     data_collator: TrainingCollator
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Groups of the whole batch, so that the order does not depend on the number of processes
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeededLengthGroups(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+        return sampler
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint is whole once every process has written its part of it; only then do older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step, "world_size": self.args.world_size}))
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # after a resume on another number of processes the best may be older than it
+            best = Path(self.state.best_model_checkpoint)
+            self.model_wrapped._config.load_universal_checkpoint = is_for_another_world(best, self.args)
+        super()._load_best_model()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -123,23 +173,43 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
     return list(groups.values())
 
 
-class WholeCheckpoints(TrainerCallback):
-    """Marks a checkpoint once every process has written its part of it."""
+class EpochOrder(TrainerCallback):
+    """
+    Tells [`SeededLengthGroups`] its epoch. On several processes, after a resume in the middle of an epoch, accelerate 1.15
+    reaches no sampler but its own random one, and the first epoch's order would come again.
+    """
 
-    def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            (folder / WHOLE).write_text(json.dumps({"step": state.global_step, "world_size": args.world_size}))
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.set_epoch(int(state.epoch))
 
 
-def find_whole_checkpoint(args: TrainingArguments, deepspeed_universal: bool = False) -> str | None:
+class OwnOptimizerGroups(TrainerCallback):
+    """
+    Gives the optimizer's groups their own settings again. Under ZeRO-3, DeepSpeed 0.19.8 loads a universal checkpoint with
+    the first group's settings for all, and one step counter that every group's update advances.
+    """
+
+    def on_train_begin(self, args, state, control, model, optimizer, lr_scheduler, **kwargs):
+        own_groups = group_parameters(model, args)
+        for group, own, rate in zip(optimizer.param_groups, own_groups, lr_scheduler.get_last_lr(), strict=True):
+            group.update(name=own["name"], weight_decay=own["weight_decay"], lr=rate)
+        for entry in optimizer.state.values():
+            entry["step"] = copy.deepcopy(entry["step"])  # a tensor, or a number
+
+
+def is_for_another_world(checkpoint: Path, args: TrainingArguments) -> bool:
+    """Whether ZeRO, which is to go on, shared out a checkpoint's optimizer state among another number of processes."""
+    shared_out = bool(args.deepspeed) and any(checkpoint.glob("global_step*/*_optim_states.pt"))
+    return shared_out and json.loads((checkpoint / WHOLE).read_text())["world_size"] != args.world_size
+
+
+def find_whole_checkpoint(args: TrainingArguments) -> str | None:
     """
     The newest checkpoint that was written to its end, for `--resume`; newer ones, cut off by a kill, are removed.
 
     Raises:
-        ValueError: If it was written by another number of processes under DeepSpeed, with the command that converts it.
+        ValueError: If it, or the best one that is loaded at the end, was written by another number of processes under
+            ZeRO and is not converted, with the commands that convert.
     """
     folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     newest_first = sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
@@ -149,18 +219,34 @@ def find_whole_checkpoint(args: TrainingArguments, deepspeed_universal: bool = F
             if args.process_index == 0:
                 shutil.rmtree(folder)
             continue
-        written_by = json.loads((folder / WHOLE).read_text())["world_size"]
-        if args.deepspeed and written_by != args.world_size and not deepspeed_universal:
-            step = folder.name.rsplit("-", 1)[1]
+        loaded = [folder]
+        best = json.loads((folder / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
+        if args.load_best_model_at_end and best is not None and Path(best) != folder:
+            loaded.append(Path(best))
+        commands = [
+            "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
+            f" --input_folder {shlex.quote(str(shards))} --output_folder {shlex.quote(f'{shards}_universal')}"
+            for checkpoint in loaded
+            if is_for_another_world(checkpoint, args) and not (checkpoint / LATEST_UNIVERSAL).exists()
+            for shards in checkpoint.glob("global_step*[0-9]")
+        ]
+        if commands:
+            written_by = json.loads((folder / WHOLE).read_text())["world_size"]
             raise ValueError(
-                f"{folder} was written by {written_by} processes, and this run has {args.world_size}. Convert it:\n"
-                f"  python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder}/global_step{step}"
-                f" --output_folder {folder}/global_step{step}_universal\n"
-                '(ZeRO-2: also --inject_missing_state), write the folder\'s name into the file "latest_universal" beside it,'
-                ' and set "checkpoint": {"load_universal": true} in the DeepSpeed JSON'
+                f"{folder} was written by {written_by} processes, and this run has {args.world_size}. Convert, then give"
+                " --resume again, with the same product of processes, --per_device_train_batch_size and"
+                " --gradient_accumulation_steps:\n  " + "\n  ".join(commands)
             )
         return str(folder)
     return None
+
+
+def load_universal(trainer: Trainer) -> None:
+    """Has `trainer.train` resume from a converted checkpoint."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
+    if plugin.hf_ds_config.is_zero3():
+        trainer.add_callback(OwnOptimizerGroups())
 
 
 def plot_curves(log_history: list[dict], path: Path) -> None:

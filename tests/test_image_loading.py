@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from tiny import make_processor, text_part
+from transformers import CLIPImageProcessorPil
 
-from modeling_visualchat.image_loading_visualchat import load_image
+from modeling_visualchat.image_loading_visualchat import clip_pixel_values, clip_side, crop_for_clip, load_image
 
 
 PHOTOGRAPH = Image.fromarray(load_sample_image("china.jpg")[:60, :80])
@@ -180,3 +181,66 @@ class TestBadPictures:
         ]
         with pytest.raises(ValueError, match=r"image 2: .*bad\.png is not a picture"):
             processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+
+
+class TestPixelValues:
+    """What we compute for CLIP's image processor is what it computes, to the bit."""
+
+    SIDE = 32
+    SIZES = {"shortest edge": {"shortest_edge": SIDE}, "both edges": {"height": SIDE, "width": SIDE}}
+
+    @staticmethod
+    def image_processor(**options):
+        side = TestPixelValues.SIDE
+        options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, **options}
+        return CLIPImageProcessorPil(**options)
+
+    @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+    @pytest.mark.parametrize("resample", Image.Resampling)
+    def test_pictures_of_any_size(self, size, resample):
+        image_processor = self.image_processor(size=size, resample=resample)
+        photograph = Image.fromarray(load_sample_image("flower.jpg"))
+        edges = (1, 7, 31, 32, 33, 64, 97, 211, 400)
+        pictures = [photograph.crop((150, 20, 150 + width, 20 + height)) for width in edges for height in edges]
+        expected = image_processor(pictures, return_tensors="pt")["pixel_values"]
+        assert torch.equal(clip_pixel_values(pictures, image_processor), expected)
+        cropped = [crop_for_clip(picture, image_processor) for picture in pictures]
+        assert {picture.size for picture in cropped} == {(self.SIDE, self.SIDE)}
+        assert torch.equal(image_processor(cropped, return_tensors="pt")["pixel_values"], expected)
+
+    def test_other_means_and_scales(self):
+        image_processor = self.image_processor(image_mean=[0.1, 0.2, 0.3], image_std=0.7, rescale_factor=1 / 127)
+        expected = image_processor([PHOTOGRAPH], return_tensors="pt")["pixel_values"]
+        assert torch.equal(clip_pixel_values([PHOTOGRAPH], image_processor), expected)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"do_resize": False},
+            {"do_center_crop": False, "size": {"height": 32, "width": 32}},
+            {"do_rescale": False},
+            {"do_normalize": False},
+            {"do_pad": True, "pad_size": {"height": 40, "width": 40}},
+            {"size": {"shortest_edge": 20}},
+            {"size": {"shortest_edge": 48}},
+            {"size": {"height": 32, "width": 40}},
+            {"size": {"shortest_edge": 32, "longest_edge": 36}},
+            {"crop_size": {"height": 32, "width": 30}},
+        ],
+        ids=str,
+    )
+    def test_other_steps_are_left_to_the_image_processor(self, options):
+        processor = make_processor()
+        processor.image_processor = self.image_processor(**options)
+        assert clip_side(processor.image_processor) is None
+        assert crop_for_clip(PHOTOGRAPH, processor.image_processor) is PHOTOGRAPH
+        values = processor(text="<image>", images=[PHOTOGRAPH], return_tensors="pt")["pixel_values"]
+        assert torch.equal(values, processor.image_processor([PHOTOGRAPH], return_tensors="pt")["pixel_values"])
+
+    def test_other_image_processors_are_left_alone(self):
+        class Inverted(CLIPImageProcessorPil):
+            def rescale(self, image, scale, **kwargs):
+                return super().rescale(255 - image, scale, **kwargs)
+
+        assert clip_side(self.image_processor()) == self.SIDE
+        assert clip_side(Inverted(**self.image_processor().to_dict())) is None

@@ -2,13 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
+from modeling_visualchat.image_loading_visualchat import load_image
 
 
 # ../shared/DESIGN.md, section 3
@@ -116,6 +120,52 @@ class TestInputs:
     def test_text_and_images_without_a_template(self, processor):
         inputs = processor(text="a <image> b <image>", images=[digit_image(0), digit_image(1)], return_tensors="pt")
         assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * TOKENS_PER_IMAGE
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
+    def test_pixel_values_are_the_image_processors(self, processor, mode):
+        photograph = Image.fromarray(load_sample_image("china.jpg"))
+        pictures = [photograph, photograph.rotate(90, expand=True), photograph.resize((20, 5))]
+        if mode == "I;16":
+            pictures = [Image.fromarray(np.asarray(one.convert("L")).astype(np.uint16) * 257) for one in pictures]
+        pictures = [one.convert(mode) for one in pictures]
+        expected = processor.image_processor([load_image(one) for one in pictures], return_tensors="pt")["pixel_values"]
+        assert torch.equal(inputs_of(processor, [user("?", *pictures)])["pixel_values"], expected)
+        row = {"messages": [user("?", *pictures), assistant("A")]}
+        assert torch.equal(VisualChatDataCollator(processor)([row])["pixel_values"], expected)
+
+    def test_the_usual_pictures_do_not_pass_through_the_image_processor(self, processor, cats, monkeypatch):
+        monkeypatch.setattr(type(processor.image_processor), "preprocess", None)
+        inputs_of(processor, cats)
+        VisualChatDataCollator(processor)([{"messages": [*cats, assistant("No.")]}])
+        with pytest.raises(TypeError):
+            inputs_of(processor, cats, return_tensors="np")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"do_normalize": False},
+            {"images_kwargs": {"do_normalize": False}},
+            {"size": {"height": 8, "width": 8}},
+            {"crop_size": {"height": 20, "width": 20}, "size": {"shortest_edge": 24}},
+            {"images_kwargs": {"do_center_crop": False, "size": {"height": 24, "width": 12}}},
+            {"resample": 0},
+        ],
+        ids=str,
+    )
+    def test_options_of_the_image_processor_are_heeded(self, processor, options):
+        picture = Image.fromarray(load_sample_image("china.jpg"))
+        inputs = processor(text="<image>", images=[picture], return_tensors="pt", **options)
+        options = options.get("images_kwargs", options)
+        expected = processor.image_processor([picture], return_tensors="pt", **options)["pixel_values"]
+        assert torch.equal(inputs["pixel_values"], expected)
+
+    @pytest.mark.parametrize("tensors", ["np", None])
+    def test_pixel_values_as_arrays(self, processor, tensors):
+        picture = Image.fromarray(load_sample_image("china.jpg"))
+        values = processor(text="<image>", images=[picture], return_tensors=tensors)["pixel_values"]
+        expected = processor.image_processor([picture], return_tensors=tensors)["pixel_values"]
+        assert type(values) is type(expected)
+        assert np.array_equal(values, expected)
 
     def test_a_wrong_number_of_images_raises_with_both_counts(self, processor):
         with pytest.raises(ValueError, match=r"2 <image> tokens and 1 images"):

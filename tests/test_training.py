@@ -1,13 +1,20 @@
 """`examples/train.py`: what it reads, what it trains in each mode, and what it leaves behind."""
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from tiny import assistant, digit_image, make_model, make_processor, text_part
+import yaml
+from safetensors.torch import load_file
+from tiny import assistant, digit_image, make_config, make_model, make_processor, text_part
 from transformers import AutoModel, AutoProcessor
+
+from modeling_visualchat import VisualChatForCausalLM
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -183,6 +190,69 @@ class TestInvariants:
         main([*arguments(parts, tmp_path / "halves", max_steps=6, save_steps=2), "--resume"])
         assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
 
+    def test_groups_of_like_length_come_in_an_order_of_seed_and_epoch_alone(self, parts, tmp_path):
+        from train import main
+
+        words = arguments(parts, tmp_path, train_sampling_strategy="group_by_length", save_strategy="steps", save_steps=6)
+        words += ["--max_steps", "10", "--eval_fraction", "0.2", "--mode", "lora", "--lora_dropout", "0.1"]
+        main(words)  # four steps an epoch: the checkpoint is in the middle of the second
+        whole = losses(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoint-10")
+        main([*words, "--resume"])
+        assert losses(tmp_path) == whole
+
+    def test_batches_hold_rows_of_like_length(self, parts, tmp_path):
+        from train import load_model, load_processor, parse_arguments
+        from training_data import TrainingCollator, prepare_rows
+        from training_loop import VisualChatTrainer
+
+        padding = {}
+        for strategy in ("sequential", "group_by_length"):
+            words = arguments(parts, tmp_path, train_sampling_strategy=strategy)
+            model_args, _, training_args = parse_arguments([*words, "--remove_unused_columns", "False"])
+            processor = load_processor(model_args)
+            rows = prepare_rows([str(parts / "data")] * 5, processor, 512).rows
+            trainer = VisualChatTrainer(
+                model=load_model(model_args, training_args),
+                args=training_args,
+                train_dataset=rows,
+                data_collator=TrainingCollator(processor),
+                processing_class=processor,
+            )
+            masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+            assert sum(mask.sum() for mask in masks) == sum(rows["length"])  # every row once
+            padding[strategy] = sum((mask == 0).sum().item() for mask in masks)
+        assert padding["group_by_length"] < 0.8 * padding["sequential"]
+
+    @pytest.mark.parametrize("mode", ["alignment", "lora"])
+    def test_the_best_model_is_saved_and_best_and_last_checkpoint_are_kept(self, parts, tmp_path, mode):
+        from train import main
+
+        settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+        # As the best counts what is worst, which is where training begins
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+        metrics = main(arguments(parts, tmp_path, mode=mode, save_total_limit=2, **settings, **best))
+        assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+        evaluations = [e for e in json.loads((tmp_path / "log.json").read_text()) if "eval_loss" in e]
+        assert evaluations[0]["eval_loss"] > evaluations[3]["eval_loss"]
+        assert metrics["eval_loss"] == pytest.approx(evaluations[0]["eval_loss"], abs=1e-6)
+        name = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"
+        first, saved = (load_file(tmp_path / folder / name) for folder in ("checkpoint-1", "model"))
+        assert set(saved) == set(first)
+        assert not moved(first, saved)
+
+    def test_older_checkpoints_go_only_when_the_new_one_is_whole(self, parts, tmp_path, monkeypatch):
+        import training_loop
+        from train import main
+
+        def stop(output_dir, save_total_limit, best):
+            newest = max(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+            assert (newest / "whole.json").exists() and save_total_limit == 1
+            assert len(list(Path(output_dir).glob("checkpoint-*"))) == int(newest.name.split("-")[1])
+
+        monkeypatch.setattr(training_loop, "rotate_checkpoints", stop)
+        main(arguments(parts, tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1))
+
     def test_learning_rates_by_part(self, parts):
         from training_loop import VisualChatTrainingArguments, group_parameters
 
@@ -281,6 +351,153 @@ class TestRows:
         assert "bad.png" in caplog.text
         log = json.loads((tmp_path / "go" / "log.json").read_text())
         assert [entry["broken_rows"] for entry in log][-1] == 1
+
+
+class TestContradictions:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"streaming": True, "max_steps": -1}, "streaming: true .* needs max_steps, got -1"),
+            (
+                {"streaming": True, "train_sampling_strategy": "group_by_length"},
+                "streaming: true .* needs train_sampling_strategy: random .* got group_by_length",
+            ),
+            ({"streaming": True, "eval_strategy": "steps"}, "streaming: true .* needs eval_strategy: no, got steps"),
+            ({"eval_fraction": 0, "eval_strategy": "epoch"}, "eval_fraction: 0 .* needs eval_strategy: no, got epoch"),
+            ({"load_in_4bit": True}, "load_in_4bit .* needs mode: lora, got alignment"),
+        ],
+    )
+    def test_both_fields_are_named_before_any_work_starts(self, parts, tmp_path, fields, message):
+        from train import main
+
+        with pytest.raises(ValueError, match=message):
+            main(arguments(parts, tmp_path / "run", **fields))
+        assert not (tmp_path / "run").exists()
+
+    def test_streamed_rows_train_without_evaluation(self, parts, tmp_path):
+        from train import main
+
+        assert main(arguments(parts, tmp_path, streaming=True)) == {"broken_rows": 0}
+        assert len(losses(tmp_path)) == 4
+
+
+class TestQuantized:
+    def test_4_bits_for_the_decoders_layers_alone(self, parts, tmp_path, monkeypatch):
+        import train
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        given = {}
+
+        def from_pretrained(name, **kwargs):
+            given.update(kwargs)
+            return make_model()
+
+        monkeypatch.setattr(train.AutoModel, "from_pretrained", from_pretrained)
+        model_args, _, training_args = train.parse_arguments(arguments(parts, tmp_path, mode="lora", load_in_4bit=True))
+        train.load_model(model_args, training_args)
+        config = given["quantization_config"]
+        assert config.load_in_4bit
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+        linear = {name for name, module in make_model().named_modules() if isinstance(module, torch.nn.Linear)}
+        quantized = {name for name in linear if should_convert_module(name, config.llm_int8_skip_modules)}
+        assert quantized == {name for name in linear if name.startswith("model.language_model.layers.")}
+        assert linear - quantized > {"lm_head", "model.multi_modal_projector.linear"}
+
+    def test_without_bitsandbytes_it_is_named_before_any_work_starts(self, parts, tmp_path, monkeypatch):
+        import train
+
+        monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+        with pytest.raises(ImportError, match="load_in_4bit needs bitsandbytes: pip install"):
+            train.main(arguments(parts, tmp_path / "run", mode="lora", load_in_4bit=True))
+        assert not (tmp_path / "run").exists()
+
+
+# hidden, intermediate, layers, heads, key-value heads of LLaMA-2
+LLAMA_2 = {
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
+}
+
+
+def make_paper_model(size: str):
+    """The model of recipes/paper-*.yaml, without memory for its weights."""
+    hidden, intermediate, layers, heads, key_value_heads = LLAMA_2[size]
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {
+        "vocab_size": 32001,  # LLaMA-2's and the image token
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+    }
+    config = make_config(image_token_id=32000, vision={**vision, "image_size": 224, "patch_size": 14}, text=text)
+    with torch.device("meta"):
+        model = VisualChatForCausalLM._from_config(config)
+    model.freeze_for_alignment()
+    return model
+
+
+@pytest.mark.parametrize("size", sorted(LLAMA_2))
+def test_the_papers_recipes_fill_their_deepspeed_json_and_reach_the_batch_they_name(size, tmp_path, monkeypatch):
+    from train import parse_arguments
+    from training_loop import VisualChatTrainingArguments
+
+    monkeypatch.chdir(EXAMPLES.parent)
+    recipe = Path(f"examples/recipes/paper-{size}.yaml")
+    batch, processes = map(int, re.search(r"batch (\d+) on (\d+) GPUs", recipe.read_text()).groups())
+    command = re.search(r"# +torchrun (.*) examples/train.py (\S+)", recipe.read_text())
+    assert command.group(2) == str(recipe)
+    counts = re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", command.group(1))
+    assert math.prod(map(int, counts)) == processes
+
+    model = make_paper_model(size)  # before the arguments, after which ZeRO-3 shares out what is made
+    monkeypatch.setattr(VisualChatTrainingArguments, "world_size", processes)
+    words = ["--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path)]
+    _, _, training_args = parse_arguments([str(recipe), *words])
+    assert f"LLaMA-2-{size.upper()}" in recipe.read_text()
+    filled = training_args.hf_deepspeed_config
+    filled.trainer_config_finalize(training_args, model, num_training_steps=1000)
+    assert "auto" not in json.dumps(filled.config)
+    assert filled.config["train_batch_size"] == batch == 128
+    zero = filled.config["zero_optimization"]
+    if zero["stage"] == 3:
+        hidden = LLAMA_2[size][0]
+        assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (hidden**2, int(0.9 * hidden**2))
+
+
+def test_the_readmes_arithmetic_of_memory():
+    """Bytes under bf16 and Adam: 2 for a weight, and 2 + 12 more if it trains (ZeRO, arXiv 1910.02054, section 3.1)."""
+    columns = []
+    for size, (hidden, _, layers, _, _) in LLAMA_2.items():
+        model = make_paper_model(size)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        recipe = yaml.safe_load((EXAMPLES / "recipes" / f"paper-{size}.yaml").read_text())
+        micro, accumulation = recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
+        gpus = 128 // (micro * accumulation)
+        name = Path(recipe["deepspeed"]).stem
+        weights = 2 * total / (gpus if name == "zero3" else 1)  # ZeRO-2 shares out the rest alone
+        assert recipe["gradient_checkpointing"]
+        columns.append(
+            {
+                "parameters, all · trained in `alignment`": f"{total / 1e9:.2f} · {trained / 1e9:.2f} billion",
+                "DeepSpeed JSON": f"`{name}.json`",
+                "micro-batch × accumulation × GPUs": f"{micro} × {accumulation} × {gpus}",
+                "GB a GPU: `alignment` · `full`": (
+                    f"{(weights + 14 * trained / gpus) / 1e9:.1f} · {(weights + 14 * total / gpus) / 1e9:.1f}"
+                ),
+                "GB a row of 4,096 tokens keeps (its layers' inputs)": f"{2 * 4096 * hidden * layers / 1e9:.1f}",
+                "million parameters in `reduce` · `prefetch` buckets, by `auto`": (
+                    f"{hidden**2 / 1e6:.0f} · {0.9 * hidden**2 / 1e6:.0f}" if name == "zero3" else "500 (default) · –"
+                ),
+                "GB of the host that gathers weights on save": f"{2 * total / 1e9:.0f}" if name == "zero3" else "–",
+            }
+        )
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    for key in columns[0]:
+        assert f"| {' | '.join([key, *(column[key] for column in columns)])} |" in readme
 
 
 @pytest.mark.parametrize("answers_only", [False, True])

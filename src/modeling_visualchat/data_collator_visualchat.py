@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .processing_visualchat import VisualChatProcessor
@@ -46,15 +47,16 @@ class VisualChatDataCollator:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            return_tensors=None,  # spans are found in lists: in tensors it takes longer than all the rest
             processor_kwargs={
+                # Not the text: spans are found in lists, in tensors it takes longer than all the rest
+                "images_kwargs": {"return_tensors": "pt"},
                 "padding": True,
                 "padding_side": "right",
                 "pad_to_multiple_of": self.pad_to_multiple_of,
             },
         )
-        learned = torch.tensor(batch.pop("assistant_masks"), dtype=torch.bool)
-        batch.convert_to_tensors("pt")
+        learned = torch.from_numpy(np.array(batch.pop("assistant_masks"), dtype=bool))
+        batch = {name: torch.from_numpy(np.asarray(values)) for name, values in batch.items()}  # of lists, torch is slow
         for index, row_learned in enumerate(learned):
             if not row_learned.any():
                 raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")

@@ -1,5 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""Pictures of any kind, as people see them: upright, 8-bit RGB, transparent parts on white."""
+"""
+Pictures of any kind, as people see them: upright, 8-bit RGB, transparent parts on white. And on to CLIP's pixel values.
+"""
 
 import base64
 import binascii
@@ -10,6 +12,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image as fetch_image
 
 
@@ -140,3 +143,57 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def clip_side(image_processor) -> int | None:
+    """
+    The side of the square, in pixels, to which CLIP's image processor resizes the shorter edge (or both edges) and then
+    crops. `None` for other image processors, other steps, and a size that is not the crop's.
+    """
+    if type(image_processor) is not CLIPImageProcessorPil or image_processor.do_pad:
+        return None
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    if not all(getattr(image_processor, step) for step in steps) or not isinstance(image_processor.resample, int):
+        return None
+    side = image_processor.crop_size.height
+    square = {"height": side, "width": side}
+    is_usual = dict(image_processor.crop_size) == square and dict(image_processor.size) in (square, {"shortest_edge": side})
+    return side if is_usual else None
+
+
+def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
+    """
+    The part of an RGB picture that CLIP's image processor keeps, resized: to the bit what it computes, and what it would
+    leave as it is. Pictures for other image processors are returned unchanged; see [`clip_side`].
+    """
+    side = clip_side(image_processor)
+    if side is None or image.size == (side, side):
+        return image
+    width = height = side
+    if image_processor.size.shortest_edge:
+        width, height = (int(side * edge / min(image.size)) for edge in image.size)
+    if width > side:  # Pillow resizes the width of such a picture first: what is cut off there needs no second pass
+        left = (width - side) // 2
+        image = image.resize((width, image.height), image_processor.resample).crop((left, 0, left + side, image.height))
+    top = (height - side) // 2
+    return image.resize((side, height), image_processor.resample).crop((0, top, side, top + side))
+
+
+def clip_pixel_values(images: list[Image.Image], image_processor) -> torch.Tensor:
+    """
+    What CLIP's image processor makes of RGB pictures, to the bit: a value depends on nothing but its channel and its level
+    from 0 to 255, so 768 values are computed and then looked up. The image processor must have a [`clip_side`].
+
+    Returns:
+        `torch.Tensor` of shape `(len(images), 3, side, side)` in float32.
+    """
+    side = clip_side(image_processor)
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    levels = image_processor.rescale(levels, image_processor.rescale_factor)
+    levels = image_processor.normalize(levels, image_processor.image_mean, image_processor.image_std)[:, 0]
+    values = np.empty((len(images), 3, side, side), dtype=np.float32)
+    for image, image_values in zip(images, values):
+        pixels = np.asarray(crop_for_clip(image, image_processor))
+        for channel in range(3):
+            np.take(levels[channel], pixels[..., channel], out=image_values[channel], mode="clip")
+    return torch.from_numpy(values)

@@ -5,9 +5,10 @@ that assembles a prompt.
 """
 
 from transformers import AddedToken
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
-from .image_loading_visualchat import ImageSource, load_image
+from .image_loading_visualchat import ImageSource, clip_pixel_values, clip_side, crop_for_clip, load_image
 
 
 # The paper's prompt (DeepSpeed-VisualChat, arXiv 2309.14327, section 4.2): plain text, images numbered through the whole
@@ -54,6 +55,7 @@ CHAT_TEMPLATE = """\
 """
 
 PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
+IMAGE_OPTIONS = ImagesKwargs.__annotations__.keys() - {"return_tensors"}
 
 
 class VisualChatProcessor(ProcessorMixin):
@@ -142,15 +144,28 @@ class VisualChatProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def prepare_inputs_layout(self, images: ImageSource | list | None = None, **kwargs):
-        """Opens the images, however they are given and nested; see [`load_image`]."""
+        """
+        Opens the images, however they are given and nested; see [`load_image`]. Unless options of the image processor are
+        given, of each only the part that it keeps stays in memory; see [`crop_for_clip`].
+        """
+        given = {*kwargs, *kwargs.get("common_kwargs", {}), *kwargs.get("images_kwargs", {})}
+        has_options = not given.isdisjoint(IMAGE_OPTIONS)
         counter = iter(range(1, 1_000_000_000))
 
         def load(source):
             if isinstance(source, list | tuple):
                 return [load(one) for one in source]
-            return load_image(source, name=f"image {next(counter)}")
+            image = load_image(source, name=f"image {next(counter)}")
+            return image if has_options else crop_for_clip(image, self.image_processor)
 
         return super().prepare_inputs_layout(images=load(images) if images is not None else None, **kwargs)
+
+    def _process_images(self, images, **kwargs):
+        if kwargs != {"return_tensors": "pt"} or clip_side(self.image_processor) is None:
+            return super()._process_images(images, **kwargs)
+        images = make_flat_list_of_images(images)
+        image_inputs = {"pixel_values": clip_pixel_values(images, self.image_processor)}
+        return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
