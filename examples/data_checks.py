@@ -20,7 +20,7 @@ KINDS = {
     "empty answer": "an answer without words",
     "odd turns": "the speakers do not take turns, or a question lacks its answer",
     "image count": "the images and the text's placeholders or names for them do not agree",
-    "duplicate id": "two rows of a file have the same id; the first is kept",
+    "duplicate id": "two rows of a file or dataset have the same id; the first is kept",
     "unknown record": "a record refers to one that the file does not hold; the reference is ignored",
     "missing image": "there is no such file or entry",
     "truncated image": "the picture's data ends too early",

@@ -128,9 +128,11 @@ class DatasetShard(Shard):
 
     Args:
         numbers (`list[int]`): Which row of the dataset each one is, counted from 0.
+        repeated (`dict[int, int]`): For those whose id an earlier row of the dataset has, the first that has it.
     """
 
     numbers: list[int]
+    repeated: dict[int, int]
 
     @property
     def features(self) -> datasets.Features:
@@ -139,24 +141,27 @@ class DatasetShard(Shard):
     def make_rows(self, report: Report) -> Iterator[dict]:
         """The good rows."""
         for number, row in zip(self.numbers, self.rows):
-            if self._check(str(number), row, report):
+            if self._check(number, row, report):
                 report.counts["samples"] += 1
                 yield {**row, "images": [self._make_cell(image) for image in row.get("images") or []]}
 
-    def _check(self, number: str, row: dict, report: Report) -> bool:
+    def _check(self, number: int, row: dict, report: Report) -> bool:
+        problems = []
+        if number in self.repeated:
+            detail = f"{row['id']!r} is the id of row {self.repeated[number]} too"
+            problems.append(Problem("duplicate id", self.name, str(number), "id", detail))
         try:
             pictures = check_conversation(row)
         except BadRow as bad:
-            report.problems.append(Problem(bad.kind, self.name, number, bad.field, bad.detail))
-            return False
-        is_good = True
+            problems.append(Problem(bad.kind, self.name, str(number), bad.field, bad.detail))
+            pictures = []
         for place, picture in pictures:
             inspect = inspect_picture if isinstance(picture, str) else inspect_data
             size, kind, detail = inspect(picture)
             if size is None:
-                report.problems.append(Problem(kind, self.name, number, place, detail))
-                is_good = False
-        return is_good
+                problems.append(Problem(kind, self.name, str(number), place, detail))
+        report.problems += problems
+        return not problems
 
     def _make_cell(self, image: dict) -> dict:
         return image if image["bytes"] is not None else make_cell(Picture(image["path"], "images"), self.embed_images)

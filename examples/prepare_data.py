@@ -36,6 +36,7 @@ from data_checks import Problem, summarize
 from data_rows import Context, Sample
 from data_shards import DatasetShard, Report, SourceShard, run_shards, write_whole
 from data_sources import SOURCES, open_source
+from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from training_data import load_rows
@@ -144,14 +145,28 @@ def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
     if options.max_samples is not None and options.max_samples < len(rows):
         numbers = sorted(random.Random(f"{options.seed}-{name}").sample(numbers, options.max_samples))
     groups = [numbers[k : k + options.rows_per_shard] for k in range(0, len(numbers), options.rows_per_shard)]
+    repeated = find_repeated_ids(rows, numbers)
     path = Path(name)
     return Plan(
         path.stem if path.suffix in (".parquet", ".json", ".jsonl") else path.name,
-        [DatasetShard(name, rows.select(group), group) for group in groups],
+        [
+            DatasetShard(name, rows.select(group), group, {k: repeated[k] for k in group if k in repeated})
+            for group in groups
+        ],
         {"dataset": name, "bytes of the rows": rows.data.nbytes},
-        rows.select_columns("messages"),
+        rows.select_columns([column for column in ("id", "messages") if column in rows.features]),
         "as the dataset has them: in the rows, or named by their paths",
     )
+
+
+def find_repeated_ids(rows: Dataset, numbers: list[int]) -> dict[int, int]:
+    """For each of the rows `numbers` whose id an earlier one of them has, the first that has it. A null is no id."""
+    firsts, repeated = {}, {}
+    ids = rows.select(numbers)["id"][:] if "id" in rows.features else []
+    for number, identity in zip(numbers, ids):
+        if identity is not None and firsts.setdefault(identity, number) != number:
+            repeated[number] = firsts[identity]
+    return repeated
 
 
 def plan_rows(context: Context, max_samples: int | None) -> list[list[Sample]]:

@@ -199,6 +199,10 @@ def main(argv: list[str]) -> dict[str, float]:
         level=logging.INFO if training_args.process_index == 0 else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    checkpoint = None
+    if data_args.resume:  # what cannot be resumed is refused before any work starts
+        checkpoint = find_whole_checkpoint(training_args)
+        logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
     if training_args.deepspeed:
         import deepspeed  # of the extra `train`
 
@@ -254,12 +258,8 @@ def main(argv: list[str]) -> dict[str, float]:
     )
 
     # Train
-    checkpoint = None
-    if data_args.resume:
-        checkpoint = find_whole_checkpoint(training_args)
-        logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
-        if checkpoint and is_for_another_world(Path(checkpoint), training_args):
-            load_universal(trainer)
+    if checkpoint and is_for_another_world(Path(checkpoint), training_args):
+        load_universal(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save

@@ -18,11 +18,13 @@ import matplotlib.pyplot as plt
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import fill_images
 from modeling_visualchat.image_loading_visualchat import load_image
+from modeling_visualchat.processing_visualchat import PART_KEYS
 
 
 logger = logging.getLogger(__name__)
 
 UNDECODED_IMAGES = datasets.List(datasets.Image(decode=False))
+TEXT = datasets.Value("string")
 MEASURES = ("length", "num_images", "num_rounds", "dropped_rounds", "dropped_images")
 
 
@@ -34,6 +36,9 @@ def load_rows(name: str, streaming: bool = False) -> datasets.Dataset | datasets
         name (`str`): A folder of parquet shards (what `prepare_data.py` writes), a `.parquet`, `.json` or `.jsonl` file, a
             folder of `save_to_disk`, or a Hub id, with `:split` for another split than `train`.
         streaming (`bool`): Reads rows as they are needed, for data that does not fit the disk.
+
+    Returns:
+        Rows with `source` and `messages`, and those of `id` and `images` that the dataset has. An id is text, or null.
 
     Raises:
         ValueError: If a column is missing. The dataset and its columns are named.
@@ -58,7 +63,15 @@ def load_rows(name: str, streaming: bool = False) -> datasets.Dataset | datasets
         rows = rows.cast_column("images", UNDECODED_IMAGES)
     if "source" not in rows.features:
         rows = rows.map(lambda row: {"source": path.name or name}, desc=f"{name}: naming the source")
-    return rows.select_columns([column for column in ("source", "messages", "images") if column in rows.features])
+    columns = [column for column in ("source", "messages", "images") if column in rows.features]
+    if not isinstance(rows.features.get("id"), datasets.Value):  # what is nested is no id
+        return rows.select_columns(columns)
+    if rows.features["id"] != TEXT and streaming:
+        rows = rows.cast_column("id", TEXT)
+    elif rows.features["id"] != TEXT:  # a cast copies all columns that it is given, and the others hold pictures
+        ids = rows.select_columns("id").cast_column("id", TEXT)
+        rows = datasets.concatenate_datasets([ids, rows.remove_columns("id")], axis=1)
+    return rows.select_columns(["id", *columns])
 
 
 def measure(row: dict, processor: VisualChatProcessor, max_length: int) -> dict[str, int]:
@@ -218,7 +231,7 @@ class TrainingCollator:
         for row in rows:
             try:
                 readable.append({"messages": self._open_images(row)})
-            except (ValueError, FileNotFoundError) as error:
+            except (ValueError, FileNotFoundError, TypeError) as error:  # what load_image raises
                 if not self.skip_broken_images:
                     raise
                 with self.broken_rows.get_lock():
@@ -238,9 +251,11 @@ class TrainingCollator:
         for message in messages:
             if not isinstance(message["content"], str):
                 message["content"] = [
-                    {"type": "image", "image": load_image(part["image"], f"{name}: {part['image']!r:.120}")}
-                    if part["type"] == "image"
-                    else part
-                    for part in message["content"]
+                    _open_image(part, name) if part["type"] == "image" else part for part in message["content"]
                 ]
         return messages
+
+
+def _open_image(part: dict, name: str) -> dict:
+    source = next((part[key] for key in PART_KEYS["image"] if part.get(key) is not None), None)
+    return {"type": "image", "image": load_image(source, f"{name}: {source!r:.120}")}

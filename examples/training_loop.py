@@ -199,8 +199,29 @@ class OwnOptimizerGroups(TrainerCallback):
 
 def is_for_another_world(checkpoint: Path, args: TrainingArguments) -> bool:
     """Whether ZeRO, which is to go on, shared out a checkpoint's optimizer state among another number of processes."""
-    shared_out = bool(args.deepspeed) and any(checkpoint.glob("global_step*/*_optim_states.pt"))
+    shared_out = args.deepspeed_plugin is not None and any(checkpoint.glob("global_step*/*_optim_states.pt"))
     return shared_out and json.loads((checkpoint / WHOLE).read_text())["world_size"] != args.world_size
+
+
+def check_deepspeed(checkpoint: Path, args: TrainingArguments) -> None:
+    """
+    DeepSpeed keeps the optimizer's state in files of its own, and neither it nor a run without it reads the other's. The
+    Trainer would begin with a new optimizer, in silence if the run is the one without.
+
+    Raises:
+        ValueError: If one of checkpoint and run is DeepSpeed's and the other is not.
+    """
+    written_by_deepspeed = any(checkpoint.glob("global_step*"))
+    if written_by_deepspeed and args.deepspeed_plugin is None:
+        raise ValueError(
+            f"{checkpoint} holds its optimizer's state in DeepSpeed's form, and this run is without DeepSpeed: add"
+            " --deepspeed FILE, with the JSON that the checkpoint was made with, or give another --output_dir"
+        )
+    if not written_by_deepspeed and args.deepspeed_plugin is not None:
+        raise ValueError(
+            f"{checkpoint} holds nothing of DeepSpeed, and this run is with --deepspeed {args.deepspeed}: leave out"
+            " --deepspeed (a recipe's field `deepspeed` too), or give another --output_dir"
+        )
 
 
 def find_whole_checkpoint(args: TrainingArguments) -> str | None:
@@ -209,7 +230,7 @@ def find_whole_checkpoint(args: TrainingArguments) -> str | None:
 
     Raises:
         ValueError: If it, or the best one that is loaded at the end, was written by another number of processes under
-            ZeRO and is not converted, with the commands that convert.
+            ZeRO and is not converted, with the commands that convert. See [`check_deepspeed`], too.
     """
     folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     newest_first = sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
@@ -219,6 +240,7 @@ def find_whole_checkpoint(args: TrainingArguments) -> str | None:
             if args.process_index == 0:
                 shutil.rmtree(folder)
             continue
+        check_deepspeed(folder, args)
         loaded = [folder]
         best = json.loads((folder / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
         if args.load_best_model_at_end and best is not None and Path(best) != folder:

@@ -227,7 +227,7 @@ def test_another_number_of_processes_is_refused_with_the_command_that_converts(t
     (folder / "whole.json").write_text(json.dumps({"step": 4, "world_size": 2}))
     (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
     args = VisualChatTrainingArguments(str(tmp_path), use_cpu=True)
-    args.deepspeed = "zero2.json"
+    args.deepspeed_plugin = "of zero2.json"
     (shards / "mp_rank_00_model_states.pt").touch()
     assert find_whole_checkpoint(args) == str(folder)  # without ZeRO nothing is shared out
     (shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()

@@ -80,6 +80,7 @@ def test_rows_of_every_source_train(raw, tmp_path, name):
     counts = summary(tmp_path, name)
     assert counts["rows"] == len(rows) > 0 and counts["problems"] == {}
     collator = VisualChatDataCollator(make_processor())
+    assert len(set(rows["id"])) == len(rows)
     for row in rows:
         assert row["source"] == name and row["id"]
         parts = [part for message in row["messages"] for part in message["content"]]
@@ -395,6 +396,42 @@ def test_bad_rows_of_a_dataset_are_left_out(faulty, tmp_path):
     written = prepare_data.load_rows(str(tmp_path / "out/rows"))
     assert written.to_list() == good.to_list()
     assert prepare_data.main(["--dataset", "out/rows", "--check", "--num-proc", "1"]) == 0
+
+
+@pytest.mark.parametrize("make_id", [str, int], ids=["text", "numbers"])
+def test_repeated_ids_of_a_dataset_are_named_and_the_later_rows_left_out(faulty, tmp_path, capsys, make_id):
+    rows = [{"id": make_id(k), **conversation(f"Q{number}?", "A.", "1.png")} for number, k in enumerate([7, 5, 7, 3, 5, 7])]
+    rows += [{**rows[0], "id": None} for _ in range(2)]  # which is no id
+    rows[4]["images"] = ["none.png"]  # its other fault is named as well
+    write_rows(tmp_path / "named.jsonl", rows)
+    shared = ["--dataset", "named.jsonl", "--output", "out", "--num-proc", "2", "--rows-per-shard", "3"]
+    expected = [("duplicate id", "named.jsonl", str(row), "id") for row in (2, 4, 5)]
+    expected.insert(2, ("missing image", "named.jsonl", "4", "images[0]"))
+
+    assert prepare_data.main([*shared, "--check"]) == 1
+    assert problems(tmp_path / "out/named.problems.jsonl") == expected
+    shown = capsys.readouterr().out
+    assert "4 problems in 3 rows" in shown and "3  duplicate id" in shown
+    assert "named.jsonl, row 4, id: duplicate id: '5' is the id of row 1 too" in shown
+    assert "named.jsonl, row 5, id: duplicate id: '7' is the id of row 0 too" in shown
+
+    assert prepare_data.main(shared) == 1 and not (tmp_path / "out/named").exists()
+    assert prepare_data.main([*shared, "--skip-bad"]) == 0
+    assert problems(tmp_path / "out/named/problems.jsonl") == expected
+    assert summary(tmp_path / "out", "named")["problems"] == {"duplicate id": 3, "missing image": 1}
+    written = prepare_data.load_rows(str(tmp_path / "out/named"))
+    assert written["id"][:] == ["7", "5", "3", None, None]
+    assert written.to_list() == prepare_data.load_rows("named.jsonl").select([0, 1, 3, 6, 7]).to_list()
+
+
+def test_changed_ids_are_noticed(faulty, tmp_path, capsys):
+    command = ["--dataset", "named.jsonl", "--output", "out", "--num-proc", "1"]
+    rows = [{"id": name, **conversation("Q?", "A.", "1.png")} for name in "ab"]
+    write_rows(tmp_path / "named.jsonl", rows)
+    assert prepare_data.main(command) == 0
+    write_rows(tmp_path / "named.jsonl", [rows[0], {**rows[1], "id": "a"}])
+    assert prepare_data.main(command) == 2
+    assert "sha256 of the planned rows was" in capsys.readouterr().err
 
 
 def test_datasets_in_every_form_are_checked(faulty, tmp_path):

@@ -1,5 +1,6 @@
 """`examples/train.py`: what it reads, what it trains in each mode, and what it leaves behind."""
 
+import base64
 import json
 import math
 import re
@@ -18,10 +19,11 @@ from modeling_visualchat import VisualChatForCausalLM
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     {
-        "id": datasets.Value("string"),
-        "source": datasets.Value("string"),
+        "id": TEXT,
+        "source": TEXT,
         "messages": [
             {
                 "role": datasets.Value("string"),
@@ -310,6 +312,76 @@ class TestRows:
         with pytest.raises(ValueError, match="2 datasets, but 1 weights"):
             prepare_rows(names, make_processor(), 512, weights=[1])
 
+    def test_mixtures_of_rows_with_ids_of_any_kind_and_without(self, parts, tmp_path):
+        from train import main
+        from training_data import load_rows, prepare_rows
+
+        named = datasets.Dataset.from_list([make_row(k, images=1, rounds=1) for k in range(4)], features=FEATURES)
+        forms = {
+            "text": named,
+            "number": named.cast_column("id", datasets.Value("int64")),
+            "nested": named.map(lambda row: {"id": [row["id"]]}, features=datasets.Features({**FEATURES, "id": [TEXT]})),
+            "none": named.remove_columns("id"),
+        }
+        names = [str(tmp_path / f"{form}.parquet") for form in forms]
+        for name, rows in zip(names, forms.values()):
+            rows.to_parquet(name)
+        for streaming in (False, True):
+            kept = [[row.get("id") for row in load_rows(name, streaming)] for name in names]
+            assert kept == [["0", "1", "2", "3"], ["0", "1", "2", "3"], [None] * 4, [None] * 4]
+            for order in (names, names[::-1]):
+                rows = list(prepare_rows(order, make_processor(), 512, weights=[1] * 4, streaming=streaming).rows)
+                assert {row["id"] for row in rows} == {"0", "1", "2", "3", None}
+        for run, more in (("kept", []), ("streamed", ["--streaming", "True", "--eval_fraction", "0"])):
+            words = [*arguments(parts, tmp_path / run, max_steps=3), *more, "--datasets", *names]
+            assert main(words)["broken_rows"] == 0
+            assert len(losses(tmp_path / run)) == 3
+
+    @pytest.mark.parametrize("key", ["image", "url", "path", "base64"])
+    def test_pictures_of_the_parts_themselves(self, tmp_path, caplog, key):
+        from training_data import TrainingCollator, prepare_rows
+
+        def make_own(question, *pictures):
+            parts = [{"type": "image", key: picture} for picture in pictures]
+            return {"messages": [{"role": "user", "content": [*parts, text_part(question)]}, assistant("a")], "images": []}
+
+        def as_given(path):
+            return base64.b64encode(path.read_bytes()).decode() if key == "base64" else str(path)
+
+        digit_image(0).resize((64, 64)).save(tmp_path / "good.png")
+        (tmp_path / "bad.png").write_bytes(b"no picture " * 40)
+        good, bad = as_given(tmp_path / "good.png"), as_given(tmp_path / "bad.png")
+        rows = [make_own("Which?", good, good), make_own("Broken?", good, bad)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = list(prepare_rows([str(tmp_path / "rows.jsonl")], make_processor(), 512).rows)
+
+        batch = TrainingCollator(make_processor())(rows[:1])
+        rows_of_images = [{**make_own("Which?"), "images": [digit_image(0).resize((64, 64))] * 2}]
+        rows_of_images[0]["messages"][0]["content"][:0] = [{"type": "image"}] * 2
+        expected = TrainingCollator(make_processor())(rows_of_images)
+        assert batch["pixel_values"].shape == (2, 3, 16, 16)
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], atol=0, rtol=0)
+
+        with pytest.raises(ValueError, match=r"a row of rows\.jsonl that begins .*Broken\?"):
+            TrainingCollator(make_processor())(rows)
+        skipping = TrainingCollator(make_processor(), skip_broken_images=True)
+        assert skipping(rows)["input_ids"].shape[0] == 1
+        assert skipping.broken_rows.value == 1
+        assert "Left out of the batch: a row of rows.jsonl that begins" in caplog.text
+
+    def test_the_first_key_that_is_set_counts_and_a_null_among_the_images_is_a_broken_picture(self, tmp_path):
+        from training_data import TrainingCollator
+
+        digit_image(0).save(tmp_path / "good.png")
+        content = [{"type": "image", "image": None, "path": str(tmp_path / "good.png"), "base64": "no*base64"}]
+        row = {"messages": [{"role": "user", "content": [*content, text_part("Q?")]}, assistant("a")]}
+        assert TrainingCollator(make_processor())([row])["pixel_values"].shape[0] == 1
+        broken = make_row(0, images=1) | {"images": [None]}
+        with pytest.raises(TypeError, match=r"a row of source 0 that begins .*Round 0\?.*got NoneType"):
+            TrainingCollator(make_processor())([broken])
+        skipping = TrainingCollator(make_processor(), skip_broken_images=True)
+        assert skipping([row, broken])["input_ids"].shape[0] == skipping.broken_rows.value == 1
+
     def test_json_lines_with_paths_of_pictures(self, tmp_path, monkeypatch):
         from training_data import TrainingCollator, prepare_rows
 
@@ -353,6 +425,15 @@ class TestRows:
         assert [entry["broken_rows"] for entry in log][-1] == 1
 
 
+def make_checkpoint(output: Path) -> Path:
+    """A whole checkpoint of one process, as far as `--resume` looks at it."""
+    folder = output / "checkpoint-4"
+    folder.mkdir()
+    (folder / "whole.json").write_text(json.dumps({"step": 4, "world_size": 1}))
+    (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
+    return folder
+
+
 class TestContradictions:
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -373,6 +454,33 @@ class TestContradictions:
         with pytest.raises(ValueError, match=message):
             main(arguments(parts, tmp_path / "run", **fields))
         assert not (tmp_path / "run").exists()
+
+    def test_a_checkpoint_of_deepspeed_and_a_run_without_it(self, parts, tmp_path, monkeypatch):
+        import train
+
+        def no_work(*arguments):
+            raise AssertionError("the run had begun")
+
+        folder = make_checkpoint(tmp_path)
+        words = [*arguments(parts, tmp_path), "--resume"]
+        monkeypatch.setattr(train, "load_processor", no_work)
+        with pytest.raises(AssertionError, match="the run had begun"):
+            train.main(words)
+        (folder / "global_step4").mkdir()
+        with pytest.raises(ValueError, match=rf"{folder} holds .* DeepSpeed's form, .*: add --deepspeed FILE"):
+            train.main(words)
+
+    def test_a_run_of_deepspeed_and_a_checkpoint_without_it(self, tmp_path):
+        from training_loop import VisualChatTrainingArguments, find_whole_checkpoint
+
+        folder = make_checkpoint(tmp_path)
+        args = VisualChatTrainingArguments(str(tmp_path), use_cpu=True)
+        assert find_whole_checkpoint(args) == str(folder)
+        args.deepspeed, args.deepspeed_plugin = "zero2.json", "of zero2.json"
+        with pytest.raises(ValueError, match=rf"{folder} holds nothing of DeepSpeed, .* zero2\.json: leave out --deepspeed"):
+            find_whole_checkpoint(args)
+        (folder / "global_step4").mkdir()
+        assert find_whole_checkpoint(args) == str(folder)
 
     def test_streamed_rows_train_without_evaluation(self, parts, tmp_path):
         from train import main
