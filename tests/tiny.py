@@ -93,9 +93,11 @@ def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) ->
     return model
 
 
-def make_inputs(layout: list[str], model: VisualChatForCausalLM, seed: int = 0) -> dict[str, torch.Tensor]:
+def make_inputs(
+    layout: list[str], model: VisualChatForCausalLM, seed: int = 0, padding_side: str = "left"
+) -> dict[str, torch.Tensor]:
     """
-    A batch from strings such as "tti.tit": `t` is a run of two text tokens, `i` an image. Rows are padded on the left.
+    A batch from strings such as "ttitit": `t` is a run of two text tokens, `s` a single one, `i` an image.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -106,11 +108,12 @@ def make_inputs(layout: list[str], model: VisualChatForCausalLM, seed: int = 0) 
             if part == "i":
                 tokens += [config.image_token_id] * config.image_seq_length
             else:
-                tokens += torch.randint(3, 256, (2,), generator=generator).tolist()
+                tokens += torch.randint(3, 256, (1 if part == "s" else 2,), generator=generator).tolist()
         rows.append(tokens)
     width = max(map(len, rows))
-    input_ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    pads = [(width - len(row), 0) if padding_side == "left" else (0, width - len(row)) for row in rows]
+    input_ids = torch.tensor([[0] * left + row + [0] * right for row, (left, right) in zip(rows, pads)])
+    attention_mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right for row, (left, right) in zip(rows, pads)])
     images = sum(row.count("i") for row in layout)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if images:

@@ -16,6 +16,10 @@ row sum to 2: the paper's definition (arXiv 2309.14327, section 4.1).
 An image row never looks beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
 numbering) and values are a function of that image alone, in every layer.
 
+This file is the definition: all rows in the order of the sequence, under masks. `layout_visualchat.py` computes the same by
+modality, many times faster; what its rows cannot express (static and quantized caches, `eager` and its weights,
+`flex_attention`, 4-dimensional masks) is computed here.
+
 Shape letters: B batch, Q new tokens, K all tokens that are seen (cached and new), H query heads, G key-value heads,
 D head size, N image numbers, C hidden size.
 """
@@ -31,6 +35,8 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
+
+from .layout_visualchat import ModalityLayout, rotate
 
 
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -234,7 +240,7 @@ class VisualChatAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: MultimodalMask,
+        attention_mask: MultimodalMask | ModalityLayout,
         past_key_values: Cache | None = None,
         number_states_NC: torch.Tensor | None = None,
         image_numbers_BQ: torch.Tensor | None = None,
@@ -243,17 +249,20 @@ class VisualChatAttention(LlamaAttention):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normalized input.
+                With a layout, its stream, of shape `(1, text and image rows, hidden_size)`.
             position_embeddings (`tuple` of two `torch.Tensor`): cos and sin of the rotary embedding.
-            attention_mask (`MultimodalMask`): What each row may look at.
+            attention_mask (`MultimodalMask` or `ModalityLayout`): What each row may look at.
             past_key_values (`Cache`, *optional*): Keys after rotation and numbering, and values.
             number_states_NC (`torch.Tensor`, *optional*): The normalized embeddings of the numbers 1 to N. Their keys are
                 added to the keys of the images with these numbers, before the rotation.
             image_numbers_BQ (`torch.IntTensor`, *optional*): The image that each row belongs to, 0 for text.
 
         Returns:
-            The output, shaped like `hidden_states`, and with `eager` the weights of shape
-            `(batch_size, heads, sequence_length, keys)`.
+            The output, shaped like `hidden_states` (with a layout, of the rows that it keeps), and with `eager` the weights
+            of shape `(batch_size, heads, sequence_length, keys)`.
         """
+        if isinstance(attention_mask, ModalityLayout):
+            return self._forward_by_modality(hidden_states, attention_mask, past_key_values, number_states_NC), None
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         key_states = self.k_proj(hidden_states)
@@ -310,3 +319,41 @@ class VisualChatAttention(LlamaAttention):
                 output_BQHD = (weights @ repeat_kv(v_BGKD, self.num_key_value_groups)).transpose(1, 2)
 
         return self.o_proj(output_BQHD.reshape(*input_shape, -1).contiguous()), weights
+
+    def _forward_by_modality(
+        self,
+        stream: torch.Tensor,
+        layout: ModalityLayout,
+        past_key_values: Cache | None,
+        number_states_NC: torch.Tensor | None,
+    ) -> torch.Tensor:
+        # Each projection takes the rows of both modalities in one product, and is called in the order of the other path: the
+        # processes of a distributed run must agree on it, whatever their batches hold
+        text_rows = layout.num_text_rows
+        keys = self.k_proj(stream)[0].unflatten(-1, (-1, self.head_dim))
+        number_keys = None
+        if number_states_NC is not None:
+            number_keys = nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0))
+            number_keys = number_keys.unflatten(-1, (-1, self.head_dim))
+        queries = self.q_proj(layout.keep_text(stream))[0].unflatten(-1, (-1, self.head_dim))
+        values = self.v_proj(stream)[0].unflatten(-1, (-1, self.head_dim))
+
+        image_keys, image_values = layout.place_images(keys[text_rows:], values[text_rows:], number_keys, self.layer_idx)
+        text_keys = layout.text.pad(rotate(keys[:text_rows], layout.text_rotary)).transpose(1, 2)
+        text_values = layout.text.pad(values[:text_rows]).transpose(1, 2)
+        all_keys, all_values = (text_keys, image_keys), (text_values, image_values)
+        if past_key_values is not None:
+            all_keys, all_values = past_key_values.update(
+                text_keys, text_values, self.layer_idx, image_key_states=image_keys, image_value_states=image_values
+            )
+        output = layout.attend(
+            rotate(queries, layout.query_rotary),
+            all_keys,
+            all_values,
+            scaling=self.scaling,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        ).flatten(1)
+        if layout.keeps_images:  # an image row's output is its value
+            own_values = values[text_rows:].repeat_interleave(self.num_key_value_groups, dim=1).flatten(1)
+            output = torch.cat([output, own_values])
+        return self.o_proj(output[None])

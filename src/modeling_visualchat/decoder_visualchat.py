@@ -1,8 +1,11 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The decoder: LLaMA's, with multi-modal causal attention in place of plain causal attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import LlamaConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,7 +23,9 @@ from .attention_visualchat import (
     create_multimodal_mask,
     update_image_numbers,
 )
+from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
 from .configuration_visualchat import VisualChatConfig
+from .layout_visualchat import ModalityLayout
 
 
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
@@ -38,7 +43,7 @@ class VisualChatDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         number_embeds: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: MultimodalMask,
+        attention_mask: MultimodalMask | ModalityLayout,
         past_key_values: Cache | None = None,
         image_numbers: torch.Tensor | None = None,
         **kwargs,
@@ -52,8 +57,24 @@ class VisualChatDecoderLayer(GradientCheckpointingLayer):
             image_numbers,
             **kwargs,
         )
+        if isinstance(attention_mask, ModalityLayout):
+            hidden_states = attention_mask.keep(hidden_states)
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class SequenceOrder(nn.Module):
+    """Puts hidden states into the order of the sequence. What is recorded as hidden states is what this returns."""
+
+    def forward(self, previous: torch.Tensor, hidden_states: torch.Tensor, layout: ModalityLayout | None) -> torch.Tensor:
+        """
+        Args:
+            previous (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The hidden states before the
+                layer, in order; those before the first layer are recorded too.
+            hidden_states (`torch.Tensor`): What the layer returned.
+            layout (`ModalityLayout`, *optional*): How its rows are sorted, if they are.
+        """
+        return hidden_states if layout is None else layout.to_sequence(hidden_states)
 
 
 class VisualChatTextModel(LlamaPreTrainedModel):
@@ -64,7 +85,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
 
     _no_split_modules = ["VisualChatDecoderLayer"]
     _supports_flash_attn = False
-    _can_record_outputs = {"hidden_states": VisualChatDecoderLayer, "attentions": VisualChatAttention}
+    _can_record_outputs = {"hidden_states": SequenceOrder, "attentions": VisualChatAttention}
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config.text_config)
@@ -77,6 +98,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         )
         self.norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text_config)
+        self.sequence_order = SequenceOrder()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -86,21 +108,32 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         is_image: torch.BoolTensor | None = None,
+        image_states: torch.Tensor | None = None,
+        image_source: torch.LongTensor | None = None,
+        image_memory: Sequence = (),
         number_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        rows_to_keep: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings and image
-                features, in place.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings; where an
+                image stands, anything.
             is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows that belong to an
                 image. `None`: all of them are text.
+            image_states (`torch.Tensor` of shape `(image rows, hidden_size)`, *optional*): Projected features, of each
+                picture once.
+            image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which row of `image_states`, or after
+                them of `image_memory`, each placeholder stands for, in reading order. `None`: its own.
+            image_memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
                 Without images they have no effect.
+            rows_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows of the last
+                hidden state that are read. The others may be zero.
         """
         check_attention_implementation(self.config)
         if use_cache and past_key_values is None:
@@ -108,41 +141,43 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if is_image is not None:
             self.check_length(inputs_embeds.shape[1], past_length)
+        sorts_rows = self._sorts_rows(is_image, attention_mask, position_ids, past_key_values)
+        if image_memory and not sorts_rows:
+            raise ValueError(
+                "image_memory needs attn_implementation 'sdpa', a dynamic cache or none, and a 2-dimensional attention_mask,"
+                " without torch.compile"
+            )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-
-        image_numbers, key_image_numbers = update_image_numbers(
-            past_key_values,
-            is_image,
-            self.image_seq_length,
-            self.config.num_hidden_layers,
-            inputs_embeds.shape[:2],
-            inputs_embeds.device,
-        )
-        if number_embeds is not None and image_numbers is None:
-            image_numbers = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int, device=inputs_embeds.device)
-        elif number_embeds is not None:
-            torch_compilable_check(
-                image_numbers.max() <= len(number_embeds),
-                lambda: (
-                    f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
-                    f" only {len(number_embeds)} numbers"
-                ),
-            )
-        mask = create_multimodal_mask(
-            self.multimodal_attention,
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            image_numbers,
-            key_image_numbers,
-        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        hidden_states = inputs_embeds
-        for layer in self.layers:
+        records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if sorts_rows:
+            image_numbers = None
+            layout = self._sort_rows(
+                inputs_embeds, is_image, image_source, image_memory, attention_mask, position_embeddings, past_key_values
+            )
+            self._check_numbers(layout.image_numbers, number_embeds)
+            masks = [layout] * len(self.layers)
+            if rows_to_keep is not None and not records:
+                reads_images = is_image is not None and bool((rows_to_keep & is_image).any())
+                masks[-1] = layout.keep_rows(rows_to_keep, reads_images)
+            hidden_states = inputs_embeds.flatten(0, 1)[layout.text_rows]
+            if image_states is not None:
+                hidden_states = torch.cat([hidden_states, image_states])
+            hidden_states = hidden_states[None]
+            in_order = layout.to_sequence(hidden_states) if records else None
+        else:
+            if image_states is not None:
+                placed = image_states if image_source is None else image_states[image_source]
+                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], placed)
+            hidden_states = in_order = inputs_embeds
+            mask, image_numbers = self._mask_rows(
+                inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values
+            )
+            masks = [mask] * len(self.layers)
+
+        for layer, mask in zip(self.layers, masks):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
             hidden_states = layer(
                 hidden_states,
@@ -153,7 +188,117 @@ class VisualChatTextModel(LlamaPreTrainedModel):
                 image_numbers=image_numbers,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            if records:
+                in_order = self.sequence_order(in_order, hidden_states, mask if sorts_rows else None)
+        hidden_states = self.norm(hidden_states)
+        if sorts_rows:
+            hidden_states = masks[-1].to_sequence(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def encode_images(self, image_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The keys, before rotation and numbering, and the values of images in every layer.
+
+        Args:
+            image_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`): Projected features.
+
+        Returns:
+            Both of shape `(layers, images, image_seq_length, key-value heads, head_size)`.
+        """
+        images, length = image_states.shape[:2]
+        is_image = torch.ones(1, images * length, dtype=torch.bool, device=image_states.device)
+        position_embeddings = self.rotary_emb(image_states, torch.zeros_like(is_image, dtype=torch.long))
+        layout = ModalityLayout(is_image, None, position_embeddings, is_image.shape, length, records=True)
+        masks = [layout] * len(self.layers)
+        masks[-1] = layout.keep_rows(is_image, keeps_images=False)
+        hidden_states = image_states.flatten(0, 1)[None]
+        for layer, mask in zip(self.layers, masks):
+            hidden_states = layer(hidden_states, None, position_embeddings=position_embeddings, attention_mask=mask)
+        keys, values = zip(*layout.recorded)
+        return torch.stack(keys).unflatten(1, (images, length)), torch.stack(values).unflatten(1, (images, length))
+
+    def _sorts_rows(
+        self,
+        is_image: torch.Tensor | None,
+        attention_mask: torch.Tensor | BlockMask | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> bool:
+        """Whether this call is computed by modality, or in the order of the sequence under masks."""
+        understood = self.config._attn_implementation == "sdpa" and (attention_mask is None or attention_mask.ndim == 2)
+        if get_places(past_key_values) is not None:
+            if not understood:
+                raise ValueError(
+                    "The conversation in past_key_values was begun with attn_implementation='sdpa' and a 2-dimensional"
+                    " attention_mask: go on with both"
+                )
+            return True
+        if is_image is None or self.multimodal_attention == "causal" or not understood or torch.compiler.is_compiling():
+            return False
+        if past_key_values is not None:
+            return can_keep_modalities_apart(past_key_values, self.config.num_hidden_layers)
+        # Several sequences in one row, told apart by their positions
+        is_packed = position_ids is not None and attention_mask is None and bool((position_ids.diff() != 1).any())
+        return not is_packed
+
+    def _sort_rows(
+        self, inputs_embeds, is_image, image_source, image_memory, attention_mask, position_embeddings, past_key_values
+    ) -> ModalityLayout:
+        batch_and_length = inputs_embeds.shape[:2]
+        places = get_places(past_key_values)
+        if past_key_values is not None and places is None:
+            places = keep_modalities_apart(
+                past_key_values, self.config.num_hidden_layers, batch_and_length[0], inputs_embeds.device
+            )
+        return ModalityLayout(
+            is_image,
+            attention_mask,
+            position_embeddings,
+            batch_and_length,
+            self.image_seq_length,
+            merged=self.multimodal_attention == "mmca_merged",
+            places=places,
+            image_source=image_source,
+            memory=image_memory,
+        )
+
+    def _mask_rows(
+        self, inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values
+    ) -> tuple[MultimodalMask, torch.Tensor | None]:
+        image_numbers, key_image_numbers = update_image_numbers(
+            past_key_values,
+            is_image,
+            self.image_seq_length,
+            self.config.num_hidden_layers,
+            inputs_embeds.shape[:2],
+            inputs_embeds.device,
+        )
+        if number_embeds is not None and image_numbers is None:
+            image_numbers = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int, device=inputs_embeds.device)
+        self._check_numbers(image_numbers, number_embeds)
+        mask = create_multimodal_mask(
+            self.multimodal_attention,
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            image_numbers,
+            key_image_numbers,
+        )
+        return mask, image_numbers
+
+    def _check_numbers(self, image_numbers: torch.Tensor | None, number_embeds: torch.Tensor | None) -> None:
+        if number_embeds is None or image_numbers.numel() == 0:
+            return
+        torch_compilable_check(
+            image_numbers.max() <= len(number_embeds),
+            lambda: (
+                f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
+                f" only {len(number_embeds)} numbers"
+            ),
+        )
 
     def check_length(self, new_length: int, past_length: int | torch.Tensor = 0) -> None:
         """

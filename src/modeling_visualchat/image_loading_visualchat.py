@@ -4,7 +4,6 @@ Pictures of any kind, as people see them: upright, 8-bit RGB, transparent parts 
 """
 
 import base64
-import binascii
 import io
 import os
 import warnings
@@ -72,7 +71,7 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
         described = "a base64 string"
         try:
             data = base64.b64decode(source.split(",", 1)[-1], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii's among them
             raise ValueError(f"{name}: neither a path nor valid base64 ({error}): {source[:60]}…") from error
     else:
         raise FileNotFoundError(f"{name}: there is no file {source}")

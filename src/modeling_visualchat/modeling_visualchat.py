@@ -20,8 +20,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .attention_visualchat import check_attention_implementation
+from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel
+from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 
 
@@ -99,6 +101,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector](config)
         self.language_model = VisualChatTextModel(config)
+        self._image_fingerprint = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -112,14 +115,15 @@ class VisualChatModel(VisualChatPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """
-        Images as tokens of the decoder. A frozen vision tower runs without gradients and keeps no activations.
+        Images as tokens of the decoder. A frozen vision tower runs without gradients and keeps no activations. A picture
+        that occurs twice goes through it once.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
 
         Returns:
             The vision tower's outputs, with `pooler_output` a `list` of one `torch.Tensor` of shape
-            `(image_seq_length, hidden_size)` for each image.
+            `(image_seq_length, hidden_size)` for each image; equal pictures share one.
         """
         if pixel_values.dim() != 4:
             raise ValueError(
@@ -131,10 +135,16 @@ class VisualChatModel(VisualChatPreTrainedModel):
         if not is_last_layer and not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = [layer]  # only this one is kept
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        first_of, picture_of = find_equal_pictures(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+            different = pixel_values if len(first_of) == len(pixel_values) else pixel_values[first_of]
+            outputs = self.vision_tower(different, return_dict=True, **kwargs)
         features = outputs.last_hidden_state if is_last_layer else outputs.hidden_states[layer]
-        outputs.pooler_output = list(self.multi_modal_projector(features))
+        projected = self.multi_modal_projector(features).unbind()
+        if len(projected) < len(pixel_values):
+            for name, states in outputs.items():
+                outputs[name] = _select(states, picture_of)
+        outputs.pooler_output = [projected[picture] for picture in picture_of]
         return outputs
 
     @can_return_tuple
@@ -148,10 +158,11 @@ class VisualChatModel(VisualChatPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_memory: ImageMemory | list[ImageMemory | None] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisualChatModelOutputWithPast:
         """
-        See [`VisualChatForCausalLM.forward`] for the inputs.
+        See [`VisualChatForCausalLM.forward`] for the inputs, and [`VisualChatTextModel.forward`] for `rows_to_keep`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`")
@@ -163,6 +174,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 f"`mm_token_type_ids` has the shape {tuple(mm_token_type_ids.shape)}, but the inputs have"
                 f" {tuple(tokens.shape)}: give one entry for each new token"
             )
+        if isinstance(image_memory, ImageMemory):
+            image_memory = [image_memory]
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         # In training every process of a distributed run calls the same modules in the same order in every step, also with a
@@ -178,18 +191,27 @@ class VisualChatModel(VisualChatPreTrainedModel):
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
 
-        is_image = image_features = None
+        image_features = image_states = image_source = None
         if image_outputs is not None:
-            image_features = torch.stack(list(image_outputs.pooler_output))
+            image_features, picture_of = _stack_different(image_outputs.pooler_output)
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         if without_images:
-            self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, None, from_embeds)
             inputs_embeds = inputs_embeds + 0.0 * image_features.sum()
             image_features = None
-        else:
-            is_image = self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, image_outputs, from_embeds)
-            if image_features is not None:
-                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_features)
+        num_features = None
+        if image_features is not None:
+            image_states, per_image = image_features.flatten(0, 1), image_features.shape[1]
+            num_features = len(picture_of) * per_image
+            if len(image_features) < len(picture_of):
+                image_source = _rows_of(picture_of, per_image, inputs_embeds.device)
+                image_features = image_features[picture_of]
+        if image_memory:
+            self._check_memory(image_memory)
+            image_source = self._place_memory(image_memory, image_states, image_source)
+            num_features = len(image_source)
+        is_image = self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, num_features, from_embeds)
+        if is_image is not None and num_features is None:  # features in place
+            image_states = inputs_embeds[is_image]
 
         number_embeds = None
         if self.config.image_number_keys and (is_image is not None or without_images):
@@ -198,6 +220,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             is_image=is_image,
+            image_states=image_states,
+            image_source=image_source,
+            image_memory=tuple({id(memory): memory for memory in image_memory or () if memory is not None}.values()),
             number_embeds=number_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -212,6 +237,84 @@ class VisualChatModel(VisualChatPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def encode_images(self, pixel_values: torch.Tensor) -> ImageMemory:
+        """See [`VisualChatForCausalLM.encode_images`]."""
+        self._check_memory([])
+        if len(pixel_values) == 0:
+            text = self.config.text_config
+            shape = text.num_hidden_layers, 0, self.config.image_seq_length, text.num_key_value_heads, text.head_dim
+            nothing = self.get_input_embeddings().weight.new_empty(shape)
+            return ImageMemory(nothing, nothing, self.image_fingerprint())
+        with torch.no_grad():
+            features, picture_of = _stack_different(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+            embedding = self.get_input_embeddings().weight
+            keys, values = self.language_model.encode_images(features.to(embedding.device, embedding.dtype))
+        memory = ImageMemory(keys, values, self.image_fingerprint())
+        return memory if len(memory) == len(picture_of) else memory[picture_of]
+
+    def image_fingerprint(self) -> str:
+        """
+        What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters included,
+        and how they are joined. It is computed again when something has changed.
+        """
+        # Neither the token embedding nor the last norm has a part in an image's keys and values
+        without = ("language_model.embed_tokens.", "language_model.norm.")
+        weights = {name: weight for name, weight in self.named_parameters() if not name.startswith(without)}
+        state = describe_state(self, weights)
+        if self._image_fingerprint is None or self._image_fingerprint[0] != state:
+            vision, text, config = self.config.vision_config, self.config.text_config, self.config
+            description = {
+                "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
+                "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
+                "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
+            }
+            self._image_fingerprint = state, fingerprint_weights(weights, description, state)
+        return self._image_fingerprint[1]
+
+    def _check_memory(self, memories: list[ImageMemory | None]) -> None:
+        variant = self.config.multimodal_attention
+        if variant not in ("mmca", "mmca_merged"):
+            raise ValueError(
+                f"multimodal_attention={variant!r} cannot use image memory: its image rows look at the text and the images"
+                " before them, so what is known of a picture differs from one conversation to the next"
+            )
+        for memory in memories:
+            if memory is not None and memory.fingerprint != self.image_fingerprint():
+                raise ValueError(
+                    f"The image memory was made with other weights or another dtype (fingerprint {memory.fingerprint[:16]},"
+                    f" this model has {self.image_fingerprint()[:16]}): encode the pictures again with this model"
+                )
+
+    def _place_memory(
+        self, memories: list[ImageMemory | None], image_states: torch.Tensor | None, image_source: torch.Tensor | None
+    ) -> torch.LongTensor:
+        """
+        For each placeholder the row it stands for, among the rows of `image_states` and after them those of the different
+        memories. An entry that is `None` is the next new picture.
+        """
+        per_image = self.config.image_seq_length
+        device = self.get_input_embeddings().weight.device
+        num_computed = len(image_states) if image_states is not None else 0
+        if image_source is None:
+            image_source = torch.arange(num_computed, device=device)
+        new = list(image_source.split(per_image)) if num_computed else []
+        num_new, expected = len(new), sum(memory is None for memory in memories)
+        if expected == 0 and new:
+            raise ValueError(f"`image_memory` has no entry `None` for the {num_new} new pictures: say where they stand")
+        if num_new != expected:
+            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new pictures were given")
+        rows, first_row, end = [], {}, num_computed
+        for memory in memories:
+            if memory is None:
+                rows.append(new.pop(0))
+                continue
+            if id(memory) not in first_row:
+                first_row[id(memory)] = end
+                end += len(memory) * per_image
+            first = first_row[id(memory)]
+            rows.append(torch.arange(first, first + len(memory) * per_image, device=device))
+        return torch.cat(rows)
+
     def _blank_picture(self) -> torch.Tensor:
         config = self.config.vision_config
         size = config.image_size
@@ -225,24 +328,24 @@ class VisualChatModel(VisualChatPreTrainedModel):
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor,
         mm_token_type_ids: torch.LongTensor | None,
-        image_outputs: BaseModelOutputWithPooling | None,
+        num_features: int | None,
         from_embeds: bool,
     ) -> torch.BoolTensor | None:
         """
         The rows that belong to an image, of shape `(batch_size, sequence_length)`, or `None` if all are text. Raises a
-        `ValueError` with both counts if the placeholders do not match the images.
+        `ValueError` with both counts if the placeholders do not match the `num_features` rows of the images.
         """
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
         elif input_ids is not None:
             is_image = input_ids == self.config.image_token_id
-        elif image_outputs is not None:
+        elif num_features is not None:
             placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             is_image = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
         else:
             return None
 
-        if image_outputs is None:
+        if num_features is None:
             if from_embeds:  # the caller has put the image features in place
                 return is_image
             if input_ids.shape[1] > 1:  # a single token is one that was generated
@@ -251,7 +354,6 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 )
             return None
         per_image = self.config.image_seq_length
-        num_features = sum(len(features) for features in image_outputs.pooler_output)
         matches = is_image.sum() == num_features
         if num_features % per_image == 0:  # a prefill in chunks may cut through an image, a row of a batch may not
             matches = matches & (is_image.sum(-1) % per_image == 0).all()
@@ -391,6 +493,29 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         """See [`VisualChatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def encode_images(self, pixel_values: torch.Tensor) -> ImageMemory:
+        """
+        What the decoder knows of pictures, to be used in their place any number of times, by `image_memory` of
+        [`~VisualChatForCausalLM.forward`] and [`~VisualChatForCausalLM.generate`].
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
+
+        Raises:
+            ValueError: If `config.multimodal_attention` lets image rows look at text.
+        """
+        return self.model.encode_images(pixel_values)
+
+    def image_fingerprint(self) -> str:
+        """See [`VisualChatModel.image_fingerprint`]."""
+        return self.model.image_fingerprint()
+
+    @property
+    def image_memory_nbytes(self) -> int:
+        """Bytes of one image's memory: 2 · layers · tokens · key-value heads · head size · bytes of a number."""
+        text, tokens = self.config.text_config, self.config.image_seq_length
+        return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
+
     @can_return_tuple
     def forward(
         self,
@@ -402,6 +527,7 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_memory: ImageMemory | list[ImageMemory | None] | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -421,6 +547,10 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
                 1 where a token belongs to an image. By default it is read off `input_ids`.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": model.get_image_features(pixel_values)}` in place of `pixel_values`.
+            image_memory ([`ImageMemory`] or `list`, *optional*):
+                What [`~VisualChatForCausalLM.encode_images`] returned, in place of `pixel_values`, for the images of
+                `input_ids` in reading order. In a list, `None` stands for the next picture of `pixel_values`. The logits at
+                the placeholders of remembered images are those of zeros.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Next tokens to learn, -100
                 where there is no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute only the last logits, or those at
@@ -431,6 +561,9 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If the placeholders do not match the images. Both counts are given.
         """
+        rows_to_keep = None
+        if (tokens := input_ids if input_ids is not None else inputs_embeds) is not None:
+            rows_to_keep = _rows_with_logits(logits_to_keep, tokens.shape[:2], tokens.device)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -440,6 +573,8 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_memory=image_memory,
+            rows_to_keep=rows_to_keep,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -466,10 +601,20 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def start_chat(self, processor, **settings) -> ChatSession:
+        """
+        A conversation with this model.
+
+        Args:
+            processor (`VisualChatProcessor`): The model's.
+            settings: See [`ChatSession`].
+        """
+        return ChatSession(self, processor, **settings)
+
     def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):
         """
-        As in transformers. A conversation that goes on from `past_key_values` may bring all its images in `pixel_values`, as
-        the processor makes them, or the new ones alone: those whose placeholders are cached are left out.
+        As in transformers. A conversation that goes on from `past_key_values` may bring all its images in `pixel_values` or
+        `image_memory`, as the processor makes them, or the new ones alone: those whose placeholders are cached are left out.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         cache_implementation = kwargs.get("cache_implementation") or ""
@@ -480,37 +625,153 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
             )
         if input_ids is not None:
             self.model.language_model.check_length(input_ids.shape[1])
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)
-        elif isinstance(kwargs.get("assistant_model"), VisualChatPreTrainedModel):
+        for name in ("pixel_values", "image_memory"):
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+        if "image_memory" in kwargs:
+            self._check_generation_with_memory(**{**kwargs, "input_ids": input_ids})
+            memories = kwargs["image_memory"]
+            # One entry for each image: what is left out or repeated is counted in images
+            memories = [memories] if isinstance(memories, ImageMemory) else memories
+            memories = [one for memory in memories for one in (memory if memory is not None else [None])]
+            if "pixel_values" in kwargs:
+                encoded = iter(self.encode_images(kwargs.pop("pixel_values")))
+                memories = [next(encoded, None) if memory is None else memory for memory in memories]
+            kwargs["image_memory"] = memories
+        elif "pixel_values" in kwargs and isinstance(kwargs.get("assistant_model"), VisualChatPreTrainedModel):
             raise ValueError(
                 "transformers hands no images to an `assistant_model`: take a text model with this vocabulary, such as the"
                 " decoder alone, or use `prompt_lookup_num_tokens`"
             )
-        elif input_ids is not None and kwargs.get("past_key_values") is not None:
-            kwargs["pixel_values"] = self._select_new_images(
-                input_ids, kwargs["pixel_values"], kwargs["past_key_values"], kwargs.get("attention_mask")
+        name = "image_memory" if "image_memory" in kwargs else "pixel_values"
+        if name in kwargs and input_ids is not None and kwargs.get("past_key_values") is not None:
+            kwargs[name] = self._select_new_images(
+                input_ids, kwargs[name], kwargs["past_key_values"], kwargs.get("attention_mask")
             )
-            if len(kwargs["pixel_values"]) == 0:
-                kwargs.pop("pixel_values")
+            if len(kwargs[name]) == 0:
+                kwargs.pop(name)
         return super().generate(inputs, *args, **kwargs)
+
+    def _check_generation_with_memory(self, input_ids, image_memory, pixel_values=None, **kwargs):
+        if input_ids is None:
+            raise ValueError("`image_memory` needs `input_ids`, whose placeholders say where the images stand")
+        if (input_ids[:, -1] == self.config.image_token_id).any():
+            raise ValueError("A prompt that ends with a remembered image has no next token: let text follow the image")
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
+            raise ValueError("`prefill_chunk_size` and `image_memory`: remembered images need no prefill, leave it out")
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "transformers hands `image_memory` to an `assistant_model`, which cannot use it: use `pixel_values` or"
+                " `prompt_lookup_num_tokens`"
+            )
+        expected = 0 if isinstance(image_memory, ImageMemory) else sum(memory is None for memory in image_memory)
+        num_new = len(pixel_values) if pixel_values is not None else 0
+        if num_new != expected:
+            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new pictures were given")
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As in transformers. Image memory goes into the prefill alone, like pictures."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("image_memory", None)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.LongTensor | None = None, **kwargs
+    ) -> tuple[torch.LongTensor | None, dict]:
+        memories = kwargs.pop("image_memory", None)
+        if memories is not None and expand_size > 1:
+            # The images of a row are repeated together
+            rows = ((input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
+            starts = [sum(rows[:k]) for k in range(len(rows))]
+            memories = [memory for s, n in zip(starts, rows) for memory in memories[s : s + n] * expand_size]
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, "image_memory": memories} if memories is not None else kwargs
 
     def _select_new_images(
         self,
         input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor,
+        images: torch.Tensor | list[ImageMemory],
         past_key_values: Cache,
         attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | list[ImageMemory]:
         if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
-            return pixel_values  # the new tokens alone were passed
+            return images  # the new tokens alone were passed
         is_image = input_ids == self.config.image_token_id
-        images = (is_image.sum(-1) // self.config.image_seq_length).tolist()
-        if sum(images) != len(pixel_values):
-            return pixel_values
+        counts = (is_image.sum(-1) // self.config.image_seq_length).tolist()
+        if sum(counts) != len(images):
+            return images
         cached = is_image[:, : int(past_key_values.get_seq_length())]
-        cached_images = (cached.sum(-1) // self.config.image_seq_length).tolist()
-        return torch.cat([row[seen:] for row, seen in zip(pixel_values.split(images), cached_images)])
+        cached_counts = (cached.sum(-1) // self.config.image_seq_length).tolist()
+        starts = [sum(counts[:row]) for row in range(len(counts))]
+        new = [start + k for start, seen, count in zip(starts, cached_counts, counts) for k in range(seen, count)]
+        return images[new] if isinstance(images, torch.Tensor) else [images[k] for k in new]
+
+
+def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
+    """
+    Args:
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): The pictures.
+
+    Returns:
+        The index of the first of each different picture; and for each picture, which of these it is.
+    """
+    if len(pixel_values) < 2 or torch.compiler.is_compiling() or pixel_values.requires_grad:
+        return list(range(len(pixel_values))), list(range(len(pixel_values)))
+    sums = pixel_values.flatten(1).sum(1, dtype=torch.float64).tolist()
+    first_of, picture_of = [], []
+    for index, total in enumerate(sums):
+        known = (k for k, first in enumerate(first_of) if sums[first] == total)
+        same = next((k for k in known if torch.equal(pixel_values[first_of[k]], pixel_values[index])), None)
+        if same is None:
+            same = len(first_of)
+            first_of.append(index)
+        picture_of.append(same)
+    return first_of, picture_of
+
+
+def _select(states: torch.Tensor | tuple | None, index: list[int]):
+    if isinstance(states, tuple):
+        return tuple(_select(one, index) for one in states)
+    return None if states is None else states[index]
+
+
+def _stack_different(features: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """
+    The features of different pictures, of shape `(different, tokens, hidden_size)`, and which of them each entry is. Equal
+    pictures share one tensor, also after `generate` has repeated them for its beams.
+    """
+    different: dict[int, int] = {}
+    picture_of = [different.setdefault(id(one), len(different)) for one in features]
+    stacked = [features[picture_of.index(k)] for k in range(len(different))]
+    return torch.stack(stacked), picture_of
+
+
+def _rows_of(pictures: list[int], per_image: int, device: torch.device) -> torch.LongTensor:
+    first_rows = torch.tensor(pictures, device=device)[:, None] * per_image
+    return (first_rows + torch.arange(per_image, device=device)).flatten()
+
+
+def _rows_with_logits(
+    logits_to_keep: int | torch.Tensor, shape: tuple[int, int], device: torch.device
+) -> torch.BoolTensor | None:
+    """The rows whose logits are computed, of shape `(batch_size, sequence_length)`; `None`: all."""
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep == 0 or logits_to_keep >= shape[1]:
+            return None
+        return (torch.arange(shape[1], device=device) >= shape[1] - logits_to_keep).expand(shape)
+    logits_to_keep = logits_to_keep.to(device).expand(shape[0], -1)
+    if logits_to_keep.dtype == torch.bool:
+        return logits_to_keep
+    return torch.zeros(shape, dtype=torch.bool, device=device).scatter(1, logits_to_keep % shape[1], True)
 
 
 __all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel"]

@@ -1,0 +1,456 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""Conversations of many rounds over many images, of which each round costs its new tokens only."""
+
+import copy
+import json
+import logging
+import os
+import queue
+import re
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .cache_visualchat import copy_cache
+from .image_loading_visualchat import ImageSource, load_image
+from .image_memory_visualchat import ImageMemoryStore
+
+
+logger = logging.getLogger(__name__)
+
+# An answer ends where a line begins a new section of the prompt. Empty lines before it belong to the section
+SECTION = re.compile(r"(?:\A|\n+)### ")
+# The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
+UNSURE = re.compile(r"(?:\A|\n+)#{0,3}\Z|\uFFFD+\Z")
+FILE_NAME = "conversation.json"
+MAX_NEW_TOKENS = 512
+
+
+@dataclass
+class Round:
+    """
+    A question and its answer.
+
+    Args:
+        text (`str`): The question.
+        images (`list[PIL.Image.Image]`): The pictures that came with it.
+        answer (`str`): The answer.
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): What the processor made of
+            the pictures, once they were needed.
+    """
+
+    text: str
+    images: list[Image.Image] = field(default_factory=list)
+    answer: str = ""
+    pixel_values: torch.Tensor | None = field(default=None, repr=False, compare=False)
+
+
+class Computed(NamedTuple):
+    """A cache, the tokens in it (of shape `(tokens,)`), and the pictures that their placeholders stand for."""
+
+    cache: DynamicCache
+    input_ids: torch.LongTensor
+    pictures: list[Image.Image]
+
+
+class ChatSession:
+    """
+    A conversation with a model. Whatever was said or shown before is kept in a cache and in image memory; the answers are
+    those of the whole conversation run from the beginning.
+
+    ```python
+    >>> chat = model.start_chat(processor)
+    >>> chat.send("What is in this picture?", images=["harbour.jpg"])
+    >>> for piece in chat.send("And in this one?", images=["https://…/b.png"], stream=True):
+    ...     print(piece, end="", flush=True)
+    >>> chat.undo()
+    ```
+
+    Several sessions may be used at once, each by one thread at a time.
+
+    Args:
+        model (`VisualChatForCausalLM`): Answers.
+        processor (`VisualChatProcessor`): The model's.
+        store (`ImageMemoryStore`, *optional*): Remembers pictures, also across sessions that share it. By default the
+            session has one of its own, of up to `max_store_bytes`. Without image memory, which needs `mmca` or
+            `mmca_merged`, `sdpa` and all weights in memory, it is not used.
+        system (`str`, *optional*): In place of the prompt's first line.
+        drop_oldest (`bool`, *optional*, defaults to `False`): What to do when the conversation and the answer do not fit the
+            model's context: drop the oldest rounds with their images, or raise. The images that stay are numbered anew.
+        max_store_bytes (`int`, *optional*, defaults to 4 GiB): Of the session's own store.
+
+    Attributes:
+        rounds (`list[Round]`): The conversation so far.
+        dropped_rounds (`int`): Rounds that were dropped for lack of room.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        store: ImageMemoryStore | None = None,
+        system: str | None = None,
+        drop_oldest: bool = False,
+        max_store_bytes: int = 4 * 2**30,
+    ):
+        self.model, self.processor, self.system, self.drop_oldest = model, processor, system, drop_oldest
+        self.rounds: list[Round] = []
+        self.dropped_rounds = 0
+        self._store = store if store is not None else ImageMemoryStore(model, max_store_bytes)
+        self._computed = self._nothing_computed()
+        self._unfinished = lambda: None
+
+    def send(
+        self, text: str, images: ImageSource | list[ImageSource] = (), stream: bool = False, **generation
+    ) -> str | Iterator[str]:
+        """
+        Asks, and adds the question and its answer to the conversation.
+
+        Args:
+            text (`str`): The question. What looks like a special token in it is text.
+            images (*optional*): A picture that comes with it, or a list of them: anything that [`load_image`] takes.
+            stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made.
+                The conversation holds the answer when it ends. Closing it, Ctrl-C, or asking something else meanwhile ends
+                the answer where it is. Beam search has but one piece.
+            generation: As for `model.generate`. Unless it or the model's `generation_config` says otherwise, up to 512 new
+                tokens, or a quarter of the model's context if that is less.
+
+        Raises:
+            ValueError: If a picture cannot be read, or if the conversation does not fit the model's context. The
+                conversation is as before, as after any other error.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"A question is a string, got {type(text).__name__}")
+        images = [images] if isinstance(images, ImageSource) else images
+        asked = Round(text, [_load(image, f"image {number}") for number, image in enumerate(images, 1)])
+        self._end_unfinished()
+        return self._ask([*self.rounds, asked], stream, generation)
+
+    def undo(self) -> Round:
+        """
+        Takes back the last question and its answer, and returns them.
+
+        Raises:
+            IndexError: If nothing has been asked.
+        """
+        self._end_unfinished()
+        if not self.rounds:
+            raise IndexError("There is nothing to take back: the conversation has no rounds")
+        return self.rounds.pop()
+
+    def edit(self, index: int, text: str, stream: bool = False, **generation) -> str | Iterator[str]:
+        """
+        Asks another question in place of an earlier one, about the same pictures. The rounds after it are dropped.
+
+        Args:
+            index (`int`): The round, from 0.
+            text (`str`): The new question.
+            stream, generation: As for [`~ChatSession.send`].
+
+        Raises:
+            IndexError: If there is no such round.
+        """
+        self._end_unfinished()
+        if not 0 <= index < len(self.rounds):
+            raise IndexError(f"There is no round {index}: the conversation has {len(self.rounds)}")
+        if not isinstance(text, str):
+            raise TypeError(f"A question is a string, got {type(text).__name__}")
+        asked = Round(text, self.rounds[index].images, pixel_values=self.rounds[index].pixel_values)
+        return self._ask([*self.rounds[:index], asked], stream, generation)
+
+    def clear(self) -> None:
+        """Begins a new conversation. Pictures stay remembered."""
+        self._end_unfinished()
+        self.rounds, self.dropped_rounds = [], 0
+        self._computed = self._nothing_computed()
+
+    def fork(self) -> "ChatSession":
+        """A conversation that goes on from here on its own. What was computed is shared, not copied."""
+        other = copy.copy(self)
+        other.rounds = [copy.copy(one) for one in self.rounds]
+        other._computed = self._computed._replace(cache=copy_cache(self._computed.cache))
+        other._unfinished = lambda: None
+        return other
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `conversation.json` and the pictures, as PNG, into a folder."""
+        os.makedirs(folder, exist_ok=True)
+        rounds, number = [], 0
+        for one in self.rounds:
+            names = []
+            for image in one.images:
+                number += 1
+                names.append(f"image-{number}.png")
+                image.save(os.path.join(folder, names[-1]))
+            rounds.append({"text": one.text, "images": names, "answer": one.answer})
+        content = {"system": self.system, "dropped_rounds": self.dropped_rounds, "rounds": rounds}
+        with open(os.path.join(folder, FILE_NAME), "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, model, processor, **settings) -> "ChatSession":
+        """
+        A conversation that [`~ChatSession.save`] wrote, to go on with.
+
+        Args:
+            folder (`str` or `os.PathLike`): Where it lies.
+            model, processor, settings: As for [`ChatSession`].
+
+        Raises:
+            FileNotFoundError: If there is no `conversation.json`, or one of its pictures is missing.
+            ValueError: If it holds something else.
+        """
+        path = os.path.join(folder, FILE_NAME)
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            session = cls(model, processor, **{"system": content["system"], **settings})
+            session.dropped_rounds = content["dropped_rounds"]
+            saved = [(one["text"], one["images"], one["answer"]) for one in content["rounds"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a conversation that was saved here: {error!r}") from error
+        for text, names, answer in saved:
+            images = [_load(os.path.join(folder, name), name) for name in names]
+            session.rounds.append(Round(text, images, answer))
+        return session
+
+    @property
+    def messages(self) -> list[dict]:
+        """The conversation as messages, as `processor.apply_chat_template` takes them."""
+        return self._messages_of(self.rounds)
+
+    def _messages_of(self, rounds: list[Round]) -> list[dict]:
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for one in rounds:
+            images = [{"type": "image", "image": image} for image in one.images]
+            messages.append({"role": "user", "content": [*images, {"type": "text", "text": one.text}]})
+            messages.append({"role": "assistant", "content": one.answer})
+        return messages
+
+    def _tokenize(self, rounds: list[Round]) -> torch.LongTensor:
+        """The prompt for the last round's answer, of shape `(1, tokens)`."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        messages = self._messages_of(rounds)[:-1]
+        texts = [self.system or "", *(text for one in rounds for text in (one.text, one.answer))]
+        if any(token in text for token in tokenizer.get_added_vocab() for text in texts):
+            input_ids = tokenizer.apply_chat_template(
+                messages,
+                chat_template=processor.chat_template,
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                write_bos_token=True,
+                return_dict=False,
+                return_tensors="pt",
+            )
+        else:
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        repeats = torch.where(input_ids[0] == processor.image_token_id, processor.image_seq_length, 1)
+        return input_ids.repeat_interleave(repeats, dim=1)
+
+    def _ask(self, rounds: list[Round], stream: bool, generation: dict) -> str | Iterator[str]:
+        defaults = generation.get("generation_config") or self.model.generation_config
+        settings = {name: generation.get(name, getattr(defaults, name)) for name in ("num_beams", "num_return_sequences")}
+        if settings["num_return_sequences"] not in (None, 1):
+            raise ValueError("A conversation goes on with one answer: leave out `num_return_sequences`")
+        if "max_length" in generation:
+            raise ValueError("`max_length` would count the whole conversation: say `max_new_tokens`")
+        limit = self.model.config.text_config.max_position_embeddings
+        new_tokens = generation.get("max_new_tokens", defaults.max_new_tokens) or min(MAX_NEW_TOKENS, limit // 4)
+
+        input_ids, dropped = self._make_room(rounds, limit, new_tokens)
+        generation = {**generation, "max_new_tokens": new_tokens, "num_beams": settings["num_beams"] or 1}
+        pieces = self._answer(rounds[dropped:], dropped, input_ids, generation)
+        self._unfinished = weakref.ref(pieces)
+        next(pieces)  # the answer is under way, and stands in the conversation even if nobody reads it
+        return pieces if stream else "".join(pieces)
+
+    def _make_room(self, rounds: list[Round], limit: int, new_tokens: int) -> tuple[torch.LongTensor, int]:
+        """The prompt that fits, with room for the answer, and how many rounds were dropped. The last one is always kept."""
+        for dropped in range(len(rounds) if self.drop_oldest else 1):
+            input_ids = self._tokenize(rounds[dropped:])
+            if input_ids.shape[1] + new_tokens <= limit:
+                return input_ids, dropped
+        what = "last question" if self.drop_oldest else "conversation"
+        advice = "ask less at once" if self.drop_oldest else "take back or clear rounds, begin it with drop_oldest=True"
+        raise ValueError(
+            f"The {what} has {input_ids.shape[1]} tokens and the answer up to {new_tokens}, but the model's context holds"
+            f" {limit}: {advice}, or allow fewer `max_new_tokens`"
+        )
+
+    def _answer(self, rounds: list[Round], dropped: int, input_ids: torch.LongTensor, generation: dict) -> Iterator[str]:
+        """Yields "" once the answer is under way, and then its pieces."""
+        pictures = [image for one in rounds for image in one.images]
+        shared = self._computed = self._share(input_ids[0], pictures)
+        cache, num_beams = shared.cache, generation["num_beams"]
+        if num_beams > 1:
+            cache = copy_cache(cache)
+            cache.batch_repeat_interleave(num_beams)
+        inputs = {
+            **self._new_images(rounds, len(shared.pictures)),
+            "input_ids": input_ids.to(self.model.device),
+            "attention_mask": torch.ones_like(input_ids, device=self.model.device),  # no token of an answer is padding
+            "past_key_values": cache,
+        }
+        reader = AnswerReader(self.processor.tokenizer, input_ids.shape[1])
+        generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
+        outcome = {}
+
+        def run():
+            try:
+                ids = self.model.generate(
+                    **inputs,
+                    **generation,
+                    streamer=reader if num_beams == 1 else None,
+                    tokenizer=reader.tokenizer,  # for `stop_strings`
+                    return_dict_in_generate=False,
+                )
+                outcome["ids"] = ids[0].cpu()
+            except BaseException as error:
+                outcome["error"] = error
+            finally:
+                reader.end()
+
+        worker = threading.Thread(target=run, daemon=True)
+        answer = shown = ""
+        # Whatever breaks the answer off, a cache that is half written is not used again
+        self._computed = self._nothing_computed()
+        try:
+            worker.start()
+            yield ""
+            for text in reader:
+                piece = _sure_part(text)[len(shown) :]
+                if piece:
+                    shown += piece
+                    yield piece
+        finally:
+            # Also when the answer is broken off: what there is of it stands in the conversation
+            reader.stop()
+            worker.join()
+            if "ids" in outcome:
+                ids = outcome["ids"]
+                answer = _cut_section(reader.decode(ids[input_ids.shape[1] :]))
+                rounds[-1].answer = answer
+                self.rounds = rounds
+                if dropped:
+                    self.dropped_rounds += dropped
+                    logger.warning("The model's context is full: the oldest %d rounds were dropped", dropped)
+                self._computed = shared if num_beams > 1 else Computed(cache, ids[: cache.get_seq_length()], pictures)
+        if "error" in outcome:
+            raise outcome["error"]
+        if len(answer) > len(shown):
+            yield answer[len(shown) :]
+
+    def _end_unfinished(self) -> None:
+        pieces = self._unfinished()
+        if pieces is None:
+            return
+        if pieces.gi_running:
+            raise RuntimeError("Another thread is reading an answer of this conversation: let it end, or fork() before")
+        pieces.close()
+
+    def _nothing_computed(self) -> Computed:
+        return Computed(DynamicCache(config=self.model.config), torch.empty(0, dtype=torch.long), [])
+
+    def _share(self, input_ids: torch.LongTensor, pictures: list[Image.Image]) -> Computed:
+        """What was computed, cut back to what it shares with a prompt of shape `(tokens,)` and its pictures."""
+        computed, per_image = self._computed, self.processor.image_seq_length
+        placeholders = (input_ids == self.processor.image_token_id).nonzero()[:, 0]
+        length = min(len(computed.input_ids), len(input_ids) - 1)  # one token at least is to be computed
+        differs = (computed.input_ids[:length] != input_ids[:length]).nonzero()
+        length = int(differs[0]) if len(differs) else length
+        same = 0
+        for known, picture in zip(computed.pictures, pictures):
+            if known is not picture:
+                break
+            same += 1
+        if same < len(pictures):
+            length = min(length, int(placeholders[same * per_image]))
+        if length == 0:
+            return self._nothing_computed()
+        computed.cache.crop(length - len(computed.input_ids))
+        kept = int((placeholders < length).sum()) // per_image
+        return Computed(computed.cache, input_ids[:length], pictures[:kept])
+
+    def _new_images(self, rounds: list[Round], known: int) -> dict:
+        """The images after the first `known` ones, as inputs of `generate`."""
+        for one in rounds:
+            if one.images and one.pixel_values is None:
+                one.pixel_values = self.processor.image_processor(one.images, return_tensors="pt")["pixel_values"]
+        pixel_values = [picture for one in rounds if one.images for picture in one.pixel_values][known:]
+        if not pixel_values:
+            return {}
+        pixel_values = torch.stack(pixel_values).to(self.model.device)
+        attention = self.model.model.language_model.config._attn_implementation
+        remembers = self.model.config.multimodal_attention != "causal" and attention == "sdpa"
+        if remembers and not any(parameter.is_meta for parameter in self.model.parameters()):  # as under offload
+            return {"image_memory": self._store.get(pixel_values)}
+        return {"pixel_values": pixel_values}
+
+
+class AnswerReader(BaseStreamer, StoppingCriteria):
+    """
+    Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where a
+    section begins or where it is asked to.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Decodes.
+        prompt_length (`int`): Tokens before the answer.
+    """
+
+    def __init__(self, tokenizer, prompt_length: int):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self._stopped = threading.Event()
+        self._tokens = queue.SimpleQueue()
+
+    def put(self, value: torch.LongTensor) -> None:
+        self._tokens.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        self._tokens.put(None)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def decode(self, ids: torch.LongTensor | list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def __iter__(self) -> Iterator[str]:
+        tokens = []
+        while (new := self._tokens.get()) is not None:
+            tokens += new  # the prompt comes first
+            if len(tokens) > self.prompt_length:
+                yield self.decode(tokens[self.prompt_length :])
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        stopped = self._stopped.is_set()
+        done = [stopped or SECTION.search(self.decode(row)) is not None for row in input_ids[:, self.prompt_length :]]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _load(source: ImageSource, name: str) -> Image.Image:
+    """A picture of our own: what the caller does to his later does not matter, and one that is read late is read now."""
+    image = load_image(source, name)
+    try:
+        return image.copy()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name}: the picture is broken: {error}") from error
+
+
+def _cut_section(answer: str) -> str:
+    return SECTION.split(answer, maxsplit=1)[0]
+
+
+def _sure_part(answer: str) -> str:
+    """What is sure to stay of an unfinished answer."""
+    return UNSURE.split(_cut_section(answer), maxsplit=1)[0]
+
+
+__all__ = ["ChatSession"]

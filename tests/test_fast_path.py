@@ -1,0 +1,501 @@
+"""The default attention, by modality, equals `eager`, the definition; and the cache that keeps text and images apart."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tiny import TOKENS_PER_IMAGE, make_inputs, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from modeling_visualchat.cache_visualchat import ModalitiesLayer, PlacesLayer
+
+
+drawn = functools.partial(settings, deadline=None, derandomize=True)
+MODELS = st.tuples(st.sampled_from(["mmca", "mmca_merged"]), st.booleans(), st.sampled_from([1, 2, 4]))
+ROWS = st.text(alphabet="sti", max_size=5)  # also rows of padding alone: who says nothing in a round
+LAYOUTS = st.lists(ROWS, min_size=1, max_size=3).filter(any)
+SIDES = st.sampled_from(["left", "right"])
+EDGES = [["iss"], ["tti"], ["i", "s"], ["s"], ["ii", "titit", "iitt"], ["ss", "tt"]]
+
+
+# What hypothesis draws is compared in double precision, so that no rounding is taken for an error
+DOUBLE = torch.float64
+
+
+@functools.cache
+def make_pair(variant="mmca", numbered=True, kv_heads=2, dtype=torch.float32, trains=False):
+    """The same weights by modality and as the definition. The tower is the same on both sides."""
+    text = {"num_key_value_heads": kv_heads}
+    options = {"multimodal_attention": variant, "image_number_keys": numbered, "text": text}
+    pair = [
+        make_model({"text_config": decoder, "vision_config": "sdpa"}, **copy.deepcopy(options)).to(dtype).train(trains)
+        for decoder in ("sdpa", "eager")
+    ]
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair
+
+
+def with_edges(**others):
+    """A batch of each kind that is easily forgotten, and those that hypothesis draws."""
+
+    def decorate(test):
+        for layout in EDGES:
+            test = example(layout=layout, **others)(test)
+        return test
+
+    return decorate
+
+
+def forward(model, inputs, **kwargs):
+    if "pixel_values" in inputs:
+        inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
+    with torch.no_grad():
+        return model(**inputs, **kwargs)
+
+
+def assert_equal_where_kept(ours, expected, inputs, atol=1e-5):
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[kept], expected[kept], atol=atol, rtol=1e-5)
+
+
+class TestForward:
+    @drawn(max_examples=40)
+    @with_edges(key=("mmca", True, 2), side="left")
+    @given(key=MODELS, layout=LAYOUTS, side=SIDES)
+    def test_logits_and_the_hidden_states_of_every_layer_equal_eager(self, key, layout, side):
+        fast, eager = make_pair(*key, dtype=DOUBLE)
+        inputs = make_inputs(layout, fast, padding_side=side)
+        expected = forward(eager, inputs, output_hidden_states=True)
+        recorded = forward(fast, inputs, output_hidden_states=True)
+        assert_equal_where_kept(forward(fast, inputs).logits, expected.logits, inputs)
+        assert_equal_where_kept(recorded.logits, expected.logits, inputs)
+        assert len(recorded.hidden_states) == len(expected.hidden_states)
+        for ours, theirs in zip(recorded.hidden_states, expected.hidden_states):
+            assert_equal_where_kept(ours, theirs, inputs)
+        if inputs.pop("attention_mask").all():
+            torch.testing.assert_close(forward(fast, inputs).logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+    @drawn(max_examples=20)
+    @with_edges(key=("mmca", True, 2), side="left", supervised=1.0)
+    @given(key=MODELS, layout=LAYOUTS, side=SIDES, supervised=st.sampled_from([0.3, 1.0]))
+    def test_gradients_of_all_weights_equal_eager(self, key, layout, side, supervised):
+        pair = make_pair(*key, dtype=DOUBLE, trains=True)
+        inputs = make_inputs(layout, pair[0], padding_side=side)
+        assume(inputs["input_ids"].shape[1] > 1)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].double()
+        learned = torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(1)) <= supervised
+        learned[:, 1:] &= inputs["attention_mask"][:, :-1].bool()  # no loss at what a padding row predicts
+        labels = inputs["input_ids"].masked_fill(~learned | (inputs["attention_mask"] == 0), -100)
+        assume((labels[:, 1:] != -100).any())
+        losses, gradients = [], []
+        for model in pair:
+            model.zero_grad()
+            losses.append(model(**inputs, labels=labels).loss)
+            losses[-1].backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+        if any(part in row for row in layout for part in "st"):
+            assert set(gradients[0]) == set(gradients[1])
+        for name, expected in gradients[1].items():
+            ours = gradients[0].get(name, torch.zeros(()).expand_as(expected))
+            torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4, check_dtype=False, msg=name)
+
+    def test_a_batch_without_any_supervised_position_gives_every_weight_a_gradient(self):
+        fast, eager = make_pair(trains=True)
+        inputs = make_inputs(["tit", "tt"], fast)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        names = []
+        for model in (eager, fast):
+            model.zero_grad()
+            model(**inputs, labels=labels, logits_to_keep=labels != -100, num_items_in_batch=3).loss.backward()
+            names.append({name for name, p in model.named_parameters() if p.grad is not None})
+        assert names[0] == names[1]
+
+    def test_gradients_in_double_precision_are_finite_where_the_longest_text_is_one_token(self):
+        model = make_pair("mmca_merged", dtype=DOUBLE, trains=True)[0]
+        inputs = make_inputs(["i", "s"], model, padding_side="right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        model.zero_grad()
+        model(**{**inputs, "pixel_values": inputs["pixel_values"].double()}, labels=labels).loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    @drawn(max_examples=12)
+    @given(key=MODELS, layout=LAYOUTS, side=SIDES, dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+    def test_half_precision_is_finite_and_near(self, key, layout, side, dtype):
+        exact = make_pair(*key, dtype=DOUBLE)[0]
+        inputs = make_inputs(layout, exact, padding_side=side)
+        half = make_pair(*key, dtype=dtype)[0]
+        logits = forward(half, inputs).logits
+        assert logits.isfinite().all()
+        kept = inputs["attention_mask"].bool()
+        expected = forward(exact, inputs).logits[kept]
+        error = (logits[kept].double() - expected).norm() / expected.norm()
+        assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+    @drawn(max_examples=25)
+    @given(data=st.data(), key=MODELS, layout=LAYOUTS, side=SIDES)
+    def test_logits_to_keep_gives_the_slices_of_the_full_logits(self, data, key, layout, side):
+        model = make_pair(*key, dtype=DOUBLE)[0]
+        inputs = make_inputs(layout, model, padding_side=side)
+        full = forward(model, inputs).logits
+        batch, length = inputs["input_ids"].shape
+        kept = inputs["attention_mask"].bool()
+
+        last = data.draw(st.integers(1, length + 1))
+        ours = forward(model, inputs, logits_to_keep=last).logits
+        assert ours.shape[1] == min(last, length)
+        torch.testing.assert_close(ours[kept[:, -last:]], full[:, -last:][kept[:, -last:]], atol=1e-5, rtol=1e-5)
+
+        index = torch.tensor(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=4)))
+        ours = forward(model, inputs, logits_to_keep=index).logits
+        torch.testing.assert_close(ours[kept[:, index]], full[:, index][kept[:, index]], atol=1e-5, rtol=1e-5)
+
+        flags = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
+        mask = torch.tensor(data.draw(flags)).view(batch, length) & kept
+        ours = forward(model, inputs, logits_to_keep=mask).logits
+        torch.testing.assert_close(ours, full[mask], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        "logits_to_keep",
+        [
+            torch.tensor([-1, 0]),
+            pytest.param(
+                torch.tensor([[0, 3], [5, 1]]),
+            ),
+            pytest.param(
+                torch.arange(9) % 2 == 0,
+            ),
+        ],
+        ids=["from the end", "by row", "one mask for all rows"],
+    )
+    def test_logits_to_keep_is_what_transformers_slices(self, logits_to_keep):
+        fast, eager = make_pair()
+        inputs = make_inputs(["tit", "itt"], fast)
+        expected = forward(eager, inputs, logits_to_keep=logits_to_keep).logits
+        torch.testing.assert_close(
+            forward(fast, inputs, logits_to_keep=logits_to_keep).logits, expected, atol=1e-5, rtol=1e-5
+        )
+
+    @drawn(max_examples=12)
+    @given(key=MODELS, layout=LAYOUTS, side=SIDES)
+    def test_the_loss_of_supervised_positions_alone_is_the_full_one(self, key, layout, side):
+        model = make_pair(*key, dtype=DOUBLE)[0]
+        inputs = make_inputs(layout, model, padding_side=side)
+        is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+        labels = inputs["input_ids"].masked_fill(~is_text, -100)
+        supervised = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        assume(supervised.any())
+        full = forward(model, inputs, labels=labels).loss
+        kept = forward(model, inputs, labels=labels, logits_to_keep=supervised).loss
+        torch.testing.assert_close(kept, full, atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return output
+
+
+class TestCost:
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_nothing_of_the_sequence_by_itself_is_made(self, variant):
+        vision = {"patch_size": 2}
+        largest = {}
+        for decoder in ("sdpa", "eager"):
+            model = make_model(
+                {"text_config": decoder, "vision_config": "sdpa"}, multimodal_attention=variant, vision=vision
+            )
+            inputs = make_inputs(["t" + "i" * 8 + "t"], model)
+            length = inputs["input_ids"].shape[1]
+            assert length == 8 * 65 + 4
+            with Largest() as largest[decoder]:
+                model(**inputs, labels=inputs["input_ids"], use_cache=decoder == "sdpa").loss.backward()
+        assert largest["sdpa"].numel < length**2 <= largest["eager"].numel
+
+    def test_equal_pictures_go_through_the_tower_once_and_have_the_gradients_of_copies(self):
+        fast, eager = make_pair(dtype=DOUBLE, trains=True)
+        inputs = make_inputs(["tiit", "it"], fast)
+        labels = inputs["input_ids"].clone()
+        labels[1, : -TOKENS_PER_IMAGE - 1] = -100  # padding, and what it predicts
+        pictures = inputs["pixel_values"].double()
+        pictures[2] = pictures[0]
+        # Copies that differ by less than any result shows are encoded one by one
+        apart = pictures + 1e-13 * torch.arange(3)[:, None, None, None]
+        rows, results = [], []
+        for model, pixel_values in ((fast, pictures), (eager, apart)):
+            hook = model.model.vision_tower.register_forward_hook(
+                lambda module, args, output: rows.append(len(output.last_hidden_state))
+            )
+            model.zero_grad()
+            outputs = model(**{**inputs, "pixel_values": pixel_values}, labels=labels)
+            outputs.loss.backward()
+            hook.remove()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            results.append((outputs, gradients))
+        assert rows == [2, 3]
+        (ours, our_gradients), (theirs, their_gradients) = results
+        assert_equal_where_kept(ours.logits, theirs.logits, inputs)
+        torch.testing.assert_close(ours.image_hidden_states, theirs.image_hidden_states, atol=1e-6, rtol=1e-6)
+        assert torch.equal(ours.image_hidden_states[0], ours.image_hidden_states[2])
+        for name, expected in their_gradients.items():
+            torch.testing.assert_close(our_gradients[name], expected, atol=2e-5, rtol=1e-4, msg=name)
+
+    def test_pictures_that_differ_in_one_pixel_are_two(self):
+        model = make_pair()[0]
+        inputs = make_inputs(["itit"], model)
+        inputs["pixel_values"][1] = inputs["pixel_values"][0]
+        same = forward(model, inputs).logits
+        # The sum of all pixels stays
+        inputs["pixel_values"][1, 0, 0, 0], inputs["pixel_values"][1, 0, 0, 1] = 3.0, -3.0
+        inputs["pixel_values"][0, 0, 0, 0], inputs["pixel_values"][0, 0, 0, 1] = -3.0, 3.0
+        assert not torch.allclose(same, forward(model, inputs).logits, atol=1e-3)
+        pair = make_pair()[1]
+        torch.testing.assert_close(forward(model, inputs).logits, forward(pair, inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+class Conversations:
+    """
+    A batch that grows by rounds, each row with the pictures of its own, and the cache of it. `say` compares with a run from
+    scratch.
+    """
+
+    def __init__(self, model, reference, batch_size, cache=None, seed=0):
+        self.model, self.reference, self.seed = model, reference, seed
+        self.cache = DynamicCache() if cache is None else cache
+        self.input_ids = self.attention_mask = torch.empty(batch_size, 0, dtype=torch.long)
+        self.pictures = [[] for _ in range(batch_size)]  # of each row, (place, pixels)
+
+    def say(self, layout, side="left", in_pieces_of=None):
+        self.seed += 1
+        new = make_inputs(layout, self.model, self.seed, side)
+        past, pixels = self.length, iter(new.get("pixel_values", ()))
+        for row, parts in enumerate(layout):
+            first_rows = (new["input_ids"][row] == self.model.config.image_token_id).nonzero()[::TOKENS_PER_IMAGE, 0]
+            self.pictures[row] = self.pictures[row] + [(past + int(place), next(pixels)) for place in first_rows]
+            assert len(first_rows) == parts.count("i")
+        self.input_ids = torch.cat([self.input_ids, new["input_ids"]], dim=1)
+        self.attention_mask = torch.cat([self.attention_mask, new["attention_mask"]], dim=1)
+        expected = forward(self.reference, self.everything()).logits[:, past:]
+        if in_pieces_of is None:
+            logits = forward(self.model, {**new, "attention_mask": self.attention_mask}, past_key_values=self.cache).logits
+        else:
+            logits = self._say_in_pieces(new, past, in_pieces_of)
+        assert_equal_where_kept(logits, expected, new)
+        assert self.cache.get_seq_length() == self.length
+
+    def _say_in_pieces(self, new, past, size):
+        is_image = new["input_ids"] == self.model.config.image_token_id
+        with torch.no_grad():
+            embeds = self.model.get_input_embeddings()(new["input_ids"])
+            if is_image.any():
+                embeds[is_image] = torch.cat(
+                    self.model.get_image_features(new["pixel_values"].to(embeds.dtype)).pooler_output
+                )
+        pieces = []
+        for start in range(0, is_image.shape[1], size):
+            piece = slice(start, start + size)
+            inputs = {"inputs_embeds": embeds[:, piece], "mm_token_type_ids": is_image[:, piece].long()}
+            inputs["attention_mask"] = self.attention_mask[:, : past + start + size]
+            pieces.append(forward(self.model, inputs, past_key_values=self.cache).logits)
+        return torch.cat(pieces, dim=1)
+
+    @property
+    def length(self):
+        return self.input_ids.shape[1]
+
+    def everything(self):
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        pixels = [picture for row in self.pictures for _, picture in row]
+        return {**inputs, "pixel_values": torch.stack(pixels)} if pixels else inputs
+
+    def places_between_images(self):
+        """Lengths to which the cache can be cropped without cutting through an image."""
+        inside = {place + k for row in self.pictures for place, _ in row for k in range(1, TOKENS_PER_IMAGE)}
+        return [place for place in range(1, self.length + 1) if place not in inside]
+
+    def crop_to(self, length):
+        self.cache.crop(length - self.length)
+        self.input_ids, self.attention_mask = self.input_ids[:, :length], self.attention_mask[:, :length]
+        self.pictures = [[(place, picture) for place, picture in row if place < length] for row in self.pictures]
+
+    def take_rows(self, rows):
+        self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
+        self.pictures = [self.pictures[row] for row in rows]
+
+    def reset(self):
+        self.cache.reset()
+        self.input_ids = self.attention_mask = self.input_ids[:, :0]
+        self.pictures = [[] for _ in self.pictures]
+
+
+def layouts_of(batch_size):
+    return st.lists(ROWS.filter(lambda row: row.count("i") <= 2), min_size=batch_size, max_size=batch_size).filter(any)
+
+
+class TestCache:
+    @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
+    def test_text_and_images_are_kept_apart_and_decoding_adds_to_text_alone(self, numbered):
+        model = make_pair(numbered=numbered)[0]
+        inputs = make_inputs(["titit", "ts"], model)
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        tokens, layers = 2 * TOKENS_PER_IMAGE, model.config.text_config.num_hidden_layers
+        length = inputs["input_ids"].shape[1]
+
+        def lengths():
+            return [(layer.keys.shape[2], layer.images.keys.shape[2]) for layer in cache.layers[:layers]]
+
+        assert len(cache.layers) == layers + 1
+        assert all(isinstance(layer, ModalitiesLayer) for layer in cache.layers[:layers])
+        assert isinstance(cache.layers[layers], PlacesLayer)
+        assert lengths() == [(6, tokens)] * layers
+        assert all(cache.get_seq_length(k) == length for k in range(layers + 1))
+        of_images = cache.layers[0].images.keys.data_ptr()
+        for step in range(1, 4):
+            ones = torch.ones(2, length + step, dtype=torch.long)
+            ones[:, :length] = inputs["attention_mask"]
+            forward(model, {"input_ids": torch.tensor([[7], [8]]), "attention_mask": ones}, past_key_values=cache)
+            assert lengths() == [(6 + step, tokens)] * layers
+            assert cache.get_seq_length() == length + step
+            assert cache.layers[0].images.keys.data_ptr() == of_images  # not even copied
+        places = cache.layers[layers]
+        assert places.of_text[0].tolist() == [0, 1, 7, 8, 14, 15, 16, 17, 18]
+        assert places.of_text[1, :3].tolist() == [13, 14, 15]
+        assert places.of_images[0].tolist() == [*range(2, 7), *range(9, 14)]
+        assert places.of_images[1].tolist() == [-1] * tokens
+
+    @drawn(max_examples=25)
+    @given(data=st.data(), key=MODELS, batch_size=st.integers(1, 3))
+    def test_rounds_of_text_and_images_equal_a_run_from_scratch(self, data, key, batch_size):
+        conversations = Conversations(*make_pair(*key, dtype=DOUBLE), batch_size)
+        for layout in data.draw(st.lists(layouts_of(batch_size), min_size=2, max_size=4), "rounds"):
+            conversations.say(layout, data.draw(SIDES, "side"), data.draw(st.sampled_from([None, None, 1, 3]), "pieces"))
+
+    @drawn(max_examples=30)
+    @given(data=st.data(), key=MODELS, batch_size=st.integers(1, 3))
+    def test_whatever_is_done_to_the_cache_is_done_to_text_images_and_places(self, data, key, batch_size):
+        conversations = Conversations(*make_pair(*key, dtype=DOUBLE), batch_size)
+        conversations.say(data.draw(layouts_of(batch_size), "layout"), data.draw(SIDES, "side"))
+        operations = ["crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "deepcopy", "reset"]
+        for operation in data.draw(st.lists(st.sampled_from(operations), min_size=1, max_size=3), "operations"):
+            rows = range(len(conversations.pictures))
+            if operation == "crop":
+                conversations.crop_to(data.draw(st.sampled_from(conversations.places_between_images()), "length"))
+            elif operation == "reorder_cache":
+                order = data.draw(st.lists(st.sampled_from(rows), min_size=len(rows), max_size=len(rows)), "order")
+                conversations.cache.reorder_cache(torch.tensor(order))
+                conversations.take_rows(order)
+            elif operation == "batch_repeat_interleave" and len(rows) < 3:
+                conversations.cache.batch_repeat_interleave(2)
+                conversations.take_rows([row for row in rows for _ in range(2)])
+            elif operation == "batch_select_indices":
+                selected = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=3), "selected")
+                conversations.cache.batch_select_indices(torch.tensor(selected))
+                conversations.take_rows(selected)
+            elif operation == "deepcopy":
+                original, conversations.cache = conversations.cache, copy.deepcopy(conversations.cache)
+                original.crop(-1)
+            elif operation == "reset":
+                conversations.reset()
+                conversations.say(data.draw(layouts_of(len(rows)), "layout"))
+            if data.draw(st.booleans(), "says more"):
+                conversations.say(data.draw(layouts_of(len(conversations.pictures)), "layout"))
+        conversations.say(data.draw(layouts_of(len(conversations.pictures)), "layout"))
+
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_cropping_back_through_an_image_and_bringing_another(self, variant):
+        conversations = Conversations(*make_pair(variant), 2)
+        conversations.say(["tit", "ts"])
+        conversations.say(["siti", "t"])
+        conversations.crop_to(10)
+        assert [len(row) for row in conversations.pictures] == [1, 0]
+        conversations.say(["its", "ii"])
+        conversations.crop_to(1)
+        conversations.say(["it", "s"])
+
+    @pytest.mark.parametrize("empty", ["reset", "crop"])
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            ["sit", "t"],
+            ["iti", "tit"],
+            ["ts", "st"],
+            pytest.param(
+                ["tt", "s"],
+            ),
+        ],
+        ids=str,
+    )
+    def test_a_cache_emptied_by_reset_or_crop_begins_again(self, layout, empty):
+        conversations = Conversations(*make_pair(), 2)
+        conversations.say(["tit", "s"])
+        conversations.reset() if empty == "reset" else conversations.crop_to(0)
+        conversations.say(layout)
+        conversations.say(["it", "t"])
+
+    def test_cropping_within_an_image_keeps_its_first_rows(self):
+        fast, eager = make_pair()
+        inputs = make_inputs(["tiit"], fast)
+        caches = []
+        for model in (fast, eager):
+            cache = DynamicCache()
+            forward(model, inputs, past_key_values=cache)
+            cache.crop(-2 - 3)  # three rows of the second image go
+            caches.append(cache)
+        more = make_inputs(["tit"], fast, seed=1)
+        more["attention_mask"] = torch.ones(1, 9 + 9, dtype=torch.long)
+        ours, theirs = (forward(model, more, past_key_values=cache) for model, cache in zip((fast, eager), caches))
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
+
+    def test_cropping_by_a_positive_number_is_refused_as_in_transformers(self):
+        model = make_pair()[0]
+        cache = forward(model, make_inputs(["tit"], model), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="negative"):
+            cache.crop(2)
+
+    def test_a_users_cache_stays_the_same_object_and_learns_of_images_when_they_come(self):
+        fast, eager = make_pair()
+        for cache in (DynamicCache(), DynamicCache(config=fast.config), DynamicCache(config=fast.config.text_config)):
+            conversations = Conversations(fast, eager, 2, cache)
+            layers = fast.config.text_config.num_hidden_layers
+            conversations.say(["ts", "s"])
+            assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * layers
+            conversations.say(["sit", "tt"])
+            assert [type(layer).__name__ for layer in cache.layers] == ["ModalitiesLayer"] * layers + ["PlacesLayer"]
+            outputs = forward(fast, {"input_ids": torch.tensor([[5], [6]])}, past_key_values=cache)
+            assert outputs.past_key_values is cache
+
+    def test_a_conversation_begun_by_modality_and_continued_with_eager_says_why_not(self):
+        fast, eager = make_pair()
+        cache = forward(fast, make_inputs(["tit"], fast), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"begun with attn_implementation='sdpa'.*go on with both"):
+            forward(eager, {"input_ids": torch.tensor([[5]])}, past_key_values=cache)
+        mask = torch.ones(1, 1, 1, 10, dtype=torch.bool)
+        with pytest.raises(ValueError, match="2-dimensional attention_mask"):
+            forward(fast, {"input_ids": torch.tensor([[5]]), "attention_mask": mask}, past_key_values=cache)
+        assert cache.get_seq_length() == 9  # a refused call leaves no trace
+
+    def test_a_conversation_begun_with_eager_goes_on_with_sdpa(self):
+        fast, eager = make_pair()
+        conversations = Conversations(eager, eager, 2)
+        conversations.say(["tit", "s"])
+        conversations.model = fast
+        conversations.say(["it", "ts"])
+
+    def test_beams_and_batches_leave_the_images_where_they_are(self):
+        """Beam search reorders and repeats rows that hold different numbers of images."""
+        fast, eager = make_pair()
+        inputs = make_inputs(["titit", "ts", "iit"], fast)
+        beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(fast.generate(**inputs, **beams), eager.generate(**inputs, **beams))
