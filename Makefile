@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow conformance lint format clean
+.PHONY: help demo test test-slow test-browser conformance bench lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -13,13 +13,23 @@ demo: $(VENV)/installed  ## build, train, save and talk to a small VisualChat (o
 	python examples/demo.py
 
 test: $(VENV)/installed  ## the tests
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow and not browser"
 
 test-slow: $(VENV)/installed  ## the tests that take longer
 	python -m pytest -m slow
 
+test-browser: $(VENV)/installed  ## the web page in Chromium, which it installs where it may (Debian, as root)
+	command -v chromium > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" -ne 0 ] || \
+		{ apt-get update --quiet && apt-get install --yes --quiet chromium; }
+	python -m pytest -m browser
+
 conformance: $(VENV)/installed  ## transformers' own test suite on our classes
 	python tests/conformance/run.py
+
+bench: $(VENV)/installed  ## speed side by side with LLaVA (benchmarks/results)
+	for name in attention_op prefill image_memory decoding training_step arithmetic_rate growth; do \
+		python benchmarks/$$name.py || exit 1; done
+	python benchmarks/report.py
 
 lint: $(VENV)/installed  ## what continuous integration checks first
 	ruff check .

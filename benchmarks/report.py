@@ -1,4 +1,8 @@
-"""Results of the benchmarks as a table and as `results/<name>.json`, with the machine they were measured on."""
+"""
+Results of the benchmarks as a table, as `results/<name>.json` with the machine they were measured on, and as a picture.
+
+    python benchmarks/report.py  # the README's table, from the results of `make bench`
+"""
 
 import json
 import os
@@ -7,6 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+
+RESULTS = Path(__file__).parent / "results"
+# In the order of `make bench`
+BENCHMARKS = ("attention_op", "prefill", "image_memory", "decoding", "training_step", "arithmetic_rate", "growth")
+HEAD = "| ours / theirs | ours | theirs | ratio | target |\n|---|---|---|---|---|"
 
 
 def write_results(name: str, results: list[dict]) -> None:
@@ -27,6 +37,46 @@ def write_results(name: str, results: list[dict]) -> None:
     print("| claim | ratio | target |\n|---|---|---|")
     for result in results:
         print(f"| {result['claim']} | {result['ratio']} | {result['target']} |")
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps([{**result, **setting} for result in results], indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps([{**result, **setting} for result in results], indent=2) + "\n")
+
+
+def table_row(result: dict) -> str:
+    """A result of [`measure.compare`] as a row of a table."""
+    sides = (result["ours"], result["theirs"])
+    ours, theirs = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in sides)
+    unit = result["unit"]
+    # Only the arithmetic rate is the better the higher it is
+    sign = "≥" if unit == "GFLOP/s" else "≤"
+    target = "" if result["target"] is None else f"{sign} {result['target']:.2f}"
+    return f"| {result['claim']} | {ours} {unit} | {theirs} {unit} | {result['ratio']:.3f} | {target} |"
+
+
+def draw_ratios(name: str, results: list[dict]) -> None:
+    """Writes results/<name>.png: a bar for each ratio, and a line where its target is."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.42 * len(results)), layout="constrained")
+    places = range(len(results), 0, -1)
+    axis.barh(places, [result["ratio"] for result in results], height=0.55, color="0.75", edgecolor="black")
+    for place, result in zip(places, results):
+        beyond = max(result["ratio"], result["target"] or 0)
+        axis.annotate(f"{result['ratio']:.3f}", (beyond, place), (6, 0), textcoords="offset points", va="center")
+        if result["target"] is not None:
+            axis.plot([result["target"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=3)
+    axis.axvline(1, color="black", linestyle="--", linewidth=1)
+    axis.set_xlim(0, 1.15 * max(1, *(result["ratio"] for result in results)))
+    axis.set_yticks(places, [result["claim"] for result in results])
+    axis.set_xlabel("ours / theirs (dashed: equal; thick line: target)")
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def table() -> str:
+    """Every claim that has a target, as the README shows them."""
+    results = [result for name in BENCHMARKS for result in json.loads((RESULTS / f"{name}.json").read_text())]
+    return "\n".join([HEAD, *(table_row(result) for result in results if result["target"] is not None)])
+
+
+if __name__ == "__main__":
+    print(table())

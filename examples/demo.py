@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from answers import generate_answers, is_exact
 from demo_chat import hold_conversation
 from demo_report import draw_conversation, draw_losses, write_model_card
 from demo_training import align, make_processor, train_decoder, train_tower
@@ -157,17 +158,9 @@ def answer_questions(
             true_answers.append(messages[index]["content"])
     answers = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=name):
-        inputs = processor.apply_chat_template(
-            prompts[start : start + batch_size],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer == true for answer, true in zip(answers, true_answers)]
+        batch = prompts[start : start + batch_size]
+        answers += generate_answers(model, processor, batch, do_sample=False, max_new_tokens=8)
+    return [is_exact(answer, true) for answer, true in zip(answers, true_answers)]
 
 
 def save_conversation(rows: list[dict], folder: Path) -> list[dict]:

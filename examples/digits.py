@@ -1,12 +1,15 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Conversations over scikit-learn's 1,797 scanned digits: the data of the demo.
+Conversations over scikit-learn's 1,797 scanned digits: the data of the demo. As a labelled set for `evaluate.py`:
+
+    python examples/digits.py --output outputs/digits.parquet
 
 A digit belongs to one of three splits, so that the digits of the test conversations are seen in no stage of the training.
 Each answer is a function of the digits' labels, and answers are balanced: within a kind of question (and a number of
 images, which the text gives away), each answer is given about as often as any other.
 """
 
+import argparse
 from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations
@@ -197,3 +200,25 @@ def _draw_rounds(
 def _balance_key(question: Question, num_seen: int) -> tuple[str, int, int]:
     # The text gives away how many images there are: balanced for each number
     return question.kind, num_seen, question.outcome
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the conversations that `demo.py` measures by default, with the kind of each question as its task."""
+    import datasets  # of the extra `train`
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="parquet file to write")
+    parser.add_argument("--conversations", type=int, default=800)
+    parser.add_argument("--split", default="test", choices=[*SPLIT_SIZES, "train"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    rows = []
+    for row in make_conversations(split_digits(args.seed)[args.split], args.conversations, args.seed):
+        for message in row["messages"][1::2]:  # all contents of a column are of one type
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        rows.append({"messages": row["messages"], "images": row["images"], "task": row["kinds"]})
+    datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image())).to_parquet(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,19 @@ Merges a PEFT adapter that `train.py --mode lora` saved into its base, as a plai
 import argparse
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
+
+
+def load_merged(adapter: str, base: str | None = None, **kwargs) -> PreTrainedModel:
+    """
+    Args:
+        adapter (`str`): Folder or Hub id.
+        base (`str`, *optional*): Folder or Hub id. By default the adapter names it.
+        kwargs: As for `from_pretrained` of the base.
+    """
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    model = AutoModel.from_pretrained(base, trust_remote_code=True, **kwargs)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,10 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--base", help="folder or Hub id of the base; by default the adapter names it")
     args = parser.parse_args(argv)
-    base = args.base or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-    model = AutoModel.from_pretrained(base, trust_remote_code=True)
-    merged = PeftModel.from_pretrained(model, args.adapter).merge_and_unload()
-    merged.save_pretrained(args.output)
+    load_merged(args.adapter, args.base).save_pretrained(args.output)
     AutoProcessor.from_pretrained(args.adapter, trust_remote_code=True).save_pretrained(args.output)
 
 

@@ -28,7 +28,9 @@ TEXT = datasets.Value("string")
 MEASURES = ("length", "num_images", "num_rounds", "dropped_rounds", "dropped_images")
 
 
-def load_rows(name: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+def load_rows(
+    name: str, streaming: bool = False, extra_columns: tuple[str, ...] = ()
+) -> datasets.Dataset | datasets.IterableDataset:
     """
     Opens one dataset of the schema. Pictures stay undecoded until a batch is made.
 
@@ -36,9 +38,11 @@ def load_rows(name: str, streaming: bool = False) -> datasets.Dataset | datasets
         name (`str`): A folder of parquet shards (what `prepare_data.py` writes), a `.parquet`, `.json` or `.jsonl` file, a
             folder of `save_to_disk`, or a Hub id, with `:split` for another split than `train`.
         streaming (`bool`): Reads rows as they are needed, for data that does not fit the disk.
+        extra_columns (`tuple[str, ...]`): Further columns to keep.
 
     Returns:
-        Rows with `source` and `messages`, and those of `id` and `images` that the dataset has. An id is text, or null.
+        Rows with `source` and `messages`, and those of `id`, `images` and the extra columns that the dataset has. An id is
+        text, or null.
 
     Raises:
         ValueError: If a column is missing. The dataset and its columns are named.
@@ -63,7 +67,7 @@ def load_rows(name: str, streaming: bool = False) -> datasets.Dataset | datasets
         rows = rows.cast_column("images", UNDECODED_IMAGES)
     if "source" not in rows.features:
         rows = rows.map(lambda row: {"source": path.name or name}, desc=f"{name}: naming the source")
-    columns = [column for column in ("source", "messages", "images") if column in rows.features]
+    columns = [column for column in ("source", "messages", "images", *extra_columns) if column in rows.features]
     if not isinstance(rows.features.get("id"), datasets.Value):  # what is nested is no id
         return rows.select_columns(columns)
     if rows.features["id"] != TEXT and streaming:
@@ -88,8 +92,7 @@ def measure(row: dict, processor: VisualChatProcessor, max_length: int) -> dict[
     for dropped in range(rounds):
         kept = drop_rounds(messages, dropped)
         images = count_images(kept)
-        text = processor.apply_chat_template(kept)
-        length = len(processor.tokenizer(text)["input_ids"]) + images * (processor.image_seq_length - 1)
+        length = count_tokens(kept, processor)
         if length <= max_length:
             answered = any(message["role"] == "assistant" for message in kept)
             measures = (length if answered else 0, images, rounds - dropped, dropped, total_images - images)
@@ -103,6 +106,23 @@ def drop_rounds(messages: list[dict], count: int) -> list[dict]:
     rounds = messages[len(system) :]
     starts = [k for k, message in enumerate(rounds) if message["role"] == "user"] + [len(rounds)]
     return system + rounds[starts[count] :]
+
+
+def count_tokens(
+    messages: list[dict],
+    processor: VisualChatProcessor,
+    add_generation_prompt: bool = False,
+    sanitize_control_tokens: bool = False,
+) -> int:
+    """Tokens of a conversation, those of its images included. The pictures are not opened."""
+    template = {"chat_template": processor.chat_template, "add_generation_prompt": add_generation_prompt}
+    if sanitize_control_tokens:  # special tokens in texts are text
+        ids = processor.tokenizer.apply_chat_template(
+            messages, **template, sanitize_control_tokens=True, write_bos_token=True, return_dict=False
+        )
+    else:
+        ids = processor.tokenizer(processor.apply_chat_template(messages, **template))["input_ids"]
+    return len(ids) + count_images(messages) * (processor.image_seq_length - 1)
 
 
 def count_images(messages: list[dict]) -> int:

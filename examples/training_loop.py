@@ -14,13 +14,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from answers import generate_answers, is_exact, text_of
 from training_data import TrainingCollator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from modeling_visualchat import VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import fill_images
 
 
@@ -117,7 +117,6 @@ class VisualChatTrainer(Trainer):
     @torch.no_grad()
     def exact_answers(self, rows) -> float:
         """Share of rows whose last answer is generated word for word. Every process takes its share of the rows."""
-        processor: VisualChatProcessor = self.processing_class
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         model.eval()
         settings = {"max_new_tokens": self.args.generation_max_new_tokens, "do_sample": False}
@@ -129,14 +128,8 @@ class VisualChatTrainer(Trainer):
             index = turn * self.args.world_size + self.args.process_index
             messages = fill_images(rows[index % len(rows)], f"evaluation row {index}")
             last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
-            inputs = processor.apply_chat_template(
-                messages[:last], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(self.args.device)
-            tokens = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
-            answer = processor.decode(tokens, skip_special_tokens=True)
-            content = messages[last]["content"]
-            expected = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-            right += index < len(rows) and answer.strip() == expected.strip()
+            answer = generate_answers(model, self.processing_class, [messages[:last]], **settings)[0]
+            right += index < len(rows) and is_exact(answer, text_of(messages[last]["content"]))
         total = self.accelerator.reduce(torch.tensor(float(right), device=self.args.device))
         return float(total) / len(rows)
 

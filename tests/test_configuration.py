@@ -25,7 +25,7 @@ def test_defaults_are_clip_l_14_and_llama_2_7b():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("multimodal_attention", "mmca_released"),
+        ("multimodal_attention", "mmca_summed"),
         ("multimodal_attention", None),
         ("image_number_keys", "yes"),
         ("image_number_token_ids", [[1, "2"]]),

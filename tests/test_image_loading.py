@@ -244,3 +244,12 @@ class TestPixelValues:
 
         assert clip_side(self.image_processor()) == self.SIDE
         assert clip_side(Inverted(**self.image_processor().to_dict())) is None
+
+    def test_a_picture_too_thin_to_be_resized_is_refused_before_it_takes_memory(self):
+        thread = Image.new("RGB", (4_000_000, 1))
+        with pytest.raises(ValueError, match="4000000×1 pixels is too thin"):
+            crop_for_clip(thread, self.image_processor())
+
+    def test_text_that_is_no_base64_at_all_is_named(self):
+        with pytest.raises(ValueError, match="image 3: neither a path nor valid base64"):
+            load_image("data:image/png;base64,häuser", "image 3")

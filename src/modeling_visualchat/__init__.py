@@ -8,8 +8,10 @@ is loaded with `AutoModel` trains with the `Trainer`, which needs a loss.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .data_collator_visualchat import VisualChatDataCollator
+from .image_memory_visualchat import ImageMemory, ImageMemoryStore
 from .modeling_visualchat import VisualChatForCausalLM, VisualChatModel, VisualChatPreTrainedModel
 from .processing_visualchat import VisualChatProcessor
 
@@ -27,6 +29,9 @@ VisualChatProcessor.register_for_auto_class()
 VisualChatForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
+    "ChatSession",
+    "ImageMemory",
+    "ImageMemoryStore",
     "VisualChatConfig",
     "VisualChatDataCollator",
     "VisualChatForCausalLM",

@@ -11,7 +11,8 @@ For the query row i and a key j ≤ i that is not padding:
 | `causal`      | one softmax over all keys ≤ i  | one softmax over all keys ≤ i                                     |
 
 A text row before the first image gets exactly nothing from the second softmax of `mmca`. After it, the weights of a text
-row sum to 2: the paper's definition (arXiv 2309.14327, section 4.1).
+row sum to 2: the paper's definition (arXiv 2309.14327, section 4.1). `released_visualchat.py` defines a fourth variant, what
+the released code computes.
 
 An image row never looks beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
 numbering) and values are a function of that image alone, in every layer.
@@ -37,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
 from .layout_visualchat import ModalityLayout, rotate
+from .released_visualchat import ReleasedMask, create_released_mask
 
 
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -148,7 +150,7 @@ def create_multimodal_mask(
     past_key_values: Cache | None,
     numbers_BQ: torch.Tensor | None,
     numbers_BK: torch.Tensor | None,
-) -> MultimodalMask:
+) -> MultimodalMask | ReleasedMask:
     """
     Builds the masks of one forward pass, for every layer.
 
@@ -162,7 +164,7 @@ def create_multimodal_mask(
         past_key_values (`Cache`, *optional*): The cache, before the decoder's layers are updated.
         numbers_BQ, numbers_BK (`torch.IntTensor`, *optional*): What [`update_image_numbers`] returned.
     """
-    two_softmaxes = multimodal_attention == "mmca" and numbers_BK is not None
+    two_softmaxes = multimodal_attention in ("mmca", "mmca_released") and numbers_BK is not None
     all_keys = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
@@ -175,6 +177,8 @@ def create_multimodal_mask(
         return MultimodalMask(all_keys)
     is_image_BQ = numbers_BQ > 0
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if multimodal_attention == "mmca_released":
+        return create_released_mask(all_keys, is_image_BQ, past_length, inputs_embeds.dtype)
     if not two_softmaxes:
         return MultimodalMask(all_keys, is_image=is_image_BQ, past_length=past_length)
     text_keys, _ = _restrict(all_keys, numbers_BK == 0)
@@ -240,7 +244,7 @@ class VisualChatAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: MultimodalMask | ModalityLayout,
+        attention_mask: MultimodalMask | ReleasedMask | ModalityLayout,
         past_key_values: Cache | None = None,
         number_states_NC: torch.Tensor | None = None,
         image_numbers_BQ: torch.Tensor | None = None,
@@ -251,7 +255,7 @@ class VisualChatAttention(LlamaAttention):
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The normalized input.
                 With a layout, its stream, of shape `(1, text and image rows, hidden_size)`.
             position_embeddings (`tuple` of two `torch.Tensor`): cos and sin of the rotary embedding.
-            attention_mask (`MultimodalMask` or `ModalityLayout`): What each row may look at.
+            attention_mask (`MultimodalMask`, `ReleasedMask` or `ModalityLayout`): What each row may look at.
             past_key_values (`Cache`, *optional*): Keys after rotation and numbering, and values.
             number_states_NC (`torch.Tensor`, *optional*): The normalized embeddings of the numbers 1 to N. Their keys are
                 added to the keys of the images with these numbers, before the rotation.
@@ -293,6 +297,9 @@ class VisualChatAttention(LlamaAttention):
                 **kwargs,
             )
 
+        if isinstance(attention_mask, ReleasedMask):
+            output_BQHD, weights = attention_mask.attend(softmax_over, repeat_kv(v_BGKD, self.num_key_value_groups))
+            return self.o_proj(output_BQHD.reshape(*input_shape, -1)), weights
         if attention_mask.image_keys is None:
             output_BQHD, weights = softmax_over(attention_mask.all_keys)
         else:

@@ -22,7 +22,8 @@ class VisualChatConfig(PreTrainedConfig):
         multimodal_attention (`str`, *optional*, defaults to `"mmca"`):
             `"mmca"`: an image row attends to itself only; a text row sums a softmax over the text keys and a softmax over
             the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text row takes one softmax over all
-            of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4).
+            of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4). `"mmca_released"`: what the
+            released code computes, with its defects, for converted checkpoints (`released_visualchat.py`).
         image_number_keys (`bool`, *optional*, defaults to `False`):
             In every layer, add the key of the image's number, as the prompt spells it, to the keys of the image's rows.
             Needs `image_number_token_ids`.
@@ -32,7 +33,8 @@ class VisualChatConfig(PreTrainedConfig):
             a conversation can hold when `image_number_keys` is on.
         projector (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: Linear + LayerNorm. `"vit"`: one CLIP encoder layer, then the same. `"perceiver"`: `num_query_tokens`
-            learned queries that cross-attend to the patches, then LayerNorm + Linear.
+            learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
+            the biases and positions of the released code.
         num_query_tokens (`int`, *optional*, defaults to 256):
             Learned queries of the perceiver projector, and so the tokens of an image there. A square number.
         vision_feature_layer (`int`, *optional*, defaults to -1):
@@ -73,10 +75,10 @@ class VisualChatConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    multimodal_attention: Literal["mmca", "mmca_merged", "causal"] = "mmca"
+    multimodal_attention: Literal["mmca", "mmca_merged", "mmca_released", "causal"] = "mmca"
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
-    projector: Literal["linear", "vit", "perceiver"] = "linear"
+    projector: Literal["linear", "vit", "perceiver", "perceiver_released"] = "linear"
     num_query_tokens: int = 256
     vision_feature_layer: int = -1
     vision_feature_select_strategy: Literal["default", "full"] = "full"
@@ -99,7 +101,7 @@ class VisualChatConfig(PreTrainedConfig):
     @property
     def image_seq_length(self) -> int:
         """Tokens that one image takes in `input_ids`."""
-        if self.projector == "perceiver":
+        if self.projector in ("perceiver", "perceiver_released"):
             return self.num_query_tokens
         height, width = _pair(self.vision_config.image_size)
         patch_height, patch_width = _pair(self.vision_config.patch_size)
@@ -123,6 +125,8 @@ class VisualChatConfig(PreTrainedConfig):
                 "`image_number_keys` needs `image_number_token_ids`, the token ids that spell 1, 2, 3, … in the prompt:"
                 " `processor.image_number_token_ids()` gives them"
             )
+        if self.image_number_keys and self.multimodal_attention == "mmca_released":
+            raise ValueError("`image_number_keys` is not for multimodal_attention='mmca_released', trained without them")
         if self.image_number_token_ids is not None and not all(self.image_number_token_ids):
             empty = self.image_number_token_ids.index([]) + 1
             raise ValueError(f"`image_number_token_ids` holds no token for the number {empty}")

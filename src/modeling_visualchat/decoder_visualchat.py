@@ -26,6 +26,7 @@ from .attention_visualchat import (
 from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
 from .configuration_visualchat import VisualChatConfig
 from .layout_visualchat import ModalityLayout
+from .released_visualchat import ReleasedMask, place_in_reverse
 
 
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
@@ -43,7 +44,7 @@ class VisualChatDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         number_embeds: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: MultimodalMask | ModalityLayout,
+        attention_mask: MultimodalMask | ReleasedMask | ModalityLayout,
         past_key_values: Cache | None = None,
         image_numbers: torch.Tensor | None = None,
         **kwargs,
@@ -170,6 +171,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         else:
             if image_states is not None:
                 placed = image_states if image_source is None else image_states[image_source]
+                if self.multimodal_attention == "mmca_released":
+                    placed = place_in_reverse(placed, is_image, self.image_seq_length)
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], placed)
             hidden_states = in_order = inputs_embeds
             mask, image_numbers = self._mask_rows(
@@ -234,7 +237,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
                     " attention_mask: go on with both"
                 )
             return True
-        if is_image is None or self.multimodal_attention == "causal" or not understood or torch.compiler.is_compiling():
+        in_order_only = self.multimodal_attention in ("causal", "mmca_released")
+        if is_image is None or in_order_only or not understood or torch.compiler.is_compiling():
             return False
         if past_key_values is not None:
             return can_keep_modalities_apart(past_key_values, self.config.num_hidden_layers)
@@ -265,7 +269,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
 
     def _mask_rows(
         self, inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values
-    ) -> tuple[MultimodalMask, torch.Tensor | None]:
+    ) -> tuple[MultimodalMask | ReleasedMask, torch.Tensor | None]:
         image_numbers, key_image_numbers = update_image_numbers(
             past_key_values,
             is_image,
@@ -277,8 +281,11 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         if number_embeds is not None and image_numbers is None:
             image_numbers = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int, device=inputs_embeds.device)
         self._check_numbers(image_numbers, number_embeds)
+        variant = self.multimodal_attention
+        if variant == "mmca_released" and is_image is None:
+            variant = "mmca"  # rows of text that follow all images, where the two agree
         mask = create_multimodal_mask(
-            self.multimodal_attention,
+            variant,
             self.config,
             inputs_embeds,
             attention_mask,

@@ -171,6 +171,11 @@ def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
     width = height = side
     if image_processor.size.shortest_edge:
         width, height = (int(side * edge / min(image.size)) for edge in image.size)
+    if width * height > (limit := Image.MAX_IMAGE_PIXELS or width * height):
+        raise ValueError(
+            f"A picture of {image.width}×{image.height} pixels is too thin: with a shorter side of {side} it would have"
+            f" {width * height} pixels, more than Pillow's limit of {limit}"
+        )
     if width > side:  # Pillow resizes the width of such a picture first: what is cut off there needs no second pass
         left = (width - side) // 2
         image = image.resize((width, image.height), image_processor.resample).crop((left, 0, left + side, image.height))

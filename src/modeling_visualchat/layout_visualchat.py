@@ -186,8 +186,8 @@ class ModalityLayout:
 
     def keep_text(self, stream: torch.Tensor) -> torch.Tensor:
         """Of the stream, of shape `(1, text and image rows, …)`, the text rows that are computed to the end."""
-        text = stream[:, : self.num_text_rows]
-        return text if self.kept_text is None else text[:, self.kept_text]
+        text = stream[0, : self.num_text_rows]  # so cut that a projection is one product, not a batch of one
+        return text[None] if self.kept_text is None else text[None, self.kept_text]
 
     def keep(self, stream: torch.Tensor) -> torch.Tensor:
         """Of the stream, all rows that are computed to the end."""

@@ -25,6 +25,7 @@ from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel
 from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
+from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_defects
 
 
 @dataclass
@@ -99,10 +100,13 @@ class VisualChatModel(VisualChatPreTrainedModel):
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = PROJECTORS[config.projector](config)
+        projectors = {**PROJECTORS, "perceiver_released": VisualChatReleasedPerceiverProjector}
+        self.multi_modal_projector = projectors[config.projector](config)
         self.language_model = VisualChatTextModel(config)
         self._image_fingerprint = None
         self.post_init()
+        if config.multimodal_attention == "mmca_released":
+            warn_of_defects()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens

@@ -1,0 +1,88 @@
+"""
+Both sides of the benchmarks: VisualChat, and the stock LLaVA of transformers with the same CLIP and LLaMA weights.
+
+The decoder has hidden 1024, 8 layers, 16 heads and intermediate 2816; the tower is shaped like CLIP ViT-B with patches of 14
+pixels, which makes 257 tokens of an image; fp32. Our side computes "mmca", the default.
+"""
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
+
+
+IMAGE_TOKEN, TEXT_TOKENS = 32000, 32  # text tokens after each image
+TEXT = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+VISION |= {"image_size": 224, "patch_size": 14}
+
+
+def build_sides(
+    text: dict = TEXT, vision: dict = VISION, threads: int = 2
+) -> tuple[VisualChatForCausalLM, LlavaForConditionalGeneration]:
+    """Both models, frozen, with the same weights but for the projectors, whose architectures differ."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    vision_config = CLIPVisionConfig(**vision)
+    text_config = LlamaConfig(vocab_size=IMAGE_TOKEN + 1, max_position_embeddings=16384, **text)
+    config = VisualChatConfig(vision_config=vision_config, text_config=text_config, image_token_id=IMAGE_TOKEN)
+    ours = VisualChatForCausalLM._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=ours.config.image_seq_length,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    llava = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    llava.model.vision_tower.load_state_dict(ours.model.vision_tower.state_dict())
+    llava.model.language_model.load_state_dict(ours.model.language_model.state_dict())
+    llava.lm_head.load_state_dict(ours.lm_head.state_dict())
+    _check_same(ours, llava)
+    return ours, llava
+
+
+@torch.no_grad()
+def _check_same(ours: VisualChatForCausalLM, llava: LlavaForConditionalGeneration) -> None:
+    """The towers see the same in a picture, and text alone, where MMCA is plain causal attention, has the same logits."""
+    inputs = make_inputs(ours, 1)
+    features = [model.model.vision_tower(inputs["pixel_values"]).last_hidden_state for model in (ours, llava)]
+    torch.testing.assert_close(*features)
+    text = inputs["input_ids"][:, -TEXT_TOKENS:]
+    torch.testing.assert_close(ours(input_ids=text).logits, llava(input_ids=text).logits, rtol=1e-4, atol=1e-4)
+
+
+def make_inputs(ours: VisualChatForCausalLM, images: int, pixels: bool = True) -> dict[str, torch.Tensor]:
+    """What both sides are given: one conversation, in which 32 text tokens follow each image."""
+    generator = torch.Generator().manual_seed(images)
+    image = torch.full((ours.config.image_seq_length,), IMAGE_TOKEN)
+    parts = [part for _ in range(images) for part in (image, torch.randint(3, 300, (TEXT_TOKENS,), generator=generator))]
+    input_ids = torch.cat(parts)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if pixels:
+        size = ours.config.vision_config.image_size
+        inputs["pixel_values"] = torch.randn(images, 3, size, size, generator=generator)
+    return inputs
+
+
+def leave_out_tower(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict:
+    """The inputs with the pictures' projected features in place of their pixels."""
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    return {**without(inputs, "pixel_values"), "mm_encoder_outputs": encoder_outputs(features)}
+
+
+def encoder_outputs(features: list[torch.Tensor]) -> dict[str, BaseModelOutputWithPooling]:
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+
+def without(inputs: dict, name: str) -> dict:
+    return {key: value for key, value in inputs.items() if key != name}
+
+
+@torch.no_grad()
+def prefill(model: torch.nn.Module, inputs: dict):
+    """The prefill of `generate`: it fills a cache and gives the logits of the next token."""
+    return model(**inputs, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,357 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""From the body of a chat completion request to a checked conversation. After this, what strangers send is safe."""
+
+import base64
+import binascii
+import io
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import anyio
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from huggingface_hub.utils import httpx
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from modeling_visualchat.chat_visualchat import Round
+from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
+from modeling_visualchat.processing_visualchat import check_conversation
+
+
+# Pillow reads many more, some of them by programs of the system
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# Resizing the shorter edge to the tower's would make an enormous picture of a thin one
+MAX_ASPECT_RATIO = 100
+MAX_REDIRECTS = 3
+DISCARDED_BYTES = 64_000_000
+
+
+class RequestError(Exception):
+    """What a client is told in place of an answer, in OpenAI's form."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400, headers=None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+    def to_response(self) -> JSONResponse:
+        return JSONResponse({"error": self.error}, self.status, self.headers)
+
+
+@dataclass
+class Limits:
+    """
+    Args:
+        body_bytes (`int`): Of a request.
+        body_seconds (`float`): For which a request may be under way.
+        images (`int`): In a conversation.
+        image_bytes (`int`): Of each encoded picture.
+        image_pixels (`int`): Of each picture.
+        fetch_seconds (`float`): For each picture from an allowed host.
+        new_tokens (`int`): Of an answer.
+        hosts (`frozenset[str]`): From which pictures are fetched, with the port unless it is the scheme's own.
+    """
+
+    body_bytes: int = 32_000_000
+    body_seconds: float = 60
+    images: int = 16
+    image_bytes: int = 10_000_000
+    image_pixels: int = 25_000_000
+    fetch_seconds: float = 10
+    new_tokens: int = 512
+    hosts: frozenset[str] = frozenset()
+
+
+class Checked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_nulls(cls, data: Any) -> Any:
+        """OpenAI's clients write null where nothing is meant."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class ImageUrl(Checked):
+    url: str
+    detail: str | None = None
+
+
+class Part(Checked):
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def has_what_it_says(self) -> "Part":
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of the type {self.type!r} needs the field {self.type!r}")
+        return self
+
+
+class Message(Checked):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        list[Part],
+        BeforeValidator(lambda content: [Part(type="text", text=content)] if isinstance(content, str) else content),
+    ]
+    name: str | None = None
+
+
+class StreamOptions(Checked):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ChatRequest(Checked):
+    """The fields of a chat completion that this server follows. What would change the answer if ignored is refused."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        Field(max_length=4),
+        BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+    ] = []
+    # Followed by doing nothing
+    n: Literal[1] = 1
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
+    logprobs: Literal[False] = False
+    # Of no consequence for the answer
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def images(self) -> list[tuple[str, str]]:
+        """Where each image stands in the request, and its URL."""
+        return [
+            (f"messages[{m}].content[{p}].image_url.url", part.image_url.url)
+            for m, message in enumerate(self.messages)
+            for p, part in enumerate(message.content)
+            if part.type == "image_url"
+        ]
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """
+    Raises:
+        RequestError: If the body is not said to be JSON, is too large or takes too long.
+    """
+    # A page in the user's browser may send anything else to this machine without asking it first
+    is_json = request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
+    body, size = await receive_body(request, limits, limits.body_bytes if is_json else 0)
+    if not is_json:
+        raise RequestError("The header Content-Type must be application/json", status=415)
+    if size > limits.body_bytes:
+        raise RequestError(
+            f"The body is larger than {limits.body_bytes:,} bytes: send fewer or smaller pictures",
+            code="request_too_large",
+            status=413,
+        )
+    return body
+
+
+async def receive_body(request: Request, limits: Limits, kept: int) -> tuple[bytes, int]:
+    """
+    The first `kept` bytes of the body at least, and its size. Clients read no answer while they send: so what is too much is
+    thrown away, up to `DISCARDED_BYTES`.
+
+    Raises:
+        RequestError: If it takes too long.
+    """
+    body, size = bytearray(), 0
+    try:
+        with anyio.fail_after(limits.body_seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if len(body) < kept:
+                    body += chunk
+                if size > limits.body_bytes + DISCARDED_BYTES:
+                    break
+    except TimeoutError as error:
+        raise RequestError(f"The body did not arrive within {limits.body_seconds:g} seconds", status=408) from error
+    return bytes(body), size
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """
+    Raises:
+        RequestError: Naming the field at fault.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+    param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in error["loc"]).lstrip(".") or None
+    if error["type"] == "json_invalid":
+        raise RequestError(f"The body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
+    if error["type"] == "extra_forbidden":
+        raise RequestError(f"{param}: this server does not support it, leave it out", param, "unsupported_parameter")
+    if error["type"] == "missing":
+        raise RequestError(f"{param}: it is required", param, "missing_required_parameter")
+    problem = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    raise RequestError(f"{param or 'The body'}: {problem}, got {error['input']!r:.80}", param, "invalid_value")
+
+
+def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Round]]:
+    """
+    The system message and the rounds, of which the last is to be answered. Their pictures come later.
+
+    Raises:
+        RequestError: If there are too many images, from elsewhere than allowed, or if roles or parts are wrong.
+    """
+    images = asked.images
+    if len(images) > limits.images:
+        raise RequestError(
+            f"The conversation has {len(images)} images, but this server takes up to {limits.images}",
+            images[limits.images][0],
+            "too_many_images",
+        )
+    for param, url in images:
+        check_url(url, param, limits)
+    messages = [
+        {"role": message.role, "content": [{"type": part.type, "text": part.text} for part in message.content]}
+        for message in asked.messages
+    ]
+    try:
+        check_conversation(messages)
+        if messages[-1]["role"] != "user":
+            raise ValueError(f"message {len(messages) - 1} has the role 'assistant': the last one must be a question")
+    except ValueError as error:
+        raise RequestError(str(error), "messages", "invalid_value") from error
+    texts = ["\n".join(part.text for part in message.content if part.type == "text") for message in asked.messages]
+    system = texts.pop(0) if asked.messages[0].role == "system" else None
+    return system, [Round(question, answer=answer) for question, answer in zip(texts[::2], [*texts[1::2], ""])]
+
+
+def check_url(url: str, param: str, limits: Limits) -> None:
+    """
+    Raises:
+        RequestError: If it is neither a data URL nor that of an allowed host.
+    """
+    if url.startswith("data:"):
+        return
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https"):
+        raise RequestError(
+            f"{param}: pictures must be data URLs (data:image/png;base64,…), this server reads no files; got {url!r:.80}",
+            param,
+            "invalid_image_url",
+        )
+    # Without the port where it is the scheme's own
+    if parsed.netloc.decode().lower() not in limits.hosts or parsed.userinfo:
+        raise RequestError(
+            f"{param}: this server fetches nothing from {parsed.host!r}: send the picture as a data URL"
+            " (its operator may allow hosts with --allow-host)",
+            param,
+            "invalid_image_url",
+        )
+
+
+async def fetch_picture(url: str, param: str, limits: Limits) -> bytes:
+    """
+    Downloads from an allowed host, also by way of other allowed hosts.
+
+    Raises:
+        RequestError: If that fails, takes too long or is too large.
+    """
+    asked = url
+    try:
+        with anyio.fail_after(limits.fetch_seconds):
+            # As it lies there: what is sent compressed could be any size
+            headers = {"Accept-Encoding": "identity"}
+            async with httpx.AsyncClient(timeout=limits.fetch_seconds, headers=headers) as client:
+                for _ in range(1 + MAX_REDIRECTS):
+                    check_url(url, param, limits)
+                    async with client.stream("GET", url) as response:
+                        if response.next_request is not None:
+                            url = str(response.next_request.url)
+                            continue
+                        response.raise_for_status()
+                        data = bytearray()
+                        async for chunk in response.aiter_raw():
+                            data += chunk
+                            check_size(len(data), param, limits)
+                        return bytes(data)
+    except (TimeoutError, httpx.HTTPError) as error:
+        reason = str(error) or f"no answer within {limits.fetch_seconds:g} seconds"
+        raise RequestError(f"{param}: cannot fetch {asked:.200}: {reason}", param, "invalid_image_url") from error
+    raise RequestError(f"{param}: {asked:.200} was redirected more than {MAX_REDIRECTS} times", param, "invalid_image_url")
+
+
+def decode_data_url(url: str, param: str, limits: Limits) -> bytes:
+    """
+    Raises:
+        RequestError: If it does not hold base64, or too much of it.
+    """
+    head, _, encoded = url.partition(",")
+    if not head.endswith(";base64"):
+        raise RequestError(
+            f"{param}: a data URL must begin with data:image/png;base64, or the like, got {url!r:.80}",
+            param,
+            "invalid_base64",
+        )
+    check_size(len(encoded) * 3 // 4 - 2, param, limits)
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{param}: broken base64: {error}", param, "invalid_base64") from error
+
+
+def check_size(size: int, param: str, limits: Limits) -> None:
+    if size > limits.image_bytes:
+        raise RequestError(f"{param}: the picture has more than {limits.image_bytes:,} bytes", param, "image_too_large")
+
+
+def open_picture(data: bytes, param: str, image_processor, limits: Limits) -> Image.Image:
+    """
+    The part of a picture that the image processor keeps: see [`crop_for_clip`].
+
+    Raises:
+        RequestError: If it cannot be read, has too many pixels or is too thin.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"{param}: {error}", param, "image_too_large") from error
+    except UnidentifiedImageError as error:
+        kinds = ", ".join(PICTURE_FORMATS)
+        raise RequestError(f"{param}: not a picture that can be read: send {kinds}", param, "invalid_image") from error
+    except Exception as error:  # Pillow's readers raise what they happen to stumble over
+        raise RequestError(f"{param}: broken picture: {error}", param, "invalid_image") from error
+    width, height = image.size
+    if width * height > limits.image_pixels:
+        raise RequestError(
+            f"{param}: the picture has {width} × {height} pixels, more than {limits.image_pixels:,}",
+            param,
+            "image_too_large",
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise RequestError(
+            f"{param}: the picture has {width} × {height} pixels, one edge more than {MAX_ASPECT_RATIO} times the other",
+            param,
+            "invalid_image",
+        )
+    try:
+        image.load()
+        image = load_image(image, param)
+    except Exception as error:
+        raise RequestError(f"{param}: broken picture: {error}", param, "invalid_image") from error
+    return crop_for_clip(image, image_processor)

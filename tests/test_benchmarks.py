@@ -1,0 +1,66 @@
+"""The benchmarks run, at a toy size where nothing can be learned about time. The README's numbers are theirs."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION |= {"image_size": 16, "patch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.fixture
+def toy_sides():
+    return importlib.import_module("sides").build_sides(TEXT, VISION, threads=torch.get_num_threads())
+
+
+def run(name: str, function: str, *args, **kwargs) -> list[dict]:
+    return getattr(importlib.import_module(name), function)(*args, **kwargs)
+
+
+def toy_growth(sides) -> tuple[list[dict], list[dict]]:
+    return run("growth", "measure_seconds", *sides, {1: 1, 2: 1}), run("growth", "measure_peaks", *sides, [1, 2])
+
+
+def toy_training(sides) -> tuple[dict, dict]:
+    steps = run("training_step", "make_steps", *sides, images=2)
+    return run("measure", "interleave", steps, repeats=1), run("training_step", "measure_peaks", steps, repeats=1)
+
+
+def test_every_comparison_runs(toy_sides, monkeypatch):
+    for name in ("growth", "training_step"):  # toys grow by less than the system can tell
+        monkeypatch.setattr(importlib.import_module(name), "peak_memory", lambda call: call() and 1.0)
+    results = [
+        *run("attention_op", "compare_attention", 2, heads=2, image_tokens=5, repeats=1),
+        *run("prefill", "compare_prefill", *toy_sides, images=2, repeats=1),
+        *run("image_memory", "compare_first_token", *toy_sides, images=2, repeats=1),
+        *run("decoding", "compare_decoding", *toy_sides, images=2, tokens=2),
+        *run("arithmetic_rate", "compare_rates", toy_sides[0], images=2, repeats=1),
+        *run("growth", "to_results", [1, 2], *toy_growth(toy_sides)),
+        # Last: it trains
+        *run("training_step", "to_results", *toy_training(toy_sides)),
+    ]
+    claims = [result["claim"] for result in results]
+    assert len(set(claims)) == len(claims) == 3 + 2 + 2 + 1 + 1 + 8 + 2
+    for result in results:
+        assert importlib.import_module("report").table_row(result).count("|") == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_is_what_a_call_needs_at_most():
+    peak_memory = importlib.import_module("measure").peak_memory
+    assert 190 < peak_memory(lambda: torch.ones(50 * 2**20)) < 220
+    assert peak_memory(lambda: None) < 5
+
+
+def test_the_readme_shows_what_was_measured():
+    assert importlib.import_module("report").table() in (ROOT / "README.md").read_text()
