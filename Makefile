@@ -27,7 +27,7 @@ conformance: $(VENV)/installed  ## transformers' own test suite on our classes
 	python tests/conformance/run.py
 
 bench: $(VENV)/installed  ## speed side by side with LLaVA (benchmarks/results)
-	for name in attention_op prefill image_memory decoding training_step arithmetic_rate growth; do \
+	for name in attention_op prefill image_memory decoding training_step arithmetic_rate growth chat_rounds; do \
 		python benchmarks/$$name.py || exit 1; done
 	python benchmarks/report.py
 

@@ -7,7 +7,7 @@ import string
 import torch
 
 from modeling_visualchat import VisualChatProcessor
-from modeling_visualchat.chat_visualchat import AnswerReader, _cut_section
+from modeling_visualchat.chat_visualchat import AnswerReader, cut_section
 
 
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -47,7 +47,7 @@ def generate_answers(
     reader = AnswerReader(processor.tokenizer, inputs["input_ids"].shape[1])
     tokens = model.generate(**inputs, **generation, stopping_criteria=[reader])
     answers = [reader.decode(row) for row in tokens[:, reader.prompt_length :]]
-    return [_cut_section(answer) for answer in answers]
+    return [cut_section(answer) for answer in answers]
 
 
 def holds_special_token(messages: list[dict], processor: VisualChatProcessor) -> bool:

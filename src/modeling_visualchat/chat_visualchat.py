@@ -2,6 +2,7 @@
 """Conversations of many rounds over many images, of which each round costs its new tokens only."""
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ from .image_memory_visualchat import ImageMemoryStore
 logger = logging.getLogger(__name__)
 
 # An answer ends where a line begins a new section of the prompt. Empty lines before it belong to the section
-SECTION = re.compile(r"(?:\A|\n+)### ")
+SECTION = "\n### "
+SECTION_START = re.compile(rf"\A{SECTION.lstrip()}|\n*{SECTION}")
 # The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
 UNSURE = re.compile(r"(?:\A|\n+)#{0,3}\Z|\uFFFD+\Z")
 FILE_NAME = "conversation.json"
@@ -105,7 +107,7 @@ class ChatSession:
         self.dropped_rounds = 0
         self._store = store if store is not None else ImageMemoryStore(model, max_store_bytes)
         self._computed = self._nothing_computed()
-        self._unfinished = lambda: None
+        self._unfinished, self._turn = lambda: None, object()
 
     def send(
         self, text: str, images: ImageSource | list[ImageSource] = (), stream: bool = False, **generation
@@ -116,9 +118,9 @@ class ChatSession:
         Args:
             text (`str`): The question. What looks like a special token in it is text.
             images (*optional*): A picture that comes with it, or a list of them: anything that [`load_image`] takes.
-            stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made.
-                The conversation holds the answer when it ends. Closing it, Ctrl-C, or asking something else meanwhile ends
-                the answer where it is. Beam search has but one piece.
+            stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made;
+                reading begins the answer. The conversation holds it when it ends. Closing the iterator, Ctrl-C, or asking
+                something else meanwhile ends the answer where it is. Beam search has but one piece.
             generation: As for `model.generate`. Unless it or the model's `generation_config` says otherwise, up to 512 new
                 tokens, or a quarter of the model's context if that is less.
 
@@ -130,7 +132,7 @@ class ChatSession:
             raise TypeError(f"A question is a string, got {type(text).__name__}")
         images = [images] if isinstance(images, ImageSource) else images
         asked = Round(text, [_load(image, f"image {number}") for number, image in enumerate(images, 1)])
-        self._end_unfinished()
+        self._take_turn()
         return self._ask([*self.rounds, asked], stream, generation)
 
     def undo(self) -> Round:
@@ -140,7 +142,7 @@ class ChatSession:
         Raises:
             IndexError: If nothing has been asked.
         """
-        self._end_unfinished()
+        self._take_turn()
         if not self.rounds:
             raise IndexError("There is nothing to take back: the conversation has no rounds")
         return self.rounds.pop()
@@ -157,7 +159,7 @@ class ChatSession:
         Raises:
             IndexError: If there is no such round.
         """
-        self._end_unfinished()
+        self._take_turn()
         if not 0 <= index < len(self.rounds):
             raise IndexError(f"There is no round {index}: the conversation has {len(self.rounds)}")
         if not isinstance(text, str):
@@ -167,7 +169,7 @@ class ChatSession:
 
     def clear(self) -> None:
         """Begins a new conversation. Pictures stay remembered."""
-        self._end_unfinished()
+        self._take_turn()
         self.rounds, self.dropped_rounds = [], 0
         self._computed = self._nothing_computed()
 
@@ -256,21 +258,22 @@ class ChatSession:
         return input_ids.repeat_interleave(repeats, dim=1)
 
     def _ask(self, rounds: list[Round], stream: bool, generation: dict) -> str | Iterator[str]:
-        defaults = generation.get("generation_config") or self.model.generation_config
-        settings = {name: generation.get(name, getattr(defaults, name)) for name in ("num_beams", "num_return_sequences")}
-        if settings["num_return_sequences"] not in (None, 1):
+        if (self._setting(generation, "num_return_sequences") or 1) > 1:
             raise ValueError("A conversation goes on with one answer: leave out `num_return_sequences`")
         if "max_length" in generation:
             raise ValueError("`max_length` would count the whole conversation: say `max_new_tokens`")
         limit = self.model.config.text_config.max_position_embeddings
-        new_tokens = generation.get("max_new_tokens", defaults.max_new_tokens) or min(MAX_NEW_TOKENS, limit // 4)
-
+        new_tokens = self._setting(generation, "max_new_tokens") or min(MAX_NEW_TOKENS, limit // 4)
         input_ids, dropped = self._make_room(rounds, limit, new_tokens)
-        generation = {**generation, "max_new_tokens": new_tokens, "num_beams": settings["num_beams"] or 1}
-        pieces = self._answer(rounds[dropped:], dropped, input_ids, generation)
+        # The cache is there, whatever a training script has left in the model's settings
+        generation = {**generation, "max_new_tokens": new_tokens, "use_cache": True}
+        pieces = self._answer(rounds[dropped:], dropped, input_ids, generation, self._turn)
         self._unfinished = weakref.ref(pieces)
-        next(pieces)  # the answer is under way, and stands in the conversation even if nobody reads it
         return pieces if stream else "".join(pieces)
+
+    def _setting(self, generation: dict, name: str):
+        defaults = generation.get("generation_config") or self.model.generation_config
+        return generation.get(name, getattr(defaults, name, None))
 
     def _make_room(self, rounds: list[Round], limit: int, new_tokens: int) -> tuple[torch.LongTensor, int]:
         """The prompt that fits, with room for the answer, and how many rounds were dropped. The last one is always kept."""
@@ -285,16 +288,26 @@ class ChatSession:
             f" {limit}: {advice}, or allow fewer `max_new_tokens`"
         )
 
-    def _answer(self, rounds: list[Round], dropped: int, input_ids: torch.LongTensor, generation: dict) -> Iterator[str]:
-        """Yields "" once the answer is under way, and then its pieces."""
+    def _answer(
+        self, rounds: list[Round], dropped: int, input_ids: torch.LongTensor, generation: dict, turn: object
+    ) -> Iterator[str]:
+        if self._turn is not turn:
+            raise RuntimeError("Something else was asked of the conversation before this iterator was begun: ask again")
         pictures = [image for one in rounds for image in one.images]
-        shared = self._computed = self._share(input_ids[0], pictures)
-        cache, num_beams = shared.cache, generation["num_beams"]
+        # Whatever breaks the answer off, a cache that is half written is not used again
+        computed, self._computed = self._computed, self._nothing_computed()
+        num_beams, remembers = self._setting(generation, "num_beams") or 1, self._can_remember()
+        assistants = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+        # Where `generate` cannot go on from a cache: assisted decoding reads the whole prompt, beams need all pictures
+        if any(self._setting(generation, name) for name in assistants) or (num_beams > 1 and not remembers):
+            computed = self._nothing_computed()
+        computed = self._cut(computed, input_ids[0], pictures)
+        cache = computed.cache
         if num_beams > 1:
             cache = copy_cache(cache)
             cache.batch_repeat_interleave(num_beams)
         inputs = {
-            **self._new_images(rounds, len(shared.pictures)),
+            **self._new_images(rounds, len(computed.pictures), remembers),
             "input_ids": input_ids.to(self.model.device),
             "attention_mask": torch.ones_like(input_ids, device=self.model.device),  # no token of an answer is padding
             "past_key_values": cache,
@@ -320,11 +333,8 @@ class ChatSession:
 
         worker = threading.Thread(target=run, daemon=True)
         answer = shown = ""
-        # Whatever breaks the answer off, a cache that is half written is not used again
-        self._computed = self._nothing_computed()
         try:
             worker.start()
-            yield ""
             for text in reader:
                 piece = _sure_part(text)[len(shown) :]
                 if piece:
@@ -336,32 +346,34 @@ class ChatSession:
             worker.join()
             if "ids" in outcome:
                 ids = outcome["ids"]
-                answer = _cut_section(reader.decode(ids[input_ids.shape[1] :]))
+                answer = cut_section(reader.decode(ids[input_ids.shape[1] :]))
                 rounds[-1].answer = answer
                 self.rounds = rounds
                 if dropped:
                     self.dropped_rounds += dropped
                     logger.warning("The model's context is full: the oldest %d rounds were dropped", dropped)
-                self._computed = shared if num_beams > 1 else Computed(cache, ids[: cache.get_seq_length()], pictures)
+                self._computed = computed if num_beams > 1 else Computed(cache, ids[: cache.get_seq_length()], pictures)
         if "error" in outcome:
             raise outcome["error"]
         if len(answer) > len(shown):
             yield answer[len(shown) :]
 
-    def _end_unfinished(self) -> None:
+    def _take_turn(self) -> None:
+        """Ends an answer that is being written; one that was not begun cannot begin any more."""
         pieces = self._unfinished()
-        if pieces is None:
-            return
-        if pieces.gi_running:
+        state = inspect.getgeneratorstate(pieces) if pieces is not None else inspect.GEN_CLOSED
+        if state == inspect.GEN_RUNNING:
             raise RuntimeError("Another thread is reading an answer of this conversation: let it end, or fork() before")
-        pieces.close()
+        if state == inspect.GEN_SUSPENDED:
+            pieces.close()
+        self._turn = object()
 
     def _nothing_computed(self) -> Computed:
         return Computed(DynamicCache(config=self.model.config), torch.empty(0, dtype=torch.long), [])
 
-    def _share(self, input_ids: torch.LongTensor, pictures: list[Image.Image]) -> Computed:
+    def _cut(self, computed: Computed, input_ids: torch.LongTensor, pictures: list[Image.Image]) -> Computed:
         """What was computed, cut back to what it shares with a prompt of shape `(tokens,)` and its pictures."""
-        computed, per_image = self._computed, self.processor.image_seq_length
+        per_image = self.processor.image_seq_length
         placeholders = (input_ids == self.processor.image_token_id).nonzero()[:, 0]
         length = min(len(computed.input_ids), len(input_ids) - 1)  # one token at least is to be computed
         differs = (computed.input_ids[:length] != input_ids[:length]).nonzero()
@@ -373,13 +385,21 @@ class ChatSession:
             same += 1
         if same < len(pictures):
             length = min(length, int(placeholders[same * per_image]))
-        if length == 0:
+        # Under "mmca_released" text depends on the pictures after it, also on those that were taken back
+        has_others = not same == len(pictures) == len(computed.pictures)
+        if length == 0 or (has_others and self.model.config.multimodal_attention == "mmca_released"):
             return self._nothing_computed()
         computed.cache.crop(length - len(computed.input_ids))
         kept = int((placeholders < length).sum()) // per_image
         return Computed(computed.cache, input_ids[:length], pictures[:kept])
 
-    def _new_images(self, rounds: list[Round], known: int) -> dict:
+    def _can_remember(self) -> bool:
+        attention = self.model.model.language_model.config._attn_implementation
+        is_offloaded = any(parameter.is_meta for parameter in self.model.parameters())
+        is_alone = self.model.config.multimodal_attention in ("mmca", "mmca_merged")
+        return is_alone and attention == "sdpa" and not is_offloaded
+
+    def _new_images(self, rounds: list[Round], known: int, remembers: bool) -> dict:
         """The images after the first `known` ones, as inputs of `generate`."""
         for one in rounds:
             if one.images and one.pixel_values is None:
@@ -388,11 +408,7 @@ class ChatSession:
         if not pixel_values:
             return {}
         pixel_values = torch.stack(pixel_values).to(self.model.device)
-        attention = self.model.model.language_model.config._attn_implementation
-        remembers = self.model.config.multimodal_attention != "causal" and attention == "sdpa"
-        if remembers and not any(parameter.is_meta for parameter in self.model.parameters()):  # as under offload
-            return {"image_memory": self._store.get(pixel_values)}
-        return {"pixel_values": pixel_values}
+        return {"image_memory": self._store.get(pixel_values)} if remembers else {"pixel_values": pixel_values}
 
 
 class AnswerReader(BaseStreamer, StoppingCriteria):
@@ -431,7 +447,7 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         stopped = self._stopped.is_set()
-        done = [stopped or SECTION.search(self.decode(row)) is not None for row in input_ids[:, self.prompt_length :]]
+        done = [stopped or SECTION_START.search(self.decode(row)) is not None for row in input_ids[:, self.prompt_length :]]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -444,13 +460,13 @@ def _load(source: ImageSource, name: str) -> Image.Image:
         raise ValueError(f"{name}: the picture is broken: {error}") from error
 
 
-def _cut_section(answer: str) -> str:
-    return SECTION.split(answer, maxsplit=1)[0]
+def cut_section(answer: str) -> str:
+    return SECTION_START.split(answer, maxsplit=1)[0]
 
 
 def _sure_part(answer: str) -> str:
     """What is sure to stay of an unfinished answer."""
-    return UNSURE.split(_cut_section(answer), maxsplit=1)[0]
+    return UNSURE.split(cut_section(answer), maxsplit=1)[0]
 
 
 __all__ = ["ChatSession"]
