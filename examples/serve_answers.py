@@ -241,7 +241,7 @@ class AnswerService:
         if characters > context * self._longest_token:
             raise too_long(f"about {characters:,} characters", f"{context} tokens")
         session = self._start_chat(system)
-        prompt_tokens = session._tokenize(rounds).shape[1]
+        prompt_tokens = session.tokenize(rounds).shape[1]
         name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
         wished = getattr(asked, name)
         if wished is not None and wished > limits.new_tokens:

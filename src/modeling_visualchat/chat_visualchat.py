@@ -236,7 +236,7 @@ class ChatSession:
             messages.append({"role": "assistant", "content": one.answer})
         return messages
 
-    def _tokenize(self, rounds: list[Round]) -> torch.LongTensor:
+    def tokenize(self, rounds: list[Round]) -> torch.LongTensor:
         """The prompt for the last round's answer, of shape `(1, tokens)`."""
         processor, tokenizer = self.processor, self.processor.tokenizer
         messages = self._messages_of(rounds)[:-1]
@@ -278,7 +278,7 @@ class ChatSession:
     def _make_room(self, rounds: list[Round], limit: int, new_tokens: int) -> tuple[torch.LongTensor, int]:
         """The prompt that fits, with room for the answer, and how many rounds were dropped. The last one is always kept."""
         for dropped in range(len(rounds) if self.drop_oldest else 1):
-            input_ids = self._tokenize(rounds[dropped:])
+            input_ids = self.tokenize(rounds[dropped:])
             if input_ids.shape[1] + new_tokens <= limit:
                 return input_ids, dropped
         what = "last question" if self.drop_oldest else "conversation"
@@ -461,6 +461,7 @@ def _load(source: ImageSource, name: str) -> Image.Image:
 
 
 def cut_section(answer: str) -> str:
+    """The answer up to a line that begins a new section of the prompt."""
     return SECTION_START.split(answer, maxsplit=1)[0]
 
 
