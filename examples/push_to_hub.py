@@ -28,7 +28,7 @@ RUN_STATE = ("trainer_state.json",)
 REPLACED = re.compile(r".+\.(safetensors(\.index\.json)?|py)")  # a later push removes what it does not bring
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 CODE_BEGIN, CODE_END = "<!-- code: written by push_to_hub.py -->", "<!-- end of code -->"
-# What traveling code does with files and network, and only when it is called: tests/test_traveling_code.py
+# What traveling code does with files and network, and only when asked to: tests/test_traveling_code.py
 EXCEPTIONS = {
     "`ImageMemory.save`, `ImageMemoryStore` with a `folder`": "write image memories",
     "`ChatSession.save`": "writes a conversation and its pictures",
@@ -41,8 +41,8 @@ CODE_SECTION = """\
 
 {table}
 
-Loading, `forward` and `generate` open no connection, start no process and write no file beyond transformers' own cache. When they
-are called: {exceptions}. Give `revision="<commit>"` to run these very files.
+Loading, `forward` and `generate` open no connection, start no process and write no file beyond transformers' own cache. Only
+when they are called: {exceptions}. Give `revision="<commit>"` to run these very files.
 {end}
 """
 
@@ -54,6 +54,7 @@ class Publication:
 
     Args:
         contents (`dict[str, Path | bytes]`): By name in the repository.
+        base_model (`str`, *optional*): An adapter's base.
         left_out (`list[str]`): Names in the folder that are not sent.
         code (`list[str]`): The code files among `contents`.
     """
@@ -61,6 +62,7 @@ class Publication:
     contents: dict[str, Path | bytes]
     left_out: list[str]
     code: list[str]
+    base_model: str | None
 
     def describe(self) -> str:
         """Every file with its size in bytes and its SHA-256."""
@@ -72,8 +74,11 @@ class Publication:
         content = self.contents[name]
         if isinstance(content, bytes):
             return name, len(content), hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256()
         with content.open("rb") as file:
-            return name, content.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+        return name, content.stat().st_size, digest.hexdigest()
 
 
 def collect(folder: Path, base_model: str | None = None, token: str | None = None) -> Publication:
@@ -107,9 +112,12 @@ def collect(folder: Path, base_model: str | None = None, token: str | None = Non
         contents["adapter_config.json"], base_model = _name_base(folder / "adapter_config.json", base_model)
     contents["README.md"] = b""  # takes part in what is there
     publication = Publication(
-        contents, sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in contents), code
+        contents=contents,
+        left_out=sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in contents),
+        code=code,
+        base_model=base_model if is_adapter else None,
     )
-    contents["README.md"] = write_card(folder, publication, base_model).encode()
+    contents["README.md"] = write_card(folder, publication).encode()
     for name, content in contents.items():
         if not name.endswith(".safetensors"):
             data = content if isinstance(content, bytes) else content.read_bytes()
@@ -163,7 +171,8 @@ def _name_base(path: Path, base_model: str | None) -> tuple[bytes, str]:
     base = base_model or config["base_model_name_or_path"]
     if not is_hub_id(base):
         raise ValueError(
-            f"{path} names the base {base!r}, which only this machine has: publish the base first and give its id by --base-model"
+            f"{path} names the base {base!r}, which only this machine has: publish the base first and give its"
+            " id by --base-model"
         )
     return json.dumps({**config, "base_model_name_or_path": base}, indent=2).encode(), base
 
@@ -173,22 +182,23 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def write_card(folder: Path, publication: Publication, base_model: str | None) -> str:
-    """The folder's model card, or a short one, with what `trust_remote_code=True` runs, and without bases that are folders."""
+def write_card(folder: Path, publication: Publication) -> str:
+    """The folder's model card, or a short one, with the code that is run, and without bases that are folders."""
     path = folder / "README.md"
     text = path.read_text() if path.is_file() else f"# {folder.resolve().name}\n"
     front, body = {}, text
     if match := re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL):
         front, body = yaml.safe_load(match.group(1)) or {}, text[match.end() :]
-    is_adapter = "adapter_config.json" in publication.contents
     front = {
-        "library_name": "peft" if is_adapter else "transformers",
+        "library_name": "peft" if publication.base_model else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["visualchat"],
         **front,
     }
     bases = front.pop("base_model", [])
-    bases = [base_model] if base_model else [one for one in ([bases] if isinstance(bases, str) else bases) if is_hub_id(one)]
+    bases = [one for one in ([bases] if isinstance(bases, str) else bases) if is_hub_id(one)]
+    if publication.base_model:
+        bases = [publication.base_model]
     if bases:
         front["base_model"] = bases
     for picture in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", body):
@@ -211,7 +221,8 @@ def check_access(token: str | None = None) -> HfApi:
     The Hub, once it has accepted the token: `token`, else `HF_TOKEN`, else that of `hf auth login`.
 
     Raises:
-        PermissionError: If there is none, or the Hub refuses it.
+        ConnectionError: If the Hub cannot be reached.
+        PermissionError: If there is no token, or the Hub refuses it.
     """
     api = HfApi(token=token)
     try:
@@ -224,9 +235,11 @@ def check_access(token: str | None = None) -> HfApi:
         if error.response.status_code != 401:
             raise
         raise PermissionError(
-            f"{api.endpoint} refuses the access token: make one with the right to write at {api.endpoint}/settings/tokens, and"
-            " give it by `hf auth login` or HF_TOKEN"
+            f"{api.endpoint} refuses the access token: make one with the right to write at {api.endpoint}/settings/tokens,"
+            " and give it by `hf auth login` or HF_TOKEN"
         ) from None
+    except Exception as error:  # whatever the network library of the day raises
+        raise ConnectionError(f"{api.endpoint} cannot be reached: {error}") from error
     return api
 
 
@@ -251,11 +264,17 @@ def push(
         base_model (`str`, *optional*): See [`collect`].
 
     Raises:
-        ConnectionError: If the upload broke off. The same call goes on with it.
+        ConnectionError: If the Hub cannot be reached, or the upload broke off. The same call goes on with it.
         PermissionError: If the Hub refuses the token, or the token may not write there.
+        ValueError: If an adapter's base is not on the Hub; see also [`collect`].
     """
     publication = collect(folder, base_model, token)
     api = check_access(token)
+    if publication.base_model and not api.repo_exists(publication.base_model):
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} names the base {publication.base_model!r}, which is not at {api.endpoint}:"
+            " publish the base first and give its id by --base-model"
+        )
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision not in (None, "main"):
@@ -272,7 +291,8 @@ def push(
         if error.response.status_code != 403:
             raise
         raise PermissionError(
-            f"The access token may not write to {repo_id} at {api.endpoint}: choose another name, or a token with the right to write"
+            f"The access token may not write to {repo_id} at {api.endpoint}: choose another name, or a token with"
+            " the right to write"
         ) from None
     except (RuntimeError, OSError) as error:
         cause = error.__cause__ or error
@@ -294,8 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
     args = parser.parse_args(argv)
     try:
-        print(collect(args.folder, args.base_model, args.token).describe())
         if args.dry_run:
+            print(collect(args.folder, args.base_model, args.token).describe())
             return
         commit = push(
             args.folder,

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 import yaml
+from push_to_hub import check_access, is_hub_id, push
 from training_card import write_card
 from training_data import TrainingCollator, prepare_rows, report_rows
 from training_loop import (
@@ -117,6 +118,11 @@ def check_arguments(
                 "streaming: true reads rows in their order: it needs train_sampling_strategy: random (the default), got "
                 f"{training_args.train_sampling_strategy}"
             )
+    if training_args.push_to_hub and model_args.mode == "lora" and not is_hub_id(model_args.model_name_or_path or "/"):
+        raise ValueError(
+            "push_to_hub with mode: lora publishes an adapter, which names its base: it needs model_name_or_path to be a Hub"
+            f" id, got {model_args.model_name_or_path}"
+        )
     if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
         reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
         raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
@@ -192,6 +198,10 @@ def main(argv: list[str]) -> dict[str, float]:
     training_args.prediction_loss_only = True  # accuracy comes from generated answers
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    # The model is published once, at the end: the Trainer would send all of output_dir with every checkpoint. It also
+    # pickles its arguments, which therefore must not hold the token
+    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
+    hub_token, training_args.hub_token = training_args.hub_token, None
 
     # Seed and logging
     set_seed(training_args.seed)
@@ -199,6 +209,8 @@ def main(argv: list[str]) -> dict[str, float]:
         level=logging.INFO if training_args.process_index == 0 else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    if push_to_hub and training_args.process_index == 0:
+        check_access(hub_token)
     checkpoint = None
     if data_args.resume:  # what cannot be resumed is refused before any work starts
         checkpoint = find_whole_checkpoint(training_args)
@@ -276,13 +288,15 @@ def main(argv: list[str]) -> dict[str, float]:
         (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
         plot_curves(trainer.state.log_history, output_dir / "curves.png")
         write_card(folder, model_args, data_args, training_args, table, metrics, output_dir)
-        if training_args.push_to_hub:
-            from huggingface_hub import HfApi
-
-            repository = training_args.hub_model_id or output_dir.name
-            api = HfApi(token=training_args.hub_token)
-            repo_id = api.create_repo(repository, private=training_args.hub_private_repo, exist_ok=True).repo_id
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Train")
+        if push_to_hub:
+            commit = push(
+                folder,
+                training_args.hub_model_id or output_dir.name,
+                private=training_args.hub_private_repo,
+                revision=training_args.hub_revision,
+                token=hub_token,
+            )
+            logger.info("Published as %s", commit.commit_url)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.storage = f"http://localhost:{self.server_port}"  # another host, which must not be sent the token
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.uploads: list[str] = []
@@ -66,7 +68,8 @@ class HubServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request, client_address):
-        """A client that goes away is no error."""
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that goes away is no error
+            super().handle_error(request, client_address)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The contents of one revision, by path."""
@@ -75,7 +78,7 @@ class HubServer(ThreadingHTTPServer):
         return {path: self.blobs[file.oid] for path, file in commit.items()}
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """Becomes a response with the Hub's error headers."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
@@ -90,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         """Nothing: the server keeps `requests`."""
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self._answer()
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
@@ -100,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append(f"{self.command} {path}")
         try:
+            if path.startswith("/storage/") and "Authorization" in self.headers:
+                raise RefusalError(400, "Only one auth mechanism allowed")  # as S3 does
             if self.command == "PUT" and (match := re.fullmatch(r"/storage/(\w{64})", path)):
                 return self._store(match.group(1))
             length = int(self.headers.get("Content-Length") or 0)
@@ -108,8 +113,8 @@ class Handler(BaseHTTPRequestHandler):
                 for method, pattern, action in ROUTES:
                     if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
                         return action(self, body, **match.groupdict())
-            raise Refusal(404, f"no route for {self.command} {path}")
-        except Refusal as refusal:
+            raise RefusalError(404, f"no route for {self.command} {path}")
+        except RefusalError as refusal:
             headers = {"X-Error-Message": str(refusal)}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
@@ -129,26 +134,26 @@ class Handler(BaseHTTPRequestHandler):
     def _is_user(self) -> bool:
         given = self.headers.get("Authorization")
         if given not in (None, f"Bearer {TOKEN}"):
-            raise Refusal(401, "Invalid credentials in Authorization header")
+            raise RefusalError(401, "Invalid credentials in Authorization header")
         return given is not None
 
     def _writer(self, namespace: str = USER) -> None:
         if not self._is_user():
-            raise Refusal(401, "Invalid username or password.")
+            raise RefusalError(401, "Invalid username or password.")
         if namespace != USER:
-            raise Refusal(403, f"You don't have the rights to write to the namespace {namespace!r}")
+            raise RefusalError(403, f"You don't have the rights to write to the namespace {namespace!r}")
 
     def _repository(self, repo_id: str) -> Repository:
         is_user = self._is_user()
         repository = self.server.repositories.get(repo_id)
         if repository is None or (repository.private and not is_user):
-            raise Refusal(404 if is_user else 401, "Repository not found", "RepoNotFound")
+            raise RefusalError(404 if is_user else 401, "Repository not found", "RepoNotFound")
         return repository
 
     def _revision(self, repository: Repository, revision: str) -> str:
         oid = repository.branches.get(revision, revision)
         if oid not in repository.commits:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
 
     # What follows is one action a route
@@ -173,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         self._writer(repo_id.split("/")[0])
         repository = self._repository(repo_id)
         if branch in repository.branches:
-            raise Refusal(409, f"Reference {branch!r} already exists")
+            raise RefusalError(409, f"Reference {branch!r} already exists")
         repository.branches[branch] = repository.branches["main"]
         self._send_json({})
 
@@ -205,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = {"oid": one["oid"], "size": one["size"]}
             if one["oid"] not in self.server.blobs:  # what is there needs no action
                 answer["actions"] = {
-                    "upload": {"href": f"{self.server.endpoint}/storage/{one['oid']}", "header": {}},
+                    "upload": {"href": f"{self.server.storage}/storage/{one['oid']}", "header": {}},
                     "verify": {"href": f"{self.server.endpoint}/{repo_id}.git/info/lfs/objects/verify", "header": {}},
                 }
             objects.append(answer)
@@ -215,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         self._writer(repo_id.split("/")[0])
         given = json.loads(body)
         if len(self.server.blobs.get(given["oid"], b"")) != given["size"]:
-            raise Refusal(404, f"Object {given['oid']} is not there")
+            raise RefusalError(404, f"Object {given['oid']} is not there")
         self._send_json({})
 
     def _store(self, oid: str) -> None:
@@ -236,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             content = self.rfile.read(int(self.headers["Content-Length"]))
         if hashlib.sha256(content).hexdigest() != oid:
-            raise Refusal(400, f"The content's SHA-256 is not {oid}")
+            raise RefusalError(400, f"The content's SHA-256 is not {oid}")
         with self.server.lock:
             self.server.blobs[oid] = content
         self._send(b"")
@@ -245,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
         self._writer(repo_id.split("/")[0])
         repository = self._repository(repo_id)
         if revision not in repository.branches:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         files = dict(repository.commits[repository.branches[revision]])
         for line in map(json.loads, body.splitlines()):
             kind, value = line["key"], line["value"]
@@ -256,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(oid, len(content), is_lfs=False)
             elif kind == "lfsFile":
                 if value["oid"] not in self.server.blobs:
-                    raise Refusal(400, f"LFS object {value['oid']} of {value['path']} was not uploaded")
+                    raise RefusalError(400, f"LFS object {value['oid']} of {value['path']} was not uploaded")
                 files[value["path"]] = File(value["oid"], value["size"], is_lfs=True)
             elif kind == "deletedFile":
                 del files[value["path"]]
@@ -272,10 +277,10 @@ class Handler(BaseHTTPRequestHandler):
             | {"tags": [], "downloads": 0, "likes": 0}
         )
 
-    def tree(self, body: bytes, repo_id: str, revision: str, folder: str = "") -> None:
+    def tree(self, body: bytes, repo_id: str, revision: str, folder: str | None = None) -> None:
         repository = self._repository(repo_id)
         files = repository.commits[self._revision(repository, revision)]
-        prefix = folder.strip("/") + "/" if folder.strip("/") else ""
+        prefix = folder.strip("/") + "/" if folder else ""
         entries = []
         for path, file in sorted(files.items()):
             if path.startswith(prefix):
@@ -284,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
                     entry["lfs"] = {"oid": file.oid, "size": file.size, "pointerSize": 0}
                 entries.append(entry)
         if prefix and not entries:
-            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusalError(404, f"{folder} does not exist", "EntryNotFound")
         self._send_json(entries)
 
     def resolve(self, body: bytes, repo_id: str, revision: str, path: str) -> None:
@@ -292,15 +297,15 @@ class Handler(BaseHTTPRequestHandler):
         oid = self._revision(repository, revision)
         file = repository.commits[oid].get(path)
         if file is None:
-            raise Refusal(404, "Entry not found", "EntryNotFound")
+            raise RefusalError(404, "Entry not found", "EntryNotFound")
         if not file.is_lfs:
             return self._send(self.server.blobs[file.oid], headers={"X-Repo-Commit": oid, "ETag": f'"{file.oid}"'})
         headers = {"X-Repo-Commit": oid, "X-Linked-Etag": f'"{file.oid}"', "X-Linked-Size": str(file.size)}
-        self._send(b"", 302, {**headers, "Location": f"{self.server.endpoint}/storage/{file.oid}"})
+        self._send(b"", 302, {**headers, "Location": f"{self.server.storage}/storage/{file.oid}"})
 
     def download(self, body: bytes, oid: str) -> None:
         if oid not in self.server.blobs:
-            raise Refusal(404, f"Object {oid} is not there")
+            raise RefusalError(404, f"Object {oid} is not there")
         self._send(self.server.blobs[oid], headers={"ETag": f'"{oid}"'})
 
 

@@ -507,7 +507,7 @@ def test_ctrl_c_while_waiting(chat, beams):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return False
 
-    prompt_length = chat._tokenize([*chat.rounds, Round("Write.")]).shape[1]
+    prompt_length = chat.tokenize([*chat.rounds, Round("Write.")]).shape[1]
     with writes(chat.model, "x" * 500), pytest.raises(KeyboardInterrupt):
         chat.send("Write.", max_new_tokens=400, num_beams=beams, stopping_criteria=[interrupt_once])
     assert chat.rounds[-1].text == "Write."
