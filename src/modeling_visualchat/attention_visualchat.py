@@ -361,6 +361,8 @@ class VisualChatAttention(LlamaAttention):
             dropout_p=self.attention_dropout if self.training else 0.0,
         ).flatten(1)
         if layout.keeps_images:  # an image row's output is its value
-            own_values = values[text_rows:].repeat_interleave(self.num_key_value_groups, dim=1).flatten(1)
-            output = torch.cat([output, own_values])
+            own_values = values[text_rows:]
+            if self.num_key_value_groups > 1:
+                own_values = own_values.repeat_interleave(self.num_key_value_groups, dim=1)
+            output = torch.cat([output, own_values.flatten(1)])
         return self.o_proj(output[None])

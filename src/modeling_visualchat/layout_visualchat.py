@@ -204,12 +204,13 @@ class ModalityLayout:
         rows = self.text_rows if self.kept_text is None else self.text_rows[self.kept_text]
         states = stream[0]
         text, images = states[: len(rows)], states[len(rows) :]
-        sequence = states.new_zeros(self.shape[0] * self.shape[1], states.shape[-1]).index_put((rows,), text)
+        sequence = states.new_zeros(self.shape[0] * self.shape[1], states.shape[-1])
+        sequence[rows] = text
         if self.keeps_images and self.image_source is None:
-            sequence = sequence.index_put((self.image_rows,), images)
+            sequence[self.image_rows] = images
         elif self.keeps_images:
             is_computed = self.image_source < len(images)
-            sequence = sequence.index_put((self.image_rows[is_computed],), images[self.image_source[is_computed]])
+            sequence[self.image_rows[is_computed]] = images[self.image_source[is_computed]]
         return sequence.view(*self.shape, -1)
 
     def place_images(

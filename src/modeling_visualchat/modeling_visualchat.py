@@ -282,12 +282,13 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 f"multimodal_attention={variant!r} cannot use image memory: its image rows look at the text and the images"
                 " before them, so what is known of a picture differs from one conversation to the next"
             )
-        for memory in memories:
-            if memory is not None and memory.fingerprint != self.image_fingerprint():
-                raise ValueError(
-                    f"The image memory was made with other weights or another dtype (fingerprint {memory.fingerprint[:16]},"
-                    f" this model has {self.image_fingerprint()[:16]}): encode the pictures again with this model"
-                )
+        theirs = {memory.fingerprint for memory in memories if memory is not None}
+        if theirs and theirs != {ours := self.image_fingerprint()}:
+            other = min(theirs - {ours})
+            raise ValueError(
+                f"The image memory was made with other weights or another dtype (fingerprint {other[:16]}, this model has"
+                f" {ours[:16]}): encode the pictures again with this model"
+            )
 
     def _place_memory(
         self, memories: list[ImageMemory | None], image_states: torch.Tensor | None, image_source: torch.Tensor | None
