@@ -29,6 +29,7 @@ CODE_FILES = {
     "chat_visualchat.py",
     "configuration_visualchat.py",
     "decoder_visualchat.py",
+    "generation_visualchat.py",
     "image_loading_visualchat.py",
     "image_memory_visualchat.py",
     "layout_visualchat.py",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPModel, CLIPVisionModel, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -23,6 +23,7 @@ from .attention_visualchat import check_attention_implementation
 from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel
+from .generation_visualchat import VisualChatGenerationMixin
 from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_defects
@@ -386,7 +387,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         return sums / lengths[:, None]
 
 
-class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
+class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin):
     """
     VisualChat with its language modeling head: what trains, generates and chats.
 
@@ -615,110 +616,6 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, GenerationMixin):
             settings: See [`ChatSession`].
         """
         return ChatSession(self, processor, **settings)
-
-    def generate(self, inputs: torch.LongTensor | None = None, *args, **kwargs):
-        """
-        As in transformers. A conversation that goes on from `past_key_values` may bring all its images in `pixel_values` or
-        `image_memory`, as the processor makes them, or the new ones alone: those whose placeholders are cached are left out.
-        """
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        cache_implementation = kwargs.get("cache_implementation") or ""
-        if cache_implementation.startswith("offloaded") and self.device.type == "cpu":
-            raise ValueError(
-                f"cache_implementation={cache_implementation!r} moves the cache from an accelerator to the CPU, where this"
-                " model already is: use 'dynamic' or 'static', or 'quantized' to save memory"
-            )
-        if input_ids is not None:
-            self.model.language_model.check_length(input_ids.shape[1])
-        for name in ("pixel_values", "image_memory"):
-            if kwargs.get(name) is None:
-                kwargs.pop(name, None)
-        if "image_memory" in kwargs:
-            self._check_generation_with_memory(**{**kwargs, "input_ids": input_ids})
-            memories = kwargs["image_memory"]
-            # One entry for each image: what is left out or repeated is counted in images
-            memories = [memories] if isinstance(memories, ImageMemory) else memories
-            memories = [one for memory in memories for one in (memory if memory is not None else [None])]
-            if "pixel_values" in kwargs:
-                encoded = iter(self.encode_images(kwargs.pop("pixel_values")))
-                memories = [next(encoded, None) if memory is None else memory for memory in memories]
-            kwargs["image_memory"] = memories
-        elif "pixel_values" in kwargs and isinstance(kwargs.get("assistant_model"), VisualChatPreTrainedModel):
-            raise ValueError(
-                "transformers hands no images to an `assistant_model`: take a text model with this vocabulary, such as the"
-                " decoder alone, or use `prompt_lookup_num_tokens`"
-            )
-        name = "image_memory" if "image_memory" in kwargs else "pixel_values"
-        if name in kwargs and input_ids is not None and kwargs.get("past_key_values") is not None:
-            kwargs[name] = self._select_new_images(
-                input_ids, kwargs[name], kwargs["past_key_values"], kwargs.get("attention_mask")
-            )
-            if len(kwargs[name]) == 0:
-                kwargs.pop(name)
-        return super().generate(inputs, *args, **kwargs)
-
-    def _check_generation_with_memory(self, input_ids, image_memory, pixel_values=None, **kwargs):
-        if input_ids is None:
-            raise ValueError("`image_memory` needs `input_ids`, whose placeholders say where the images stand")
-        if (input_ids[:, -1] == self.config.image_token_id).any():
-            raise ValueError("A prompt that ends with a remembered image has no next token: let text follow the image")
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
-            raise ValueError("`prefill_chunk_size` and `image_memory`: remembered images need no prefill, leave it out")
-        if kwargs.get("assistant_model") is not None:
-            raise ValueError(
-                "transformers hands `image_memory` to an `assistant_model`, which cannot use it: use `pixel_values` or"
-                " `prompt_lookup_num_tokens`"
-            )
-        expected = 0 if isinstance(image_memory, ImageMemory) else sum(memory is None for memory in image_memory)
-        num_new = len(pixel_values) if pixel_values is not None else 0
-        if num_new != expected:
-            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new pictures were given")
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
-        """As in transformers. Image memory goes into the prefill alone, like pictures."""
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("image_memory", None)
-        return super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.LongTensor | None = None, **kwargs
-    ) -> tuple[torch.LongTensor | None, dict]:
-        memories = kwargs.pop("image_memory", None)
-        if memories is not None and expand_size > 1:
-            # The images of a row are repeated together
-            rows = ((input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
-            starts = [sum(rows[:k]) for k in range(len(rows))]
-            memories = [memory for s, n in zip(starts, rows) for memory in memories[s : s + n] * expand_size]
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, {**kwargs, "image_memory": memories} if memories is not None else kwargs
-
-    def _select_new_images(
-        self,
-        input_ids: torch.LongTensor,
-        images: torch.Tensor | list[ImageMemory],
-        past_key_values: Cache,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor | list[ImageMemory]:
-        if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
-            return images  # the new tokens alone were passed
-        is_image = input_ids == self.config.image_token_id
-        counts = (is_image.sum(-1) // self.config.image_seq_length).tolist()
-        if sum(counts) != len(images):
-            return images
-        cached = is_image[:, : int(past_key_values.get_seq_length())]
-        cached_counts = (cached.sum(-1) // self.config.image_seq_length).tolist()
-        starts = [sum(counts[:row]) for row in range(len(counts))]
-        new = [start + k for start, seen, count in zip(starts, cached_counts, counts) for k in range(seen, count)]
-        return images[new] if isinstance(images, torch.Tensor) else [images[k] for k in new]
 
 
 def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
