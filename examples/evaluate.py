@@ -16,7 +16,6 @@ Exit status: 0 if every question was answered, 1 if some were not (each such dia
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -37,6 +36,7 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.image_memory_visualchat import fingerprint_weights
 
 
 class Journal:
@@ -275,21 +275,12 @@ def load_model(name: str, dtype: str, device: str | None) -> VisualChatForCausal
     return model.to(device).eval()
 
 
-def hash_weights(model: torch.nn.Module) -> str:
-    """The SHA-256 of a model's parameters, with their names."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def describe(args: argparse.Namespace, name: str, model: VisualChatForCausalLM, digest: str) -> dict:
     """What answers depend on. Seed and batch size are part of it only where answers are drawn."""
     is_drawn = args.temperature > 0
     return {
         "model": name,
-        "weights": hash_weights(model),
+        "weights": fingerprint_weights(dict(model.named_parameters()), {}),
         "dtype": str(model.dtype),
         "data": [str(one) for one in args.labelled or [args.conversations]],
         "data_sha256": digest,

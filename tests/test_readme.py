@@ -1,7 +1,11 @@
 """The README is true: its Python runs, its files exist, its prompt is the template's."""
 
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,26 @@ def test_python_blocks_run(block, tmp_path, monkeypatch, capsys):
     digit_image(0).save("first.png")
     digit_image(1).save("second.png")
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("begins", ["echo ", "python examples/evaluate.py --conversations"])
+def test_commands_without_a_server_run_as_written(begins, tmp_path):
+    """The tests of the other scripts run them with their own folders."""
+    command = next(line for line in README.splitlines() if line.startswith(begins))
+    make_model(image_number_keys=True).save_pretrained(tmp_path / "outputs/demo/model")
+    make_processor().save_pretrained(tmp_path / "outputs/demo/model")
+    (tmp_path / "pictures").mkdir()
+    for path in (tmp_path / "first.png", tmp_path / "pictures/a.png"):
+        digit_image(0).save(path)
+    (tmp_path / "eval.json").write_text(json.dumps({"one": [["Which digit?", "a.png"], ["Sure?"]]}))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if begins == "echo ":
+        assert done.stdout.strip()
+    else:
+        assert (tmp_path / "outputs/asked/report.html").exists()
 
 
 def test_the_first_block_takes_ten_lines():

@@ -236,16 +236,15 @@ def _active_adapters(model: nn.Module) -> tuple:
     return tuple((tuner.disable_adapters, tuple(tuner.active_adapters), tuner.merged) for tuner in tuners)
 
 
-def fingerprint_weights(weights: dict[str, torch.Tensor], description: dict, state: tuple) -> str:
+def fingerprint_weights(weights: dict[str, torch.Tensor], description: dict) -> str:
     """
-    A hash of weights, bit by bit, of what is computed with them, and of the adapters at work.
+    A hash of weights, bit by bit, and of what is computed with them.
 
     Args:
         weights (`dict[str, torch.Tensor]`): By name.
         description (`dict`): What else matters, as JSON can write it.
-        state (`tuple`): From [`describe_state`].
     """
-    digest = hashlib.sha256(json.dumps([description, state[2]], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(_sum_rows(weight.detach()).cpu().numpy().tobytes())

@@ -272,8 +272,9 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
                 "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
                 "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
+                "adapters": state[-1],
             }
-            self._image_fingerprint = state, fingerprint_weights(weights, description, state)
+            self._image_fingerprint = state, fingerprint_weights(weights, description)
         return self._image_fingerprint[1]
 
     def _check_memory(self, memories: list[ImageMemory | None]) -> None:
