@@ -83,6 +83,7 @@ def visit(chromium, address):
 
     def open_page():
         contexts.append(chromium.new_context(viewport={"width": 1000, "height": 900}))
+        contexts[-1].set_default_timeout(60_000)
         page = contexts[-1].new_page()
         page.on("request", lambda request: None if is_local(request.url, address) else strangers.append(request.url))
         page.goto(address)
@@ -119,7 +120,7 @@ def send(page, text: str, files: list[str] = ()) -> None:
 def wait_for_answer(page, rounds: int) -> str:
     """The last answer, once it is whole: Undo is possible again."""
     page.wait_for_function(f"document.querySelectorAll('#chat [data-testid=bot]').length == {rounds}")
-    page.wait_for_selector("#undo:not([disabled])", timeout=60_000)
+    page.wait_for_selector("#undo:not([disabled])")
     return page.locator("#chat [data-testid=bot]").last.inner_text()
 
 
@@ -130,10 +131,17 @@ def captions(page) -> list[str]:
 def configure(page, **settings: str) -> None:
     """Fills in settings, by their labels; `_` is a space."""
     page.get_by_text("Settings", exact=True).click()
-    for name, value in settings.items():
-        label = name.replace("_", " ")
-        page.locator(f"input[type=number][aria-label*='{label}']").fill(value)
-        page.keyboard.press("Tab")
+    fields = {page.locator(f"input[type=number][aria-label*='{k.replace('_', ' ')}']"): v for k, v in settings.items()}
+    for _ in range(20):  # Gradio sets a field to its default a moment after it appears, over what was filled in meanwhile
+        for field, value in fields.items():
+            if field.input_value() != value:
+                field.fill(value)
+                page.keyboard.press("Tab")
+        page.wait_for_timeout(500)
+        if all(field.input_value() == value for field, value in fields.items()):
+            break
+    else:
+        raise TimeoutError(f"The settings do not take {settings}")
     page.get_by_text("Settings", exact=True).click()
 
 
