@@ -1,5 +1,6 @@
 """Messages in, model inputs out: the prompt to the letter, labels to the token, and what bad messages are told."""
 
+import base64
 import copy
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
@@ -224,6 +225,62 @@ class TestLabels:
             assert all(learned)
         assert batch["attention_mask"][1, -1] == 0  # padded on the right, for training
         assert batch["labels"][1, -1] == -100
+
+    @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "stripping placeholder", "template with bos"])
+    def test_batches_equal_those_of_the_processor(self, cats, kind):
+        """The collator sends one placeholder an image through the tokenizer, the processor all of them."""
+        processor = make_processor()
+        if kind == "metaspace":  # LLaMA's
+            backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+            backend.train_from_iterator([DESIGN_PROMPT], trainer)
+            names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+            processor = VisualChatProcessor(processor.image_processor, tokenizer, image_seq_length=7)
+        elif kind == "stripping placeholder":
+            tokenizer = make_processor().tokenizer
+            tokenizer.add_tokens([AddedToken("<picture>", lstrip=True, rstrip=True, special=True)], special_tokens=True)
+            processor = VisualChatProcessor(processor.image_processor, tokenizer, 7, image_token="<picture>")
+            processor.chat_template = processor.chat_template.replace("<image>", "<picture>")
+        elif kind == "template with bos":
+            processor.chat_template = processor.chat_template.replace("write_bos_token", "true")
+        system = {"role": "system", "content": "Talk\u00a0about  pictures."}
+        conversations = [
+            [*cats, assistant("Their tails, naïvely \U0001f408.")],
+            [system, user("No picture?"), assistant(" None\n\n"), user("<And> now?", digit_image(1)), assistant("###")],
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A."}, user("And?", digit_image(2))],
+        ]
+        batch = VisualChatDataCollator(processor, pad_to_multiple_of=16)([{"messages": one} for one in conversations])
+        expected = inputs_of(
+            processor,
+            conversations,
+            return_assistant_tokens_mask=True,
+            return_tensors=None,
+            processor_kwargs={"padding": True, "padding_side": "right", "pad_to_multiple_of": 16},
+        )
+        learned = np.array(expected["assistant_masks"], dtype=bool)
+        assert learned.any(axis=1).all()
+        assert batch["input_ids"].tolist() == expected["input_ids"]
+        assert batch["attention_mask"].tolist() == expected["attention_mask"]
+        assert batch["labels"].tolist() == np.where(learned, expected["input_ids"], -100).tolist()
+        assert np.array_equal(batch["pixel_values"], np.array(expected["pixel_values"]))
+
+    def test_a_template_that_forgets_images_is_reported(self, cats):
+        processor = make_processor()
+        processor.chat_template = processor.chat_template.replace("<image>", "")
+        with pytest.raises(ValueError, match="row 0: the chat template writes 0 image placeholders for 3 images"):
+            VisualChatDataCollator(processor)([{"messages": [*cats, assistant("No.")]}])
+
+    def test_openais_form_of_an_image(self, processor, tmp_path):
+        digit_image(0).save(tmp_path / "digit.png")
+        url = f"data:image/png;base64,{base64.b64encode((tmp_path / 'digit.png').read_bytes()).decode()}"
+        plain = VisualChatDataCollator(processor)([{"messages": [user("What?", digit_image(0)), assistant("A.")]}])
+        for image_url in (url, {"url": url}):
+            content = [{"type": "image_url", "image_url": image_url}, text_part("What?")]
+            row = {"messages": [{"role": "user", "content": content}, assistant("A.")]}
+            batch = VisualChatDataCollator(processor)([row])
+            assert all(torch.equal(batch[key], plain[key]) for key in plain)
 
     def test_an_end_token_as_padding_is_learned_where_it_ends_an_answer_only(self, cats):
         processor = make_processor()

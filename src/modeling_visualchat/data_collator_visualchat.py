@@ -1,12 +1,15 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Batches of conversations for the Trainer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from .processing_visualchat import VisualChatProcessor
+from .processing_visualchat import VisualChatProcessor, check_conversation, list_images
 
 
 IGNORE_INDEX = -100
@@ -41,30 +44,64 @@ class VisualChatDataCollator:
             `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right, and
             `pixel_values` of shape `(images in the batch, channels, height, width)` if there are images.
         """
-        conversations = [fill_images(row, f"row {index}") for index, row in enumerate(rows)]
-        batch = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={
-                # Not the text: spans are found in lists, in tensors it takes longer than all the rest
-                "images_kwargs": {"return_tensors": "pt"},
-                "padding": True,
-                "padding_side": "right",
-                "pad_to_multiple_of": self.pad_to_multiple_of,
-            },
-        )
-        learned = torch.from_numpy(np.array(batch.pop("assistant_masks"), dtype=bool))
-        batch = {name: torch.from_numpy(np.asarray(values)) for name, values in batch.items()}  # of lists, torch is slow
-        for index, row_learned in enumerate(learned):
-            if not row_learned.any():
+        processor = self.processor
+        conversations = [
+            check_conversation(fill_images(row, f"row {index}"), processor.image_token, f"row {index}: ")
+            for index, row in enumerate(rows)
+        ]
+        rows_images = [list_images(conversation) for conversation in conversations]
+        tokens, learned = [], []
+        for index, (ids, is_answer) in enumerate(self._tokenize(conversations)):
+            is_image = ids == processor.image_token_id
+            if is_image.sum() != len(rows_images[index]):
+                raise ValueError(
+                    f"row {index}: the chat template writes {is_image.sum()} image placeholders for"
+                    f" {len(rows_images[index])} images"
+                )
+            if not is_answer.any():
                 raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")
-        batch = {**batch, "labels": batch["input_ids"].masked_fill(~learned, IGNORE_INDEX)}
+            repeats = np.where(is_image, processor.image_seq_length, 1)
+            tokens.append(ids.repeat(repeats))
+            learned.append(is_answer.repeat(repeats))
+
+        length = max(len(ids) for ids in tokens)
+        length += -length % (self.pad_to_multiple_of or 1)
+        batch = {
+            "input_ids": _pad(tokens, length, processor.tokenizer.pad_token_id),
+            "attention_mask": _pad([np.ones_like(ids) for ids in tokens], length, 0),
+        }
+        images = [image for row_images in rows_images for image in row_images]
+        if images:
+            batch.update(processor(images=images, return_tensors="pt"))
+        learned = _pad(learned, length, False)
+        batch["labels"] = batch["input_ids"].masked_fill(~learned, IGNORE_INDEX)
         if self.supervised_logits_only:
             # The logits at a position predict the next token
             batch["logits_to_keep"] = torch.nn.functional.pad(learned[:, 1:], (0, 1))
         return batch
+
+    def _tokenize(self, conversations: list[list[dict]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """
+        Of each conversation the token ids, as [`VisualChatProcessor`] makes them but with one placeholder an image (the
+        tokenizer takes its time for each), and which of them are an answer.
+        """
+        tokenizer, template = self.processor.tokenizer, self.processor.chat_template
+        prompts, answer_spans = render_jinja_template(
+            conversations, chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        )
+        writes_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+        encoded = tokenizer(prompts, add_special_tokens=not writes_bos, return_offsets_mapping=True)
+        for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans):
+            # Of a list of pairs, np.array takes twice as long
+            starts, ends = np.fromiter(chain.from_iterable(offsets), int, 2 * len(ids)).reshape(-1, 2).T
+            is_answer = np.zeros(len(ids), dtype=bool)
+            for start, end in spans:
+                is_answer |= (starts < end) & (ends > start)
+            yield np.array(ids), is_answer
+
+
+def _pad(rows: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]))
 
 
 def fill_images(row: dict, name: str) -> list[dict]:

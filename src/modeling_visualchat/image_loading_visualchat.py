@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessorPil
+from transformers.image_utils import SizeDict
 from transformers.image_utils import load_image as fetch_image
 
 
@@ -155,8 +156,8 @@ def clip_side(image_processor) -> int | None:
     if not all(getattr(image_processor, step) for step in steps) or not isinstance(image_processor.resample, int):
         return None
     side = image_processor.crop_size.height
-    square = {"height": side, "width": side}
-    is_usual = dict(image_processor.crop_size) == square and dict(image_processor.size) in (square, {"shortest_edge": side})
+    square = SizeDict(height=side, width=side)
+    is_usual = image_processor.crop_size == square and image_processor.size in (square, SizeDict(shortest_edge=side))
     return side if is_usual else None
 
 
@@ -179,8 +180,9 @@ def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
     if width > side:  # Pillow resizes the width of such a picture first: what is cut off there needs no second pass
         left = (width - side) // 2
         image = image.resize((width, image.height), image_processor.resample).crop((left, 0, left + side, image.height))
+    image = image.resize((side, height), image_processor.resample)
     top = (height - side) // 2
-    return image.resize((side, height), image_processor.resample).crop((0, top, side, top + side))
+    return image if height == side else image.crop((0, top, side, top + side))  # `crop` copies
 
 
 def clip_pixel_values(images: list[Image.Image], image_processor) -> torch.Tensor:

@@ -227,7 +227,16 @@ def _check_part(part: dict, role: str, where: str) -> dict:
         raise ValueError(f"{where} has the type 'text', but its 'text' is {part.get('text')!r:.80}")
     if kind != "text" and role != "user":
         raise ValueError(f"{where} is an image in a message of the role {role!r}: only the user brings images")
+    if kind == "image_url":  # OpenAI's form
+        url = part.get("image_url")
+        return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
     return {key: part[key] for key in ("type", *PART_KEYS[kind]) if part.get(key) is not None}
+
+
+def list_images(conversation: list[dict]) -> list[ImageSource]:
+    """The sources of the images of a conversation that was checked, in reading order."""
+    parts = [part for message in conversation if not isinstance(message["content"], str) for part in message["content"]]
+    return [part[next(key for key in PART_KEYS["image"] if key in part)] for part in parts if part["type"] == "image"]
 
 
 __all__ = ["VisualChatProcessor"]
