@@ -173,6 +173,11 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
         quantization_config=quantization,
     )
     model.config.use_cache = not training_args.gradient_checkpointing
+    return set_mode(model, model_args)
+
+
+def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:
+    """Sets what the mode trains to train. With `lora` the model is wrapped in PEFT's."""
     if model_args.mode == "alignment":
         model.freeze_for_alignment()
     elif model_args.mode == "lora":

@@ -1,0 +1,358 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+What one training step allocates, read off the model's own code: forward and backward run on the meta device, where tensors
+have shapes and no numbers, and every storage that comes and goes is written down. So what autograd keeps, what checkpointing
+drops and what lives for a moment need no formulas that would have to follow each change of the model: that the attention
+computes text rows only, that a frozen tower keeps nothing, that the vocabulary projection takes supervised positions only.
+
+Three things differ from a step on a real device:
+- Tokens have real values (on the CPU), since their places decide on shapes; so rotary angles stay there too, until the rows
+  are sorted, and the sorted layout follows the layers to the meta device.
+- All pictures are different, and all samples have the same length: a batch without padding, and the largest of its kind.
+- Attention kernels are chosen as the device would (torch, `sdp_utils`): on meta alone it would be the slow one, which keeps
+  all scores.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from modeling_visualchat import attention_visualchat, layout_visualchat, modeling_visualchat
+from modeling_visualchat.layout_visualchat import ModalityLayout
+
+
+PARTS = ("activations", "logits", "image features")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """
+    One micro-batch of one GPU.
+
+    Args:
+        samples (`int`): Conversations.
+        length (`int`): Tokens of each, those of its images included.
+        images (`int`): Images of each.
+        supervised (`int`): Tokens of each that are learned, and so have logits.
+    """
+
+    samples: int
+    length: int
+    images: int
+    supervised: int
+
+
+@dataclass
+class Trace:
+    """
+    Live bytes of a step over its events, in the order of time.
+
+    Args:
+        live (`np.ndarray` of shape `(events, parts)`): Bytes by `PARTS`, without those of finished gradients.
+        gradients (`list[tuple[int, str]]`): The event from which on a parameter's gradient is finished, and its name.
+        uses (`list[tuple[int, str]]`): The event from which on a module uses parameters of its own, and its name.
+        flops (`int`): Operations of its matrix products and attention, 2 for a multiplication and an addition.
+    """
+
+    live: np.ndarray
+    gradients: list[tuple[int, str]]
+    uses: list[tuple[int, str]]
+    flops: int
+
+    def of_samples(self, larger: "Trace", samples: int) -> "Trace":
+        """
+        The trace of any number of samples, this being that of 2 and `larger` that of 3: the same operations, on tensors each
+        of which is a constant or grows in proportion. (Of 1, some copies are views.)
+        """
+        live = self.live + (samples - 2) * (larger.live - self.live)
+        return Trace(live, self.gradients, self.uses, self.flops + (samples - 2) * (larger.flops - self.flops))
+
+
+class AllocationLog(TorchDispatchMode):
+    """
+    Bytes of every storage that is made on a device while it is active, by the part that makes it, and operations.
+
+    Args:
+        known (`list[torch.Tensor]`): What was there before, and is left out.
+        device (`str`): `meta`, or where a step is run for comparison.
+    """
+
+    def __init__(self, known: list[torch.Tensor], device: str = "meta"):
+        super().__init__()
+        self.device, self.flops = device, 0
+        self.part, self.events, self.live = PARTS[0], [], {}
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("aten::masked_"):  # meta tensors under a mask of the host
+            args = [arg.to(args[0].device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=results)
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and result.device.type == self.device:
+                self._note(result)
+        return results
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.live or key in self.known or storage.nbytes() == 0:
+            return
+        change = np.zeros(len(PARTS), dtype=np.int64)
+        change[PARTS.index(self.part)] = storage.nbytes()
+        self.events.append(change)
+        # The log may be gone when the last storages go
+        self.live[key] = weakref.ref(storage, lambda _: self.forget(key)), change
+
+    def forget(self, key: int) -> None:
+        """The storage is freed, or is counted elsewhere from now on."""
+        if key in self.live:
+            self.events.append(-self.live.pop(key)[1])
+
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        """The tensor is a gradient now: [`Trace`] lists it."""
+        key = tensor.untyped_storage()._cdata
+        self.forget(key)
+        self.known.add(key)
+
+
+@contextmanager
+def device_kernels(device: str, gathers: bool) -> Iterator[None]:
+    """
+    Puts in place what the device runs where meta tensors would run something else. Functions are replaced, since a mode of
+    torch does not reach what checkpointing computes again.
+
+    Args:
+        device (`str`): `cpu` or `cuda`.
+        gathers (`bool`): Whether ZeRO-3 is in use, with its own linear layers: see [`GatheredLinear`].
+    """
+    functional = torch.nn.functional
+    attend_as_torch, attend = functional.scaled_dot_product_attention, attend_on_cpu if device == "cpu" else attend_on_gpu
+
+    def attend_on_device(query, *args, **kwargs):
+        return (attend if query.device.type == "meta" else attend_as_torch)(query, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in (functional, layout_visualchat):
+            stack.enter_context(patch.object(module, "scaled_dot_product_attention", attend_on_device))
+        if gathers:
+            stack.enter_context(patch.object(functional, "linear", GatheredLinear.apply))
+        yield
+
+
+def attend_on_cpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The kernel that torch itself chooses for tensors of these shapes."""
+    settings = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    on_cpu = [torch.empty_like(part, device="cpu", requires_grad=part.requires_grad) for part in (query, key, value)]
+    mask = None if attn_mask is None else torch.empty_like(attn_mask, device="cpu")
+    chosen = torch._fused_sdp_choice(*on_cpu, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if chosen == SDPBackend.MATH.value:
+        return scaled_dot_product_attention(query, key, value, **settings, enable_gqa=enable_gqa)
+    settings["attn_mask"] = _as_numbers(attn_mask, query)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, **settings)[0]
+
+
+def attend_on_gpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """
+    FlashAttention where there is no mask, else (masks of images, fp32) the memory-efficient kernel, which takes a mask as
+    numbers of the queries' dtype, in rows padded to 16 (torch, `sdp_utils` and `transformers/attention.cpp`).
+    """
+    if attn_mask is None and query.dtype != torch.float32:
+        settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, **settings)[0]
+    if enable_gqa:
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    bias = _as_numbers(attn_mask, query)
+    if bias is not None:
+        keys = bias.shape[-1]
+        bias = torch.nn.functional.pad(bias, (0, -keys % 16))[..., :keys].expand(*query.shape[:-1], keys)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _as_numbers(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, 0)
+
+
+class GatheredLinear(torch.autograd.Function):
+    """
+    Keeps and makes what a linear layer does under ZeRO-3, where DeepSpeed puts its own in place
+    (`deepspeed/runtime/zero/linear.py`): the input is kept whether the weight trains or not.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias=None):
+        ctx.save_for_backward(states, weight)
+        if states.dim() == 2 and bias is not None:
+            return torch.addmm(bias, states, weight.t())
+        output = states.matmul(weight.t())
+        return output if bias is None else output.add_(bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        states, weight = ctx.saved_tensors
+        of_states = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = rows.t().matmul(states.reshape(-1, states.shape[-1])) if ctx.needs_input_grad[1] else None
+        of_bias = rows.sum(0) if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None
+        return of_states, of_weight, of_bias
+
+
+def make_tokens(config, shape: StepShape) -> dict[str, torch.Tensor]:
+    """
+    `input_ids`, `attention_mask`, `labels` and `logits_to_keep` as the collator makes them: rounds that bring one image each
+    after their first token, the last tokens of the sample supervised.
+    """
+    text = shape.length - shape.images * config.image_seq_length
+    rounds = max(1, shape.images)
+    ids = []
+    for turn in range(rounds):
+        tokens = [config.image_token_id + 1 if config.image_token_id == 0 else 0] * (text // rounds + (turn < text % rounds))
+        image = [config.image_token_id] * (config.image_seq_length if shape.images else 0)
+        ids += [*tokens[:1], *image, *tokens[1:]]
+    input_ids = torch.tensor([ids]).expand(shape.samples, -1).contiguous()
+    is_text = torch.nonzero(input_ids[0] != config.image_token_id)[:, 0]
+    labels = torch.full_like(input_ids, -100)
+    learned = is_text[1:][-shape.supervised :]
+    labels[:, learned] = input_ids[:, learned]
+    keep = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": labels,
+        "logits_to_keep": keep,
+    }
+
+
+def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", gathers: bool = False) -> Trace:
+    """
+    One forward and backward pass.
+
+    Args:
+        model (`torch.nn.Module`): A VisualChat on the meta device, set to train what it is to train. It may be wrapped in
+            PEFT's.
+        shape (`StepShape`): The micro-batch.
+        device (`str`): Whose attention kernels run, `cuda` or `cpu`.
+        gathers (`bool`): Whether ZeRO-3 is in use.
+    """
+    config = model.config
+    log = AllocationLog([*model.parameters(), *model.buffers()])
+    gradients, uses = [], []
+    with ExitStack() as stack:
+        for hook in _watch(model, log, gradients, uses, device):
+            stack.callback(hook.remove)
+        stack.enter_context(patch.object(modeling_visualchat, "find_equal_pictures", _all_different))
+        stack.enter_context(patch.object(attention_visualchat, "create_causal_mask", _mask_of_full_rows))
+        stack.enter_context(device_kernels(device, gathers))
+        stack.enter_context(log)
+        batch = make_tokens(config, shape)
+        if shape.images:
+            vision = config.vision_config
+            log.part = "image features"
+            pixels = (shape.samples * shape.images, vision.num_channels, vision.image_size, vision.image_size)
+            batch["pixel_values"] = torch.empty(pixels, dtype=model.dtype, device="meta")
+            log.part = PARTS[0]
+        loss = model(**batch, use_cache=False).loss
+        log.part = PARTS[0]
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Trace(np.cumsum(log.events, axis=0), gradients, uses, log.flops)
+
+
+def _all_different(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
+    return list(range(len(pixel_values))), list(range(len(pixel_values)))
+
+
+def _mask_of_full_rows(inputs_embeds, allow_is_causal_skip, **kwargs) -> torch.Tensor | None:
+    # As transformers' `create_causal_mask`, which looks at positions and padding; sdpa's is boolean
+    if allow_is_causal_skip:
+        return None
+    batch_size, length = inputs_embeds.shape[:2]
+    return torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta").tril_()
+
+
+def _watch(model: torch.nn.Module, log: AllocationLog, gradients: list, uses: list, device: str) -> Iterator:
+    """Registers the hooks of a trace, and yields their handles."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = core.model.language_model
+    on_meta = {}
+
+    def keep_angles_on_host(module, args, angles):
+        return tuple(torch.zeros(part.shape, dtype=part.dtype) for part in angles)
+
+    def bring_layout(module, args, kwargs):
+        for name, move in (("attention_mask", _layout_to_meta), ("position_embeddings", _angles_to_meta)):
+            ours = kwargs[name]
+            if id(ours) not in on_meta:
+                on_meta[id(ours)] = ours, move(ours, device)  # kept, so that ids stay apart
+            kwargs[name] = on_meta[id(ours)][1]
+        return args, kwargs
+
+    yield decoder.rotary_emb.register_forward_hook(keep_angles_on_host)
+    for layer in decoder.layers:
+        yield layer.register_forward_pre_hook(bring_layout, with_kwargs=True)
+
+    def enter(part):
+        def hook(module, args):
+            log.part = part
+
+        return hook
+
+    for module, part in ((core.model.vision_tower, "image features"), (core.lm_head, "logits")):
+        yield module.register_forward_pre_hook(enter(part))
+    yield decoder.register_forward_pre_hook(enter(PARTS[0]))
+
+    def use(name):
+        def hook(module, *args):
+            uses.append((len(log.events), name))
+
+        return hook
+
+    def finish(name):
+        def hook(parameter):
+            gradients.append((len(log.events), name))
+            log.hand_over(parameter.grad)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            yield module.register_forward_pre_hook(use(name))
+            yield module.register_full_backward_pre_hook(use(name))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield parameter.register_post_accumulate_grad_hook(finish(name))
+
+
+def _angles_to_meta(angles: tuple[torch.Tensor, torch.Tensor], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(part.to("meta") for part in angles)
+
+
+def _layout_to_meta(layout, device: str):
+    if not isinstance(layout, ModalityLayout):  # masks, which are there already
+        return layout
+    moved = layout.to("meta")
+    if device != "cpu" and layout.image_runs is not None:
+        # Elsewhere than on the CPU one mask takes the place of the runs
+        batch_size, width = layout.queries.shape
+        images = layout.image_places_BI.shape[1]
+        moved.image_runs = None
+        moved.image_mask = torch.empty(batch_size, width, images, dtype=torch.bool, device="meta")
+        moved.sees_image = torch.empty(batch_size, 1, width, 1, dtype=torch.bool, device="meta")
+    return moved
