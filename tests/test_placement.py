@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.utils import compute_module_sizes
 from tiny import copy_llama_weights, make_inputs, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+@torch.no_grad()
+def assert_same_answers(model, placed, inputs):
+    kept = inputs["attention_mask"].bool()
+    assert torch.equal(placed(**inputs).logits[kept], model(**inputs).logits[kept])
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(placed.generate(**inputs, **greedy), model.generate(**inputs, **greedy))
 
 
 class TestPlacement:
@@ -48,8 +58,45 @@ class TestPlacement:
         offloaded = AutoModelForCausalLM.from_pretrained(
             tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
         ).eval()
-        with torch.no_grad():
-            assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
+        assert_same_answers(model, offloaded, inputs)
+
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal"])
+    def test_what_memory_does_not_hold_goes_to_disk(self, tmp_path, variant):
+        model = make_model(multimodal_attention=variant, image_number_keys=True)
+        model.save_pretrained(tmp_path / "model")
+        # The tower and the first two of three layers, and room to run one from disk
+        sizes = compute_module_sizes(model)
+        layer = sizes["model.language_model.layers.0"]
+        budget = sizes["model"] - sizes["model.language_model.layers"] + 3.5 * layer
+        mapped = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map="auto", max_memory={"cpu": int(budget)}, offload_folder=tmp_path / "offload"
+        ).eval()
+        assert set(mapped.hf_device_map.values()) == {"cpu", "disk"}
+        on_disk = [name for name, device in mapped.hf_device_map.items() if device == "disk"]
+        assert "model.language_model.layers.2" in on_disk and "model.language_model.layers.0" not in on_disk
+        # Where a module ends up is said of whole layers
+        layers = ("model.language_model.layers.", "model.vision_tower.encoder.layers.")
+        assert not [
+            name for name in mapped.hf_device_map if any(len(name) > len(part) + 1 for part in layers if part in name)
+        ]
+        assert_same_answers(model, mapped, make_inputs(["titit", "tt"], model))
+
+    def test_weights_offloaded_to_the_cpu(self):
+        model, offloaded = make_model(image_number_keys=True), make_model(image_number_keys=True)
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
+        assert {weight.device.type for weight in offloaded.parameters()} == {"meta"}
+        inputs = make_inputs(["titit", "tt"], model)
+        assert_same_answers(model, offloaded, inputs)
+        with pytest.raises(ValueError, match=r"Image memory needs all weights in memory, but .* is not"):
+            offloaded.encode_images(inputs["pixel_values"])
+
+    @pytest.mark.parametrize("projector", ["linear", "vit", "perceiver"])
+    def test_modules_that_are_not_split_are_modules_of_the_model(self, projector):
+        """FSDP refuses a name that no module has, and a layer that is split computes its residual on two devices."""
+        model = make_model(projector=projector)
+        names = {"VisualChatDecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"}
+        assert model._no_split_modules == model.model._no_split_modules == names
+        assert names <= {type(module).__name__ for module in model.modules()}
 
     def test_rope_scaling_and_biases_of_other_llamas(self):
         rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

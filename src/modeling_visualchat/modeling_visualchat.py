@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -27,6 +28,11 @@ from .generation_visualchat import VisualChatGenerationMixin
 from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_defects
+
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -78,6 +84,13 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if torch.distributed.is_available() and issubclass(cls, FSDPModule):
+            # FSDP2 puts a model into a subclass that it makes. What a saved folder needs is the code and the name of its own
+            own = cls.__bases__[1]
+            cls.__module__, cls.__name__ = own.__module__, own.__name__
+
     def __init__(self, config: VisualChatConfig):
         check_attention_implementation(config.get_text_config())
         super().__init__(config)
@@ -87,6 +100,22 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         # What this guards against, weights written in place, is not done here; and it leaves out the initialization of
         # modules without parameters of their own: CLIP's attention and MLP, when a checkpoint lacks the tower
         return False
+
+    def post_init(self):
+        super().post_init()
+        # Gathered from CLIP's classes, of which a vision tower has no text: FSDP refuses a name that no module has
+        self._no_split_modules.discard("CLIPTextEmbeddings")
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args):
+        """As in transformers: called by `from_pretrained` before the weights are read."""
+        processes, text = distributed_config.tp_size, model.config.text_config
+        if text.num_attention_heads % processes or text.num_key_value_heads % processes:
+            raise ValueError(
+                f"Tensor parallelism gives each process whole heads: {text.num_attention_heads} heads and"
+                f" {text.num_key_value_heads} key-value heads cannot be shared out evenly among {processes} processes"
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -183,24 +212,28 @@ class VisualChatModel(VisualChatPreTrainedModel):
             image_memory = [image_memory]
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        # In training every process of a distributed run calls the same modules in the same order in every step, also with a
-        # batch of text alone: a blank picture and the numbers go through them there, with no effect on the result. Else
-        # ZeRO-3 hangs, and ZeRO-1 and ZeRO-2 add up the gradients of different parameters.
+        # In training, and wherever weights are gathered as they are used, every process of a distributed run calls the same
+        # modules in the same order, also with a batch of text alone: a blank picture and the numbers go through them there,
+        # with no effect on the result. Else ZeRO-3 and FSDP hang, and ZeRO-1 and ZeRO-2 add up the gradients of different
+        # parameters.
         from_embeds = inputs_embeds is not None
         features_in_place = from_embeds and mm_token_type_ids is not None
-        without_images = self.training and image_outputs is None and pixel_values is None and not features_in_place
+        without_images = image_outputs is None and pixel_values is None and not features_in_place
+        if without_images and not self.training:
+            without_images = not image_memory and self.runs_in_step(past_key_values)
+        # `generate` gives outputs, of its pictures or none: it has had the blank one encoded
+        if without_images and (self.training or mm_encoder_outputs is None):
+            pixel_values = self.blank_picture()
+        if pixel_values is not None:  # before the embedding, as `generate` has it done
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
         if not from_embeds:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if without_images:
-            pixel_values = self._blank_picture()
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
 
         image_features = image_states = image_source = None
         if image_outputs is not None:
             image_features, picture_of = _stack_different(image_outputs.pooler_output)
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        if without_images:
+        if without_images and image_features is not None:
             inputs_embeds = inputs_embeds + 0.0 * image_features.sum()
             image_features = None
         num_features = None
@@ -220,7 +253,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
 
         number_embeds = None
         if self.config.image_number_keys and (is_image is not None or without_images):
-            number_embeds = self._embed_image_numbers().to(inputs_embeds.device, inputs_embeds.dtype)
+            number_embeds = self._embed_image_numbers(inputs_embeds.device).to(inputs_embeds.device, inputs_embeds.dtype)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -246,25 +279,24 @@ class VisualChatModel(VisualChatPreTrainedModel):
         """See [`VisualChatForCausalLM.encode_images`]."""
         self._check_memory([])
         if len(pixel_values) == 0:
-            text = self.config.text_config
-            shape = text.num_hidden_layers, 0, self.config.image_seq_length, text.num_key_value_heads, text.head_dim
-            nothing = self.get_input_embeddings().weight.new_empty(shape)
-            return ImageMemory(nothing, nothing, self.image_fingerprint())
+            return self.encode_images(self.blank_picture())[:0]
+        fingerprint = self.image_fingerprint()
         with torch.no_grad():
             features, picture_of = _stack_different(self.get_image_features(pixel_values, return_dict=True).pooler_output)
             embedding = self.get_input_embeddings().weight
             keys, values = self.language_model.encode_images(features.to(embedding.device, embedding.dtype))
-        memory = ImageMemory(keys, values, self.image_fingerprint())
+        memory = ImageMemory(keys, values, fingerprint)
         return memory if len(memory) == len(picture_of) else memory[picture_of]
 
     def image_fingerprint(self) -> str:
         """
         What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters included,
-        and how they are joined. It is computed again when something has changed.
+        and how they are joined. It is computed again when something has changed. Under tensor parallelism each process has
+        its own heads, and so its own memory and hash.
         """
         # Neither the token embedding nor the last norm has a part in an image's keys and values
         without = ("language_model.embed_tokens.", "language_model.norm.")
-        weights = {name: weight for name, weight in self.named_parameters() if not name.startswith(without)}
+        weights = {name: _own_part(weight) for name, weight in self.named_parameters() if not name.startswith(without)}
         state = describe_state(self, weights)
         if self._image_fingerprint is None or self._image_fingerprint[0] != state:
             vision, text, config = self.config.vision_config, self.config.text_config, self.config
@@ -322,7 +354,19 @@ class VisualChatModel(VisualChatPreTrainedModel):
             rows.append(torch.arange(first, first + len(memory) * per_image, device=device))
         return torch.cat(rows)
 
-    def _blank_picture(self) -> torch.Tensor:
+    def runs_in_step(self, past_key_values: Cache | None = None) -> bool:
+        """
+        Whether the processes of a distributed run gather each module's weights when it is called, and so have to begin a
+        conversation by calling the same ones (ZeRO-3, FSDP2).
+        """
+        if torch.compiler.is_compiling() or not torch.distributed.is_available():
+            return False
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return False
+        return is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.vision_tower.modules())
+
+    def blank_picture(self) -> torch.Tensor:
+        """Of shape `(1, channels, height, width)`: what stands for the pictures of a batch that has none."""
         config = self.config.vision_config
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -375,17 +419,15 @@ class VisualChatModel(VisualChatPreTrainedModel):
             f" {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images:g} images were given"
         )
 
-    def _embed_image_numbers(self) -> torch.Tensor:
+    def _embed_image_numbers(self, device: torch.device) -> torch.Tensor:
         """The embedding of each number as the prompt spells it, the mean over its tokens: `(numbers, hidden_size)`."""
         spellings = self.config.image_number_token_ids
-        embedding = self.get_input_embeddings()
-        device = embedding.weight.device
         token_ids = torch.tensor([token for spelling in spellings for token in spelling], device=device)
-        owners = torch.tensor([k for k, spelling in enumerate(spellings) for _ in spelling], device=device)
-        lengths = torch.tensor([len(spelling) for spelling in spellings], device=device)
-        embeds = embedding(token_ids)
-        sums = embeds.new_zeros(len(spellings), embeds.shape[-1]).index_add(0, owners, embeds)
-        return sums / lengths[:, None]
+        embeds = self.get_input_embeddings()(token_ids)
+        owners = [k for k, spelling in enumerate(spellings) for _ in spelling]
+        lengths = torch.tensor([len(spelling) for spelling in spellings], device=embeds.device)
+        sums = embeds.new_zeros(len(spellings), embeds.shape[-1])
+        return sums.index_add(0, torch.tensor(owners, device=embeds.device), embeds) / lengths[:, None]
 
 
 class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin):
@@ -639,6 +681,12 @@ def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int
             first_of.append(index)
         picture_of.append(same)
     return first_of, picture_of
+
+
+@torch.no_grad()
+def _own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a weight that is shared out."""
+    return weight.to_local() if torch.distributed.is_available() and isinstance(weight, DTensor) else weight
 
 
 def _select(states: torch.Tensor | tuple | None, index: list[int]):
