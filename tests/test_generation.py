@@ -315,3 +315,29 @@ def test_stopping_criteria_and_scores(mmca):
     )
     assert outputs.sequences.shape[1] == inputs["input_ids"].shape[1] + 3 == 6 + 2 * TOKENS_PER_IMAGE + 3
     assert len(outputs.scores) == len(outputs.hidden_states) == 3
+
+
+@pytest.mark.parametrize("given", ["all images", "new images", "memory of all", "memory of new"])
+def test_beams_go_on_from_a_cache(given):
+    """The cache is repeated for the beams first, as with any transformers model."""
+    model = make_model(image_number_keys=True)
+    model.generation_config.eos_token_id = None
+    first, new = make_inputs(["tit", "itit"], model), make_inputs(["it", "it"], model, seed=1)
+    answered = model.generate(**first, **NEW, return_dict_in_generate=True)
+    cache = answered.past_key_values
+    cache.batch_repeat_interleave(3)
+    input_ids = torch.cat([answered.sequences, new["input_ids"]], 1)
+    attention_mask = torch.nn.functional.pad(
+        first["attention_mask"], (0, input_ids.shape[1] - first["input_ids"].shape[1]), value=1
+    )
+    old_pixels, new_pixels = first["pixel_values"], new["pixel_values"]
+    pixels = torch.cat([old_pixels[:1], new_pixels[:1], old_pixels[1:], new_pixels[1:]])  # row by row
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    expected = model.generate(**inputs, pixel_values=pixels, **NEW, num_beams=3)
+    images = {
+        "all images": {"pixel_values": pixels},
+        "new images": {"pixel_values": new_pixels},
+        "memory of all": {"image_memory": model.encode_images(pixels)},
+        "memory of new": {"image_memory": model.encode_images(new_pixels)},
+    }[given]
+    assert torch.equal(model.generate(**inputs, **images, past_key_values=cache, **NEW, num_beams=3), expected)

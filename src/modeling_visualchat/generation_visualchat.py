@@ -4,6 +4,7 @@
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .image_memory_visualchat import ImageMemory
 
@@ -91,14 +92,26 @@ class VisualChatGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.LongTensor | None = None, **kwargs
     ) -> tuple[torch.LongTensor | None, dict]:
-        memories = kwargs.pop("image_memory", None)
-        if memories is not None and expand_size > 1:
-            # The images of a row are repeated together
-            rows = ((input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length).tolist()
-            starts = [sum(rows[:k]) for k in range(len(rows))]
-            memories = [memory for s, n in zip(starts, rows) for memory in memories[s : s + n] * expand_size]
+        cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cached = int(cache.get_seq_length()) if cache is not None else 0
+        # transformers counts the images of the cache with the new ones, which alone are given
+        names = ("image_memory", "mm_encoder_outputs") if cached else ("image_memory",)
+        images = {name: kwargs.pop(name) for name in names if kwargs.get(name)}
+        if images and expand_size > 1:  # the new images of a row are repeated together
+            if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
+                cached = 0  # the new tokens alone were passed
+            new = input_ids[:, cached:] == self.config.image_token_id
+            counts = (new.sum(-1) // self.config.image_seq_length).tolist()
+            starts = [sum(counts[:row]) for row in range(len(counts))]
+            order = [s + k for s, count in zip(starts, counts) for _ in range(expand_size) for k in range(count)]
+            if "image_memory" in images:
+                images["image_memory"] = [images["image_memory"][k] for k in order]
+            if "image" in images.get("mm_encoder_outputs", {}):
+                features = images["mm_encoder_outputs"]["image"].pooler_output
+                repeated = BaseModelOutputWithPooling(pooler_output=[features[k] for k in order])
+                images["mm_encoder_outputs"] = {"image": repeated}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, {**kwargs, "image_memory": memories} if memories is not None else kwargs
+        return input_ids, {**kwargs, **images}
 
     def _select_new_images(
         self,
