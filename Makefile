@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow test-browser conformance bench lint format clean
+.PHONY: help demo test test-slow test-browser conformance bench study lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ bench: $(VENV)/installed  ## speed side by side with LLaVA (benchmarks/results)
 	for name in attention_op prefill image_memory decoding training_step arithmetic_rate growth chat_rounds; do \
 		python benchmarks/$$name.py || exit 1; done
 	python benchmarks/report.py
+
+study: $(VENV)/installed  ## causal attention, MMCA and merged MMCA compared (docs/study.md), restartable, hours
+	python examples/study.py
 
 lint: $(VENV)/installed  ## what continuous integration checks first
 	ruff check .

@@ -32,7 +32,7 @@ import torch
 from answers import generate_answers, is_exact
 from demo_chat import hold_conversation
 from demo_report import draw_conversation, draw_losses, write_model_card
-from demo_training import align, make_processor, train_decoder, train_tower
+from demo_training import align, describe_in_words, make_processor, train_decoder, train_tower
 from digits import KINDS, jitter, make_conversations, split_digits
 from PIL import Image
 from tqdm import tqdm
@@ -73,7 +73,8 @@ def main(args: DemoArguments) -> dict:
     tower, losses["vision tower"] = train_tower(processor, train_digits, args.tower_steps, args.seed)
 
     print("\n2. A LLaMA learns to converse about digits that are described in words", flush=True)
-    decoder, losses["decoder"] = train_decoder(processor, train_rows, args.decoder_steps, args.seed)
+    described = describe_in_words(processor, train_rows)
+    decoder, losses["decoder"] = train_decoder(processor, described, args.decoder_steps, args.seed)
 
     print("\n3. Both are frozen; projector and token embedding learn to read the pictures", flush=True)
     model = VisualChatForCausalLM.from_vision_text_pretrained(

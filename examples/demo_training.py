@@ -15,8 +15,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -34,8 +36,11 @@ INITIALIZER_RANGE, EMBEDDING_RANGE = 0.08, 0.3
 ROPE_THETA = 20.0
 
 
-def make_processor(rows: list[dict]) -> VisualChatProcessor:
-    """A CLIP image processor for small pictures and a byte-level BPE tokenizer that is trained on the conversations."""
+def make_processor(rows: list[dict], words: tuple[str, ...] = WORDS) -> VisualChatProcessor:
+    """
+    A CLIP image processor for small pictures and a byte-level BPE tokenizer that is trained on the conversations and on the
+    words that stand for pictures.
+    """
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -62,7 +67,7 @@ def make_processor(rows: list[dict]) -> VisualChatProcessor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*texts, *WORDS], trainer)
+    backend.train_from_iterator([*texts, *words], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **tokens)
     return VisualChatProcessor(image_processor, tokenizer, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2 + 1)
 
@@ -108,7 +113,7 @@ class TowerClassifier(torch.nn.Module):
     Tells the label from every token of the tower, not from the class token alone: it is all of them that the decoder reads.
     """
 
-    def __init__(self, tower: CLIPVisionModel, num_labels: int = 10):
+    def __init__(self, tower: CLIPVisionModel, num_labels: int):
         super().__init__()
         self.tower = tower
         self.head = torch.nn.Linear(tower.config.hidden_size, num_labels)
@@ -125,11 +130,13 @@ class TowerClassifier(torch.nn.Module):
         return {"loss": loss, "logits": logits.mean(1)}
 
 
-def train_tower(processor: VisualChatProcessor, digits: Digits, max_steps: int, seed: int) -> tuple[CLIPVisionModel, list]:
+def train_tower(
+    processor: VisualChatProcessor, digits: Digits, max_steps: int, seed: int, **settings
+) -> tuple[CLIPVisionModel, list]:
     """A CLIP tower, trained on the labels. Returns it and the loss curve, without the classifier."""
     pixel_values = processor.image_processor(digits.pictures, return_tensors="pt")["pixel_values"]
     dataset = [{"pixel_values": pixels, "labels": int(label)} for pixels, label in zip(pixel_values, digits.labels)]
-    model = TowerClassifier(make_tower())
+    model = TowerClassifier(make_tower(), int(digits.labels.max()) + 1)
     curve = train(
         model,
         dataset,
@@ -138,36 +145,38 @@ def train_tower(processor: VisualChatProcessor, digits: Digits, max_steps: int, 
         per_device_train_batch_size=128,
         learning_rate=1e-3,
         weight_decay=0.05,
+        **settings,
     )
     return model.tower, curve
 
 
 def train_decoder(
-    processor: VisualChatProcessor, rows: list[dict], max_steps: int, seed: int
+    processor: VisualChatProcessor, examples: list[dict], max_steps: int, seed: int, **settings
 ) -> tuple[LlamaForCausalLM, list]:
-    """A LLaMA, trained on the conversations in words. Returns it and the loss curve."""
+    """A LLaMA, trained on conversations in words, see [`describe_in_words`]. Returns it and the loss curve."""
     model = make_decoder(processor)
     curve = train(
         model,
-        describe_in_words(processor, rows),
+        examples,
         max_steps,
         seed,
         per_device_train_batch_size=32,
         learning_rate=1.5e-3,
         weight_decay=0.01,
         data_collator=DataCollatorForSeq2Seq(processor.tokenizer),
+        **settings,
     )
     return model, curve
 
 
-def describe_in_words(processor: VisualChatProcessor, rows: list[dict]) -> list[dict]:
+def describe_in_words(processor: VisualChatProcessor, rows: list[dict], words: tuple[str, ...] = WORDS) -> list[dict]:
     """
-    The conversations with a word, such as "seven", where a picture stands.
+    The conversations with a word, such as "seven", where a picture stands: the one of its label.
 
     Returns:
         `list[dict]` of `input_ids` and `labels` (`list[int]` of the same length; -100 where nothing is learned).
     """
-    words = [processor.tokenizer.encode(word, add_special_tokens=False) for word in WORDS]
+    words = [processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
     encoded = processor.tokenizer.apply_chat_template(
         [row["messages"] for row in rows],
         chat_template=processor.chat_template,
@@ -210,30 +219,48 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 
-def train(model: torch.nn.Module, dataset: list[dict], max_steps: int, seed: int, data_collator=None, **settings) -> list:
+def train(
+    model: torch.nn.Module,
+    dataset: list[dict],
+    max_steps: int,
+    seed: int,
+    data_collator=None,
+    optimizer: torch.optim.Optimizer | None = None,
+    callbacks: list[TrainerCallback] = (),
+    **settings,
+) -> list:
     """
-    One run of the Trainer with AdamW and a cosine schedule. `settings` are fields of `TrainingArguments`.
+    One run of the Trainer, with AdamW and a cosine schedule unless told otherwise. `settings` are fields of
+    `TrainingArguments`.
 
     Returns:
         `list` of `(step, loss)`.
     """
     with tempfile.TemporaryDirectory() as scratch:
+        usual = {"lr_scheduler_type": "cosine", "warmup_steps": max_steps // 10, "adam_beta2": 0.98, "logging_steps": 10}
         training_args = TrainingArguments(
             output_dir=scratch,
             seed=seed,
             max_steps=max_steps,
-            lr_scheduler_type="cosine",
-            warmup_steps=max_steps // 10,
             max_grad_norm=1.0,
-            logging_steps=10,
             save_strategy="no",
             report_to="none",
             use_cpu=True,
-            **{"adam_beta2": 0.98, **settings},
+            **{**usual, **settings},
         )
-        trainer = Trainer(model, training_args, data_collator=data_collator, train_dataset=dataset)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar)
+        trainer = Trainer(
+            model,
+            training_args,
+            data_collator=data_collator,
+            train_dataset=dataset,
+            optimizers=(optimizer, None),
+            callbacks=list(callbacks),
+        )
+        if training_args.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)
+        else:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(ProgressBar)
         trainer.train()
     model.eval()
     return [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]

@@ -11,6 +11,7 @@ images, which the text gives away), each answer is given about as often as any o
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
@@ -22,10 +23,10 @@ from sklearn.model_selection import train_test_split
 
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COUNTS = ("none", "one", "two", "three", "four")
-KINDS = ("digit", "same", "larger", "even")
+COUNTS = ("none", *WORDS[1:])
 # How often each kind is asked: telling whether two digits are the same is what a decoder learns last
 KIND_WEIGHTS = {"digit": 2, "same": 2, "larger": 1, "even": 1}
+KINDS = tuple(KIND_WEIGHTS)
 # Of the 1,797 digits. Validation is for choosing hyperparameters; the test split is only reported.
 SPLIT_SIZES = {"validation": 150, "test": 300}
 # Scans are 8 × 8 pixels. They are enlarged once, so that turning and shifting them loses nothing.
@@ -89,27 +90,41 @@ def jitter(digits: Digits, copies: int, seed: int = 0) -> Digits:
     return Digits(pictures, np.tile(digits.labels, copies + 1), np.tile(digits.scans, copies + 1))
 
 
-def make_conversations(digits: Digits, count: int, seed: int = 0) -> list[dict]:
+def make_conversations(
+    digits: Digits,
+    count: int,
+    seed: int = 0,
+    subject: "Subject | None" = None,
+    image_chances: tuple[float, ...] = (0.1, 0.15, 0.25, 0.5),
+) -> list[dict]:
     """
     Conversations of 1 to 4 images and 1 to 4 rounds. The first round brings at least one image, later rounds may bring
     more; a question is about images that are there by then, and nothing is asked twice.
+
+    Args:
+        digits (`Digits`): Pictures with labels.
+        count, seed (`int`): How many conversations, and of which draw.
+        subject (`Subject`, *optional*): What can be asked. Defaults to `DIGITS`.
+        image_chances (`tuple[float]`): How often a conversation has 1, 2, 3, … images. By default longer ones are drawn more
+            often: with one image there is nothing to tell apart.
 
     Returns:
         `list[dict]`: Rows with `messages` and `images`, as `VisualChatDataCollator` takes them, and `labels` (`list[int]`,
         of the images) and `kinds` (`list[str]`, of the rounds' questions).
     """
+    subject = subject or DIGITS
     rng = np.random.default_rng(seed)
-    by_label = [np.flatnonzero(digits.labels == label) for label in range(10)]
+    by_label = [np.flatnonzero(digits.labels == label) for label in range(len(subject.words))]
     given = Counter()
     rows = []
     for _ in range(count):
-        # Longer conversations are drawn more often: with one image there is nothing to tell apart
-        labels = _draw_labels(int(rng.choice([1, 2, 3, 4], p=[0.1, 0.15, 0.25, 0.5])), rng)
+        num_images = int(rng.choice(np.arange(1, len(image_chances) + 1), p=image_chances))
+        labels = _draw_labels(num_images, len(subject.words), rng)
         num_rounds = int(rng.choice([1, 2, 3, 4], p=[0.05, 0.15, 0.3, 0.5]))
         # The round in which each image comes: half of them in the first, so that many questions are asked about all
         later = rng.integers(0, num_rounds, size=len(labels) - 1) * (rng.random(len(labels) - 1) < 0.5)
         arrivals = [0, *later.tolist()]
-        rounds = _draw_rounds(labels, sorted(arrivals), num_rounds, given, rng)
+        rounds = _draw_rounds(labels, sorted(arrivals), num_rounds, subject, given, rng)
         labels = labels[: sum(new_images for new_images, _ in rounds)]
 
         messages = []
@@ -125,7 +140,7 @@ def make_conversations(digits: Digits, count: int, seed: int = 0) -> list[dict]:
 class Question(NamedTuple):
     """
     Args:
-        kind: One of `KINDS`.
+        kind: A key of the subject's `kind_weights`.
         images: The numbers of the images that it is about. Two questions of a kind about the same images are the same.
         text, answer: What is asked and what is true.
         outcome, num_outcomes: Which of how many answers is true, as far as balance goes.
@@ -161,8 +176,26 @@ def list_questions(labels: list[int]) -> list[Question]:
     return questions
 
 
-def _draw_labels(count: int, rng: np.random.Generator) -> list[int]:
-    """Labels among which every number of even digits is as likely, and equal digits are common."""
+class Subject(NamedTuple):
+    """
+    What conversations are about.
+
+    Args:
+        words: What stands for a picture of each label where there are no pictures. The number of labels is even.
+        kind_weights: How often each kind of question is asked.
+        list_questions: All that can be asked about images with these labels.
+    """
+
+    words: tuple[str, ...]
+    kind_weights: dict[str, int]
+    list_questions: Callable[[list[int]], list[Question]]
+
+
+DIGITS = Subject(WORDS, KIND_WEIGHTS, list_questions)
+
+
+def _draw_labels(count: int, num_labels: int, rng: np.random.Generator) -> list[int]:
+    """Labels among which every number of even ones is as likely, and equal ones are common."""
     parities = rng.permutation(np.arange(count) < rng.integers(0, count + 1))
     labels = []
     for is_even in parities:
@@ -170,12 +203,17 @@ def _draw_labels(count: int, rng: np.random.Generator) -> list[int]:
         if alike and rng.random() < 0.35:
             labels.append(alike[rng.integers(len(alike))])
         else:
-            labels.append(int(2 * rng.integers(5) + (not is_even)))
+            labels.append(int(2 * rng.integers(num_labels // 2) + (not is_even)))
     return labels
 
 
 def _draw_rounds(
-    labels: list[int], arrivals: list[int], num_rounds: int, given: Counter, rng: np.random.Generator
+    labels: list[int],
+    arrivals: list[int],
+    num_rounds: int,
+    subject: Subject,
+    given: Counter,
+    rng: np.random.Generator,
 ) -> list[tuple[int, Question]]:
     """
     How many images each round brings, and its question: of those that can be asked, one whose kind and answer were given
@@ -184,12 +222,12 @@ def _draw_rounds(
     rounds, asked = [], set()
     for turn in range(num_rounds):
         num_seen = sum(arrival <= turn for arrival in arrivals)
-        questions = [one for one in list_questions(labels[:num_seen]) if (one.kind, one.images) not in asked]
+        questions = [one for one in subject.list_questions(labels[:num_seen]) if (one.kind, one.images) not in asked]
         if not questions:
             break
         rng.shuffle(questions)
         question = min(
-            questions, key=lambda one: given[_balance_key(one, num_seen)] * one.num_outcomes / KIND_WEIGHTS[one.kind]
+            questions, key=lambda one: given[_balance_key(one, num_seen)] * one.num_outcomes / subject.kind_weights[one.kind]
         )
         given[_balance_key(question, num_seen)] += 1
         asked.add((question.kind, question.images))
