@@ -101,7 +101,10 @@ class VisualChatDataCollator:
 
 
 def _pad(rows: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]))
+    padded = np.full((len(rows), length), value, dtype=rows[0].dtype)
+    for row, padded_row in zip(rows, padded):
+        padded_row[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def fill_images(row: dict, name: str) -> list[dict]:

@@ -201,5 +201,5 @@ def clip_pixel_values(images: list[Image.Image], image_processor) -> torch.Tenso
     for image, image_values in zip(images, values):
         pixels = np.asarray(crop_for_clip(image, image_processor))
         for channel in range(3):
-            np.take(levels[channel], pixels[..., channel], out=image_values[channel], mode="clip")
+            np.take(levels[channel], pixels[..., channel], out=image_values[channel], mode="wrap")
     return torch.from_numpy(values)
