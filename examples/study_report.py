@@ -25,7 +25,7 @@ LEVELS = (0.8, 0.9, 0.95)
 # What the published grid says; the numbers are those of the tables
 RECOMMENDATION = """\
 - **A new model: `multimodal_attention="mmca_merged", image_number_keys=True`.** It ends level with causal attention on both
-  tasks and in all regimes, is not disturbed by a picture that nothing is asked about, and has what causal attention cannot
+  tasks and in all regimes, is disturbed no more by a picture that nothing is asked about, and has what it cannot
   have: image memory and the cheaper prefill. With few conversations and a frozen decoder it is behind.
 - `"mmca"`, the paper's definition, learned more slowly than causal attention, and its mean was lower at the end of every
   column, most where the decoder is frozen after text, which is the paper's recipe. One softmax instead of the sum of two
