@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,7 +290,7 @@ def _mask_of_full_rows(inputs_embeds, allow_is_causal_skip, **kwargs) -> torch.T
 
 def _watch(model: torch.nn.Module, log: AllocationLog, gradients: list, uses: list, device: str) -> Iterator:
     """Registers the hooks of a trace, and yields their handles."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = core.model.language_model
     on_meta = {}
 

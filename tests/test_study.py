@@ -146,7 +146,7 @@ class TestMeasures:
         assert counts["tokens"] > 0 and counts["different"] == 0
 
     def test_levels_and_intervals(self, examples):
-        from study_report import interval, paired, samples_to_reach
+        from study_results import interval, paired, samples_to_reach
 
         points = [(512, 0.5), (1024, 0.7), (2048, 0.9)]
         run = {"curve": [{"conversations": count, "accuracy": accuracy} for count, accuracy in points]}
@@ -235,7 +235,8 @@ def test_the_published_document_is_that_of_its_results(examples, tmp_path):
 
 
 def test_the_readme_shows_what_was_found(examples):
-    from study_report import RECOMMENDATION, Study, headline_table
+    from study_report import RECOMMENDATION, headline_table
+    from study_results import Study
 
     root = EXAMPLES.parent
     study = Study(json.loads((root / "docs" / "study_results.json").read_text()))
