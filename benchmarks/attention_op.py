@@ -46,7 +46,7 @@ def compare_attention(
 
     rotary = (torch.ones(1, length, HEAD_SIZE),) * 2
     layout = ModalityLayout(is_image, None, rotary, (1, length), image_tokens)
-    queries, own_values = rows[0][~is_image[0]], rows[2][is_image[0]]
+    queries, own_values = q[:, :, ~is_image[0]], rows[2][is_image[0]]
     keys, values = ((part[:, :, ~is_image[0]], part[:, :, is_image[0]]) for part in (k, v))
 
     def ours():
@@ -65,7 +65,7 @@ def compare_attention(
     }
     for name in ("dense MMCA as released", "two masked SDPA calls"):
         # Text rows: the released code's image rows look at text, too
-        torch.testing.assert_close(sides[name]()[0, ~is_image[0]], ours()[: len(queries)], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sides[name]()[0, ~is_image[0]], ours()[: queries.shape[2]], rtol=1e-4, atol=1e-4)
 
     milliseconds = {name: [1000 * one for one in times] for name, times in interleave(sides, repeats).items()}
     targets = {"causal SDPA": 0.25, "dense MMCA as released": 0.03} if images == 8 else {}

@@ -2,11 +2,14 @@
 Results of the benchmarks as a table, as `results/<name>.json` with the machine they were measured on, and as a picture.
 
     python benchmarks/report.py  # the README's table, from the results of `make bench`
+    python benchmarks/report.py gpu_7b  # all that one benchmark measured
 """
 
 import json
 import os
 import platform
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,27 +19,35 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 # In the order of `make bench`
 BENCHMARKS = ("attention_op", "prefill", "image_memory", "decoding", "training_step", "arithmetic_rate", "growth")
+HIGHER_IS_BETTER = ("GFLOP/s", "TFLOP/s", "TB/s", "tokens/s")
 HEAD = "| ours / theirs | ours | theirs | ratio | target |\n|---|---|---|---|---|"
 
 
-def write_results(name: str, results: list[dict]) -> None:
+def write_results(name: str, results: list[dict], machine: str | None = None) -> None:
     """
     Args:
         name (`str`): Of the benchmark.
         results (`list[dict]`): `claim`, `ratio` (ours / theirs) and `target`.
+        machine (`str`, *optional*): The GPU that they were measured on. The CPU beside it is named too.
     """
+    print("| claim | ratio | target |\n|---|---|---|")
+    for result in results:
+        print(f"| {result['claim']} | {result['ratio']} | {result['target']} |")
+    save_results(name, results, machine)
+
+
+def save_results(name: str, results: list[dict], machine: str | None = None) -> None:
+    """As [`write_results`], without printing them."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    host = f"{cpu}, {os.cpu_count()} cores"
     setting = {
-        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "machine": host if machine is None else f"{machine}, beside {host}",
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers", "pillow")},
     }
-    print("| claim | ratio | target |\n|---|---|---|")
-    for result in results:
-        print(f"| {result['claim']} | {result['ratio']} | {result['target']} |")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps([{**result, **setting} for result in results], indent=2) + "\n")
 
@@ -46,8 +57,7 @@ def table_row(result: dict) -> str:
     sides = (result["ours"], result["theirs"])
     ours, theirs = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in sides)
     unit = result["unit"]
-    # Only the arithmetic rate is the better the higher it is
-    sign = "≥" if unit == "GFLOP/s" else "≤"
+    sign = "≥" if unit in HIGHER_IS_BETTER else "≤"
     target = "" if result["target"] is None else f"{sign} {result['target']:.2f}"
     return f"| {result['claim']} | {ours} {unit} | {theirs} {unit} | {result['ratio']:.3f} | {target} |"
 
@@ -72,11 +82,12 @@ def draw_ratios(name: str, results: list[dict]) -> None:
     plt.close(figure)
 
 
-def table() -> str:
-    """Every claim that has a target, as the README shows them."""
-    results = [result for name in BENCHMARKS for result in json.loads((RESULTS / f"{name}.json").read_text())]
-    return "\n".join([HEAD, *(table_row(result) for result in results if result["target"] is not None)])
+def table(names: Iterable[str] = BENCHMARKS, with_targets_only: bool = True) -> str:
+    """The claims of these benchmarks, or those of them that have a target, as the README shows them."""
+    results = [result for name in names for result in json.loads((RESULTS / f"{name}.json").read_text())]
+    shown = [result for result in results if result["target"] is not None or not with_targets_only]
+    return "\n".join([HEAD, *map(table_row, shown)])
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(sys.argv[1:], with_targets_only=False) if sys.argv[1:] else table())

@@ -150,6 +150,10 @@ def device_kernels(device: str, gathers: bool) -> Iterator[None]:
             stack.enter_context(patch.object(module, "scaled_dot_product_attention", attend_on_device))
         if gathers:
             stack.enter_context(patch.object(functional, "linear", GatheredLinear.apply))
+        if device != "cpu":
+            # Layouts are made on the host, as for the device
+            stack.enter_context(patch.object(layout_visualchat, "runs_by_images", lambda device: False))
+            stack.enter_context(patch.object(functional, "rms_norm", norm_on_gpu))
         yield
 
 
@@ -163,6 +167,11 @@ def attend_on_cpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
         return scaled_dot_product_attention(query, key, value, **settings, enable_gqa=enable_gqa)
     settings["attn_mask"] = _as_numbers(attn_mask, query)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, **settings)[0]
+
+
+def norm_on_gpu(states, normalized_shape, weight, eps):
+    """One kernel, which keeps a number for each row (torch, `layer_norm.cpp`)."""
+    return torch.ops.aten._fused_rms_norm(states, normalized_shape, weight, eps)[0]
 
 
 def attend_on_gpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -346,14 +355,4 @@ def _angles_to_meta(angles: tuple[torch.Tensor, torch.Tensor], device: str) -> t
 
 
 def _layout_to_meta(layout, device: str):
-    if not isinstance(layout, ModalityLayout):  # masks, which are there already
-        return layout
-    moved = layout.to("meta")
-    if device != "cpu" and layout.image_runs is not None:
-        # Elsewhere than on the CPU one mask takes the place of the runs
-        batch_size, width = layout.queries.shape
-        images = layout.image_places_BI.shape[1]
-        moved.image_runs = None
-        moved.image_mask = torch.empty(batch_size, width, images, dtype=torch.bool, device="meta")
-        moved.sees_image = torch.empty(batch_size, 1, width, 1, dtype=torch.bool, device="meta")
-    return moved
+    return layout.to("meta") if isinstance(layout, ModalityLayout) else layout  # masks are there already

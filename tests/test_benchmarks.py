@@ -1,6 +1,7 @@
 """The benchmarks run, at a toy size where nothing can be learned about time. The README's numbers are theirs."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,13 @@ def benchmarks_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
+def build_toys(**settings):
+    return importlib.import_module("sides").build_sides(TEXT, VISION, threads=torch.get_num_threads(), **settings)
+
+
 @pytest.fixture
 def toy_sides():
-    return importlib.import_module("sides").build_sides(TEXT, VISION, threads=torch.get_num_threads())
+    return build_toys()
 
 
 def run(name: str, function: str, *args, **kwargs) -> list[dict]:
@@ -53,6 +58,28 @@ def test_every_comparison_runs(toy_sides, monkeypatch):
     assert len(set(claims)) == len(claims) == 3 + 2 + 2 + 1 + 1 + 8 + 2
     for result in results:
         assert importlib.import_module("report").table_row(result).count("|") == 6
+
+
+def test_every_comparison_on_a_gpu_runs(monkeypatch, tmp_path):
+    sides = build_toys(dtype=torch.bfloat16)
+    gpu, report = importlib.import_module("gpu_7b"), importlib.import_module("report")
+    sizes = {"IMAGES": (1, 2), "TRAINING_IMAGES": 2, "GROWTH": (3,), "TOKENS": 2, "COPIED_BYTES": 10**6, "MATRIX_SIZE": 64}
+    sizes |= dict.fromkeys(("REPEATS", "TRAINING_REPEATS", "GROWTH_REPEATS"), 1)
+    for name, size in sizes.items():
+        monkeypatch.setattr(gpu, name, size)
+    # What only a GPU has
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    monkeypatch.setattr(gpu, "peak_memory", lambda call: call() and 1.0)
+    monkeypatch.setattr(gpu, "graph_of", lambda call: [call() for _ in range(3)] and call)
+    monkeypatch.setattr(gpu, "build_sides", lambda *args, **kwargs: sides)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    gpu.main()
+    table = report.table(["gpu_7b"], with_targets_only=False)
+    assert table.count("\n") == 1 + 4 + 2 + 2 + (3 + 3 + 2) + 2 + 2
+    assert len(set(table.splitlines())) == table.count("\n") + 1
+    assert json.loads((tmp_path / "gpu_7b.json").read_text())[0]["machine"].startswith("no GPU, beside ")
+    assert not any(model.training or parameter.requires_grad for model in sides for parameter in model.parameters())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -8,10 +8,17 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import TOKENS_PER_IMAGE, make_inputs, make_model
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from modeling_visualchat.cache_visualchat import ModalitiesLayer, PlacesLayer
+from modeling_visualchat import decoder_visualchat, layout_visualchat
+from modeling_visualchat.cache_visualchat import (
+    ModalitiesLayer,
+    PlacesLayer,
+    StaticModalitiesLayer,
+    StaticPlacesLayer,
+)
 
 
 drawn = functools.partial(settings, deadline=None, derandomize=True)
@@ -458,6 +465,15 @@ class TestCache:
         ours, theirs = (forward(model, more, past_key_values=cache) for model, cache in zip((fast, eager), caches))
         torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_rounds_in_a_static_cache_equal_a_run_from_scratch(self, variant):
+        pair = make_pair(variant, dtype=DOUBLE)
+        conversations = Conversations(*pair, 2, StaticCache(config=pair[0].config.text_config, max_cache_len=60))
+        for layout in (["titt", "s"], ["t", "itst"], ["t", "t"], ["iitst", "ts"]):
+            conversations.say(layout)
+        conversations.reset()
+        conversations.say(["it", "iti"])
+
     def test_cropping_by_a_positive_number_is_refused_as_in_transformers(self):
         model = make_pair()[0]
         cache = forward(model, make_inputs(["tit"], model), use_cache=True).past_key_values
@@ -499,3 +515,105 @@ class TestCache:
         inputs = make_inputs(["titit", "ts", "iit"], fast)
         beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "eos_token_id": None}
         assert torch.equal(fast.generate(**inputs, **beams), eager.generate(**inputs, **beams))
+
+
+@pytest.fixture
+def in_masked_calls(monkeypatch):
+    """What a GPU computes: a masked call for every few queries."""
+    monkeypatch.setattr(layout_visualchat, "runs_by_images", lambda device: False)
+    monkeypatch.setattr(layout_visualchat, "QUERIES_PER_CALL", 3)
+
+
+class TestMaskedCalls:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("layout", [*EDGES, ["ttititst"], ["titsit", "ttt", "iitti"]], ids=str)
+    def test_logits_and_gradients_equal_eager(self, in_masked_calls, layout, side):
+        pair = make_pair(dtype=DOUBLE, trains=True)
+        inputs = make_inputs(layout, pair[0], padding_side=side)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].double()
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        labels[:, 1:][inputs["attention_mask"][:, :-1] == 0] = -100
+        outputs, gradients = [], []
+        for model in pair:
+            model.zero_grad()
+            outputs.append(model(**inputs, labels=labels))
+            if outputs[-1].loss.isfinite():  # not where nothing is learned
+                outputs[-1].loss.backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert_equal_where_kept(outputs[0].logits, outputs[1].logits, inputs)
+        for name, expected in gradients[1].items():
+            ours = gradients[0].get(name, torch.zeros_like(expected))
+            torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4, msg=name)
+
+    def test_rounds_equal_a_run_from_scratch(self, in_masked_calls):
+        conversations = Conversations(*make_pair(), 2)
+        for layout in (["titt", "s"], ["", "itst"], ["t", "t"], ["iitst", "ts"]):
+            conversations.say(layout)
+
+
+@pytest.fixture
+def without_the_dense_path(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed in the order of the sequence")
+
+    monkeypatch.setattr(decoder_visualchat, "create_multimodal_mask", refuse)
+
+
+@pytest.mark.usefixtures("without_the_dense_path")
+class TestGraphs:
+    """In one graph without breaks. What inductor makes of it is tested in `test_placement.py`, and on a GPU."""
+
+    @pytest.mark.parametrize("variant, side", [("mmca", "left"), ("mmca_merged", "right")])
+    def test_a_compiled_training_step_has_the_losses_and_gradients_of_one_that_is_not(self, variant, side):
+        model = make_pair(variant, dtype=DOUBLE, trains=True)[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for layout in (["titit"], ["iit", "ttsi", "tt"]):
+            inputs = make_inputs(layout, model, padding_side=side)
+            inputs["pixel_values"] = inputs["pixel_values"].double()
+            labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+            labels[:, 1:][inputs["attention_mask"][:, :-1] == 0] = -100
+            losses, gradients = [], []
+            for one in (model, compiled):
+                model.zero_grad()
+                losses.append(one(**inputs, labels=labels, use_cache=False).loss)
+                losses[-1].backward()
+                gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            torch.testing.assert_close(*losses, atol=1e-9, rtol=1e-9)
+            for name, expected in gradients[0].items():
+                torch.testing.assert_close(gradients[1][name], expected, atol=1e-7, rtol=1e-6, msg=name)
+
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_decoding_from_a_static_cache_is_one_graph_for_all_steps(self, variant):
+        model = make_pair(variant, dtype=DOUBLE)[0]
+        for layout in (["titit"], ["titit", "ts", "iit"]):
+            torch._dynamo.reset()
+            graphs = CompileCounter()
+            compiled = torch.compile(model.forward, fullgraph=True, backend=graphs)
+            inputs = make_inputs(layout, model)
+            cache = StaticCache(config=model.config.text_config, max_cache_len=inputs["input_ids"].shape[1] + 5)
+            outputs = forward(model, inputs, past_key_values=cache, logits_to_keep=1)
+            for _ in range(5):
+                token = outputs.logits[:, -1:].argmax(-1)
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+                inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+                with torch.no_grad():
+                    outputs = compiled(input_ids=token, past_key_values=cache)
+                expected = forward(model, inputs, logits_to_keep=1).logits
+                torch.testing.assert_close(outputs.logits, expected, atol=1e-8, rtol=1e-8)
+            assert graphs.frame_count == 1
+
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_a_static_cache_has_the_size_of_one_that_knows_no_images(self, variant):
+        model = make_pair(variant)[0]
+        layers = model.config.text_config.num_hidden_layers
+        for layout, more in ((["titit"], 0), (["titit", "tit"], TOKENS_PER_IMAGE)):
+            cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+            forward(model, make_inputs(layout, model), past_key_values=cache)
+            assert [type(layer) for layer in cache.layers] == [StaticModalitiesLayer] * layers + [StaticPlacesLayer]
+            # A row with fewer images may hold more text
+            assert cache.layers[0].keys.shape[2] == 40 + more
+            assert cache.is_compileable and cache.get_max_length() == 40
+            cache.reset()
+            assert cache.get_seq_length() == 0

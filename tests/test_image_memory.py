@@ -405,15 +405,18 @@ class TestRefusals:
             with pytest.raises(ValueError, match=message):
                 call(**text, image_memory=memory)
 
-    def test_eager_and_static_caches(self, mmca):
+    def test_eager_and_quantized_caches(self, mmca):
         text, pixel_values = split(make_inputs(["tit"], mmca))
         eager = copy.deepcopy(mmca)
         eager.set_attn_implementation("eager")
         memory = eager.encode_images(pixel_values)
         with pytest.raises(ValueError, match="image_memory needs attn_implementation 'sdpa'"):
             eager(**text, image_memory=memory)
-        with pytest.raises(ValueError, match="a dynamic cache or none"):
-            mmca.generate(**text, image_memory=mmca.encode_images(pixel_values), **NEW, cache_implementation="static")
+        cache = mmca(input_ids=text["input_ids"][:, :1], use_cache=True).past_key_values
+        cache.layers.append(copy.deepcopy(cache.layers[0]))  # not what it was made with
+        text["attention_mask"] = torch.ones(1, 1 + text["attention_mask"].shape[1], dtype=torch.long)
+        with pytest.raises(ValueError, match="a dynamic or static cache or none"):
+            mmca(**text, image_memory=mmca.encode_images(pixel_values), past_key_values=cache)
 
     @pytest.mark.parametrize("given", [1, 3])
     def test_a_wrong_number_of_images_names_both_counts(self, mmca, given):

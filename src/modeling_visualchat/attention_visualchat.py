@@ -336,25 +336,26 @@ class VisualChatAttention(LlamaAttention):
     ) -> torch.Tensor:
         # Each projection takes the rows of both modalities in one product, and is called in the order of the other path: the
         # processes of a distributed run must agree on it, whatever their batches hold
-        text_rows = layout.num_text_rows
-        keys = self.k_proj(stream)[0].unflatten(-1, (-1, self.head_dim))
+        text_rows, heads_shape = layout.num_text_rows, (-1, self.head_dim)
+        keys = self.k_proj(stream)[0].unflatten(-1, heads_shape)
         number_keys = None
         if number_states_NC is not None:
-            number_keys = nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0))
-            number_keys = number_keys.unflatten(-1, (-1, self.head_dim))
-        queries = self.q_proj(layout.keep_text(stream))[0].unflatten(-1, (-1, self.head_dim))
-        values = self.v_proj(stream)[0].unflatten(-1, (-1, self.head_dim))
+            number_keys = nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0)).unflatten(-1, heads_shape)
+        queries = self.q_proj(layout.keep_text(stream))[0].unflatten(-1, heads_shape)
+        values = self.v_proj(stream)[0].unflatten(-1, heads_shape)
 
         image_keys, image_values = layout.place_images(keys[text_rows:], values[text_rows:], number_keys, self.layer_idx)
-        text_keys = layout.text.pad(rotate(keys[:text_rows], layout.text_rotary)).transpose(1, 2)
+        text_keys = rotate(layout.text.pad(keys[:text_rows]).transpose(1, 2), layout.text_rotary)
         text_values = layout.text.pad(values[:text_rows]).transpose(1, 2)
         all_keys, all_values = (text_keys, image_keys), (text_values, image_values)
         if past_key_values is not None:
-            all_keys, all_values = past_key_values.update(
+            cached = past_key_values.update(
                 text_keys, text_values, self.layer_idx, image_key_states=image_keys, image_value_states=image_values
             )
+            if not layout.begins:
+                all_keys, all_values = cached
         output = layout.attend(
-            rotate(queries, layout.query_rotary),
+            rotate(layout.queries.pad(queries).transpose(1, 2), layout.query_rotary),
             all_keys,
             all_values,
             scaling=self.scaling,

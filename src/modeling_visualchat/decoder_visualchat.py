@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, is_tracing, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -29,15 +29,32 @@ from .layout_visualchat import ModalityLayout
 from .released_visualchat import ReleasedMask, place_in_reverse
 
 
+class VisualChatRMSNorm(LlamaRMSNorm):
+    """LLaMA's norm in one kernel in place of eight, which on a GPU each go through memory."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class VisualChatMLP(LlamaMLP):
+    """LLaMA's MLP. Where nothing is differentiated, it works in place: new memory costs a CPU more than what is computed."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or is_tracing() or not isinstance(self.act_fn, nn.SiLU):
+            return super().forward(hidden_states)
+        gate = nn.functional.silu(self.gate_proj(hidden_states), inplace=True)
+        return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
+
+
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
     """LLaMA's decoder layer around [`VisualChatAttention`]."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
         super().__init__()
         self.self_attn = VisualChatAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = VisualChatMLP(config)
+        self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -97,7 +114,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         self.layers = nn.ModuleList(
             [VisualChatDecoderLayer(text_config, layer_idx) for layer_idx in range(text_config.num_hidden_layers)]
         )
-        self.norm = LlamaRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
+        self.norm = VisualChatRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text_config)
         self.sequence_order = SequenceOrder()
         self.gradient_checkpointing = False
@@ -142,11 +159,14 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if is_image is not None:
             self.check_length(inputs_embeds.shape[1], past_length)
-        sorts_rows = self._sorts_rows(is_image, attention_mask, position_ids, past_key_values)
+        num_placeholders = None
+        if image_source is not None or image_states is not None:
+            num_placeholders = len(image_source) if image_source is not None else len(image_states)
+        sorts_rows = self._sorts_rows(is_image, num_placeholders, attention_mask, position_ids, past_key_values)
         if image_memory and not sorts_rows:
             raise ValueError(
-                "image_memory needs attn_implementation 'sdpa', a dynamic cache or none, and a 2-dimensional attention_mask,"
-                " without torch.compile"
+                "image_memory needs attn_implementation 'sdpa', a dynamic or static cache or none, and a 2-dimensional"
+                " attention_mask. Under torch.compile, it needs to be without a cache"
             )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
@@ -156,11 +176,18 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         if sorts_rows:
             image_numbers = None
             layout = self._sort_rows(
-                inputs_embeds, is_image, image_source, image_memory, attention_mask, position_embeddings, past_key_values
+                inputs_embeds,
+                is_image,
+                num_placeholders,
+                image_source,
+                image_memory,
+                attention_mask,
+                position_embeddings,
+                past_key_values,
             )
             self._check_numbers(layout.image_numbers, number_embeds)
             masks = [layout] * len(self.layers)
-            if rows_to_keep is not None and not records:
+            if rows_to_keep is not None and not records and not is_tracing():
                 reads_images = is_image is not None and bool((rows_to_keep & is_image).any())
                 masks[-1] = layout.keep_rows(rows_to_keep, reads_images)
             hidden_states = inputs_embeds.flatten(0, 1)[layout.text_rows]
@@ -212,7 +239,15 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         images, length = image_states.shape[:2]
         is_image = torch.ones(1, images * length, dtype=torch.bool, device=image_states.device)
         position_embeddings = self.rotary_emb(image_states, torch.zeros_like(is_image, dtype=torch.long))
-        layout = ModalityLayout(is_image, None, position_embeddings, is_image.shape, length, records=True)
+        layout = ModalityLayout(
+            is_image,
+            None,
+            position_embeddings,
+            is_image.shape,
+            length,
+            records=True,
+            num_placeholders=images * length,
+        )
         masks = [layout] * len(self.layers)
         masks[-1] = layout.keep_rows(is_image, keeps_images=False)
         hidden_states = image_states.flatten(0, 1)[None]
@@ -221,25 +256,34 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         keys, values = zip(*layout.recorded)
         return torch.stack(keys).unflatten(1, (images, length)), torch.stack(values).unflatten(1, (images, length))
 
+    def can_sort_rows(self, attention_mask: torch.Tensor | BlockMask | None) -> bool:
+        """Whether the attention can be computed by modality, with such a mask."""
+        is_own = self.multimodal_attention in ("mmca", "mmca_merged") and self.config._attn_implementation == "sdpa"
+        return is_own and (attention_mask is None or attention_mask.ndim == 2)
+
     def _sorts_rows(
         self,
         is_image: torch.Tensor | None,
+        num_placeholders: int | None,
         attention_mask: torch.Tensor | BlockMask | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> bool:
         """Whether this call is computed by modality, or in the order of the sequence under masks."""
-        understood = self.config._attn_implementation == "sdpa" and (attention_mask is None or attention_mask.ndim == 2)
+        can_sort = self.can_sort_rows(attention_mask)
         if get_places(past_key_values) is not None:
-            if not understood:
+            if not can_sort:
                 raise ValueError(
                     "The conversation in past_key_values was begun with attn_implementation='sdpa' and a 2-dimensional"
                     " attention_mask: go on with both"
                 )
             return True
-        in_order_only = self.multimodal_attention in ("causal", "mmca_released")
-        if is_image is None or in_order_only or not understood or torch.compiler.is_compiling():
+        if is_image is None or not can_sort:
             return False
+        if is_tracing():
+            # A graph is not made to change what a cache consists of
+            is_plain = position_ids is None or attention_mask is not None
+            return is_plain and past_key_values is None and num_placeholders is not None
         if past_key_values is not None:
             return can_keep_modalities_apart(past_key_values, self.config.num_hidden_layers)
         # Several sequences in one row, told apart by their positions
@@ -247,13 +291,22 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         return not is_packed
 
     def _sort_rows(
-        self, inputs_embeds, is_image, image_source, image_memory, attention_mask, position_embeddings, past_key_values
+        self,
+        inputs_embeds,
+        is_image,
+        num_placeholders,
+        image_source,
+        image_memory,
+        attention_mask,
+        position_embeddings,
+        past_key_values,
     ) -> ModalityLayout:
-        batch_and_length = inputs_embeds.shape[:2]
+        batch_and_length = tuple(inputs_embeds.shape[:2])
+        is_merged = self.multimodal_attention == "mmca_merged"
         places = get_places(past_key_values)
         if past_key_values is not None and places is None:
             places = keep_modalities_apart(
-                past_key_values, self.config.num_hidden_layers, batch_and_length[0], inputs_embeds.device
+                past_key_values, self.config.num_hidden_layers, batch_and_length[0], inputs_embeds.device, joined=is_merged
             )
         return ModalityLayout(
             is_image,
@@ -261,10 +314,11 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             position_embeddings,
             batch_and_length,
             self.image_seq_length,
-            merged=self.multimodal_attention == "mmca_merged",
+            merged=is_merged,
             places=places,
             image_source=image_source,
             memory=image_memory,
+            num_placeholders=num_placeholders,
         )
 
     def _mask_rows(

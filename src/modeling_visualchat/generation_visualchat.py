@@ -4,8 +4,10 @@
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .cache_visualchat import get_places
 from .image_memory_visualchat import ImageMemory
 
 
@@ -88,6 +90,20 @@ class VisualChatGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+
+    def create_masks_for_generate(
+        self, config, inputs_embeds, attention_mask, past_key_values, is_first_iteration=False, **kwargs
+    ) -> torch.Tensor | None:
+        """
+        As in transformers, which asks for masks of 4 dimensions where the cache is static. Sorted by modality, none is
+        needed: the prefill takes padding from the 2-dimensional mask, and what is cached holds none.
+        """
+        decoder = self.model.language_model
+        if get_places(past_key_values) is not None:
+            return attention_mask if is_first_iteration else None
+        if is_first_iteration and decoder.can_sort_rows(attention_mask):
+            return attention_mask
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.LongTensor | None = None, **kwargs

@@ -217,14 +217,18 @@ def describe_state(model: nn.Module, weights: dict[str, torch.Tensor]) -> tuple:
     Raises:
         ValueError: If a weight is not in memory, as under offload or ZeRO-3.
     """
-    samples = []
+    samples: dict[tuple, list[torch.Tensor]] = {}
     for name, weight in weights.items():
         if weight.device.type == "meta" or weight.numel() == 0:
             raise ValueError(f"Image memory needs all weights in memory, but {name} is not: load the model without offload")
-        flat = weight.detach().flatten()
-        samples.append(flat[:: max(1, len(flat) // 16)][:16].to("cpu", torch.float64).nan_to_num())
+        flat = weight.detach() if weight.is_contiguous() else weight.detach().flatten()
+        size = flat.numel()
+        sample = flat.as_strided((min(size, 16),), (max(1, size // 16),))
+        samples.setdefault((weight.device, weight.dtype), []).append(sample)
+    # Brought to the CPU together: one by one, a GPU would wait for each
+    values = [torch.cat(some).to("cpu", torch.float64).nan_to_num().tolist() for some in samples.values()]
     places = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights.values())
-    return places, tuple(torch.cat(samples).tolist()), _active_adapters(model)
+    return places, tuple(map(tuple, values)), _active_adapters(model)
 
 
 def _active_adapters(model: nn.Module) -> tuple:

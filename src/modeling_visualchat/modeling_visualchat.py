@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, torch_compilable_check
 
 from .attention_visualchat import check_attention_implementation
 from .chat_visualchat import ChatSession
@@ -247,7 +247,11 @@ class VisualChatModel(VisualChatPreTrainedModel):
             self._check_memory(image_memory)
             image_source = self._place_memory(image_memory, image_states, image_source)
             num_features = len(image_source)
-        is_image = self._find_image_rows(input_ids, inputs_embeds, mm_token_type_ids, num_features, from_embeds)
+        # A prefill in chunks may cut through an image, a row of a batch may not. Chunks come without the tower's own output
+        is_chunk = bool(mm_encoder_outputs) and image_outputs is not None and image_outputs.get("last_hidden_state") is None
+        is_image = self._find_image_rows(
+            input_ids, inputs_embeds, mm_token_type_ids, num_features, from_embeds, may_cut=is_chunk
+        )
         if is_image is not None and num_features is None:  # features in place
             image_states = inputs_embeds[is_image]
 
@@ -359,11 +363,10 @@ class VisualChatModel(VisualChatPreTrainedModel):
         Whether the processes of a distributed run gather each module's weights when it is called, and so have to begin a
         conversation by calling the same ones (ZeRO-3, FSDP2).
         """
-        if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        if is_tracing() or not torch.distributed.is_available():
             return False
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            return False
-        return is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.vision_tower.modules())
+        gathers = is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.vision_tower.modules())
+        return gathers and (past_key_values is None or past_key_values.get_seq_length() == 0)
 
     def blank_picture(self) -> torch.Tensor:
         """Of shape `(1, channels, height, width)`: what stands for the pictures of a batch that has none."""
@@ -381,10 +384,12 @@ class VisualChatModel(VisualChatPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None,
         num_features: int | None,
         from_embeds: bool,
+        may_cut: bool,
     ) -> torch.BoolTensor | None:
         """
         The rows that belong to an image, of shape `(batch_size, sequence_length)`, or `None` if all are text. Raises a
-        `ValueError` with both counts if the placeholders do not match the `num_features` rows of the images.
+        `ValueError` with both counts if the placeholders do not match the `num_features` rows of the images, or unless it
+        `may_cut` through an image, if a row of the batch does not hold whole ones.
         """
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
@@ -406,7 +411,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
             return None
         per_image = self.config.image_seq_length
         matches = is_image.sum() == num_features
-        if num_features % per_image == 0:  # a prefill in chunks may cut through an image, a row of a batch may not
+        if not may_cut:
             matches = matches & (is_image.sum(-1) % per_image == 0).all()
         torch_compilable_check(matches, lambda: self._describe_mismatch(is_image, num_features / per_image))
         return is_image
@@ -669,7 +674,7 @@ def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int
     Returns:
         The index of the first of each different picture; and for each picture, which of these it is.
     """
-    if len(pixel_values) < 2 or torch.compiler.is_compiling() or pixel_values.requires_grad:
+    if len(pixel_values) < 2 or is_tracing() or pixel_values.requires_grad:
         return list(range(len(pixel_values))), list(range(len(pixel_values)))
     sums = pixel_values.flatten(1).sum(1, dtype=torch.float64).tolist()
     first_of, picture_of = [], []
@@ -683,10 +688,9 @@ def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int
     return first_of, picture_of
 
 
-@torch.no_grad()
 def _own_part(weight: torch.Tensor) -> torch.Tensor:
     """What this process holds of a weight that is shared out."""
-    return weight.to_local() if torch.distributed.is_available() and isinstance(weight, DTensor) else weight
+    return weight.detach().to_local() if torch.distributed.is_available() and isinstance(weight, DTensor) else weight
 
 
 def _select(states: torch.Tensor | tuple | None, index: list[int]):

@@ -1,0 +1,147 @@
+"""
+Which kernel computes MMCA's attention fastest on a GPU, and from which size on: bf16, 32 heads of 128 (LLaMA-2-7B), 257
+tokens an image and 32 text tokens after each. The operation alone, as in `attention_op.py`; GPU time, from replays of a CUDA
+graph over eight layers' worth of tensors (more than the GPU's cache holds).
+
+Prefill, in which text rows look at text keys and at image keys:
+- SDPA, masked: the text keys by a causal call, the image keys by calls under a mask, one for so many queries, each over the
+  keys up to the last that they see (`ModalityLayout` on a GPU);
+- SDPA, a call for each run of text that sees the same images, without a mask (`ModalityLayout` on a CPU);
+- flex: in place of the masked calls, flex attention with a block mask.
+Training adds the backward pass. Against them, plain causal SDPA over all rows, as LLaVA computes it.
+
+Decoding, in which one text row looks at all keys: two calls of SDPA without or with masks (a static cache has a buffer of
+which a part is in use), or products and softmax written out; against one call over all keys.
+
+    python benchmarks/gpu_attention.py
+"""
+
+import functools
+from statistics import median
+from unittest.mock import patch
+
+import torch
+from measure import compare, graph_of
+from report import write_results
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from modeling_visualchat import layout_visualchat
+from modeling_visualchat.layout_visualchat import ModalityLayout
+
+
+HEADS, HEAD_SIZE, IMAGE_TOKENS, TEXT_TOKENS, LAYERS, REPEATS = 32, 128, 257, 32, 8, 20
+# Images, and the queries of a call that are tried
+SIZES = {1: (), 8: (128,), 32: (128, 256, 512), 56: (256, 512)}
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def draw(length: int, batch_size: int = 1) -> torch.Tensor:
+    return torch.randn(batch_size, HEADS, length, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
+
+
+def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
+    text, image = images * TEXT_TOKENS, images * IMAGE_TOKENS
+    is_image = torch.tensor([([True] * IMAGE_TOKENS + [False] * TEXT_TOKENS) * images], device="cuda")
+    rotary = (torch.ones(1, text + image, HEAD_SIZE, device="cuda", dtype=torch.bfloat16),) * 2
+    query_run = torch.arange(text, device="cuda") // TEXT_TOKENS
+    key_image = torch.arange(image, device="cuda") // IMAGE_TOKENS
+    block_mask = create_block_mask(lambda b, h, q, kv: key_image[kv] <= query_run[q], None, None, text, image, device="cuda")
+
+    def make_layout(queries: int | None) -> ModalityLayout:
+        by_runs, size = (lambda device: queries is None), queries or text
+        with (
+            patch.object(layout_visualchat, "runs_by_images", by_runs),
+            patch.object(layout_visualchat, "QUERIES_PER_CALL", size),
+        ):
+            return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS)
+
+    def ours(layout, q, k_text, v_text, k_image, v_image):
+        return layout.attend(q, (k_text, k_image), (v_text, v_image), scaling=HEAD_SIZE**-0.5)
+
+    def flex(q, k_text, v_text, k_image, v_image):
+        return sdpa(q, k_text, v_text, is_causal=True) + compiled_flex(q, k_image, v_image, block_mask=block_mask)
+
+    parts = {f"SDPA, masked, {size} queries a call": functools.partial(ours, make_layout(size)) for size in sizes}
+    parts |= {"SDPA, masked, one call": functools.partial(ours, make_layout(text)), "flex": flex}
+    parts["SDPA, a call for each run"] = functools.partial(ours, make_layout(None))
+    sides = {name: (part, (text, text, text, image, image)) for name, part in parts.items()}
+    sides["causal SDPA"] = (lambda q, k, v: sdpa(q, k, v, is_causal=True), (text + image,) * 3)
+    return sides
+
+
+def products(q, k, v, mask=None):
+    scores = q @ k.transpose(2, 3) * HEAD_SIZE**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def decoding_sides(images: int, batch_size: int) -> dict:
+    used, image = images * TEXT_TOKENS, images * IMAGE_TOKENS
+    text = used + 128  # a static buffer has room for what is to come
+    keep_text = (torch.arange(text, device="cuda") < used).expand(batch_size, 1, 1, -1)
+    keep_image = torch.ones(batch_size, 1, 1, image, device="cuda", dtype=torch.bool)
+    keep_all = torch.cat([keep_text, keep_image], -1)
+
+    def two(attend, q, k_text, v_text, k_image, v_image, masks=(None, None)):
+        return attend(q, k_text, v_text, masks[0]) + attend(q, k_image, v_image, masks[1])
+
+    masked = functools.partial(two, masks=(keep_text, keep_image))
+    return {
+        "SDPA": (functools.partial(two, sdpa), (1, used, used, image, image)),
+        "SDPA, masked": (functools.partial(masked, sdpa), (1, text, text, image, image)),
+        "products": (functools.partial(two, products), (1, used, used, image, image)),
+        "products, masked": (functools.partial(masked, products), (1, text, text, image, image)),
+        "one SDPA": (sdpa, (1, used + image, used + image)),
+        "one SDPA, masked": (lambda q, k, v: sdpa(q, k, v, keep_all), (1, text + image, text + image)),
+    }
+
+
+def measure(sides: dict, batch_size: int = 1, trains: bool = False) -> dict[str, list[float]]:
+    """Microseconds of one layer."""
+    replays = {}
+    for name, (attend, lengths) in sides.items():
+        layers = [[draw(length, batch_size).requires_grad_(trains) for length in lengths] for _ in range(LAYERS)]
+
+        def run(attend=attend, layers=layers):
+            for tensors in layers:
+                output = attend(*tensors)
+                if trains:
+                    torch.autograd.grad(output, tensors, torch.ones_like(output))
+
+        replays[name] = graph_of(run)
+    times = {name: [] for name in sides}
+    for repeat in range(REPEATS):
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replays[name]()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(1000 * start.elapsed_time(stop) / LAYERS)
+    return times
+
+
+def compare_sides(claim: str, times: dict[str, list[float]], reference: str) -> list[dict]:
+    print(claim, {name: round(median(values), 1) for name, values in times.items()}, flush=True)
+    names = [name for name in times if name != reference]
+    return [compare(f"{claim}: {name}, against {reference}", times[name], times[reference], unit="µs") for name in names]
+
+
+def main():
+    torch.manual_seed(0)
+    results = []
+    for images, sizes in SIZES.items():
+        for work, trains in (("forward", False), ("forward and backward", True)):
+            times = measure(prefill_sides(images, sizes), trains=trains)
+            results += compare_sides(f"GPU attention, prefill of {images} images, {work}", times, "causal SDPA")
+    for images in (1, 8, 32):
+        for batch_size in (1, 8):
+            times = measure(decoding_sides(images, batch_size), batch_size)
+            results += compare_sides(f"GPU attention, decoding after {images} images, batch {batch_size}", times, "one SDPA")
+    write_results("gpu_attention", results, machine=torch.cuda.get_device_name())
+
+
+if __name__ == "__main__":
+    main()
