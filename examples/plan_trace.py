@@ -310,7 +310,7 @@ def _watch(model: torch.nn.Module, log: AllocationLog, gradients: list, uses: li
         for name, move in (("attention_mask", _layout_to_meta), ("position_embeddings", _angles_to_meta)):
             ours = kwargs[name]
             if id(ours) not in on_meta:
-                on_meta[id(ours)] = ours, move(ours, device)  # kept, so that ids stay apart
+                on_meta[id(ours)] = ours, move(ours)  # kept, so that ids stay apart
             kwargs[name] = on_meta[id(ours)][1]
         return args, kwargs
 
@@ -350,9 +350,9 @@ def _watch(model: torch.nn.Module, log: AllocationLog, gradients: list, uses: li
             yield parameter.register_post_accumulate_grad_hook(finish(name))
 
 
-def _angles_to_meta(angles: tuple[torch.Tensor, torch.Tensor], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _angles_to_meta(angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(part.to("meta") for part in angles)
 
 
-def _layout_to_meta(layout, device: str):
+def _layout_to_meta(layout):
     return layout.to("meta") if isinstance(layout, ModalityLayout) else layout  # masks are there already

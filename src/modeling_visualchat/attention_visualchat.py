@@ -336,17 +336,18 @@ class VisualChatAttention(LlamaAttention):
     ) -> torch.Tensor:
         # Each projection takes the rows of both modalities in one product, and is called in the order of the other path: the
         # processes of a distributed run must agree on it, whatever their batches hold
-        text_rows, heads_shape = layout.num_text_rows, (-1, self.head_dim)
-        keys = self.k_proj(stream)[0].unflatten(-1, heads_shape)
         number_keys = None
+        keys = self._split_heads(self.k_proj(stream)[0])
         if number_states_NC is not None:
-            number_keys = nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0)).unflatten(-1, heads_shape)
-        queries = self.q_proj(layout.keep_text(stream))[0].unflatten(-1, heads_shape)
-        values = self.v_proj(stream)[0].unflatten(-1, heads_shape)
+            number_keys = self._split_heads(nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0)))
+        queries = self._split_heads(self.q_proj(layout.keep_text(stream))[0])
+        values = self._split_heads(self.v_proj(stream)[0])
 
-        image_keys, image_values = layout.place_images(keys[text_rows:], values[text_rows:], number_keys, self.layer_idx)
-        text_keys = rotate(layout.text.pad(keys[:text_rows]).transpose(1, 2), layout.text_rotary)
-        text_values = layout.text.pad(values[:text_rows]).transpose(1, 2)
+        text_keys, own_keys = layout.split(keys)
+        text_values, own_values = layout.split(values)
+        image_keys, image_values = layout.place_images(own_keys, own_values, number_keys, self.layer_idx)
+        text_keys = rotate(layout.text.pad(text_keys).transpose(1, 2), layout.text_rotary)
+        text_values = layout.text.pad(text_values).transpose(1, 2)
         all_keys, all_values = (text_keys, image_keys), (text_values, image_values)
         if past_key_values is not None:
             cached = past_key_values.update(
@@ -361,9 +362,12 @@ class VisualChatAttention(LlamaAttention):
             scaling=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
         ).flatten(1)
-        if layout.keeps_images:  # an image row's output is its value
-            own_values = values[text_rows:]
+        if layout.keeps_images and len(own_values) > 0:  # an image row's output is its value
             if self.num_key_value_groups > 1:
                 own_values = own_values.repeat_interleave(self.num_key_value_groups, dim=1)
             output = torch.cat([output, own_values.flatten(1)])
         return self.o_proj(output[None])
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        rows, size = projected.shape
+        return projected.view(rows, size // self.head_dim, self.head_dim)
