@@ -552,6 +552,21 @@ class TestMaskedCalls:
             conversations.say(layout)
 
 
+def test_cudnn_is_left_out_and_let_in_again_as_the_user_has_it():
+    cuda = torch.backends.cuda
+    assert cuda.cudnn_sdp_enabled()
+    with pytest.raises(ZeroDivisionError), layout_visualchat.without_cudnn():
+        assert not cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled()
+        _ = 1 / 0
+    assert cuda.cudnn_sdp_enabled()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), layout_visualchat.without_cudnn():
+        assert cuda.cudnn_sdp_enabled()  # the user allows nothing else
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with layout_visualchat.without_cudnn():
+            assert not cuda.cudnn_sdp_enabled()
+        assert not cuda.cudnn_sdp_enabled()
+
+
 @pytest.fixture
 def without_the_dense_path(monkeypatch):
     def refuse(*args, **kwargs):

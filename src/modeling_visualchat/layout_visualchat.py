@@ -17,7 +17,8 @@ W rows of the longest text, T text keys, I image keys, K all of both, H query he
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -387,6 +388,12 @@ class ModalityLayout:
         """
         if q_BHWD.shape[2] == 0:  # keys and values get a gradient all the same, as on the other processes
             return q_BHWD.transpose(1, 2).flatten(0, 1) + 0.0 * sum(part.sum() for part in (*keys, *values))
+        if not q_BHWD.is_cuda or is_tracing():
+            return self._attend(q_BHWD, keys, values, **settings)
+        with without_cudnn():
+            return self._attend(q_BHWD, keys, values, **settings)
+
+    def _attend(self, q_BHWD, keys, values, **settings) -> torch.Tensor:
         if self.merged and keys[-1].shape[2] > 0:
             return self.queries.pack(merged_softmax(q_BHWD, keys, values, self.mask, **settings).transpose(1, 2))
         output_BHWD = softmax(q_BHWD, keys[0], values[0], self.mask, self.is_causal, **settings)
@@ -418,12 +425,30 @@ class ModalityLayout:
 
 
 # More calls than one are worth their launch from here on (`benchmarks/gpu_attention.py`)
-QUERIES_PER_CALL = 256
+QUERIES_PER_CALL = 512
 
 
 def runs_by_images(device: torch.device) -> bool:
     """Whether a call for each run of text that sees the same images is the fastest way on this device."""
     return device.type == "cpu"
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """
+    Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch 2.11
+    on an H100, by its profiler), and while decoding with a cache that grows, every token has a new shape.
+    """
+    cuda = torch.backends.cuda
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    leaves_out = cuda.cudnn_sdp_enabled() and others
+    if leaves_out:
+        cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if leaves_out:
+            cuda.enable_cudnn_sdp(True)
 
 
 def _move(rows: PackedRows | ModalityLayout, device: torch.device, **kwargs) -> PackedRows | ModalityLayout:
