@@ -620,6 +620,22 @@ class TestGraphs:
             assert graphs.frame_count == 1
 
     @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_padding_of_a_later_round_of_text_is_not_seen_while_decoding(self, variant):
+        model = make_pair(variant, dtype=DOUBLE)[0]
+        rounds = [make_inputs(layout, model, seed) for seed, layout in enumerate((["tit", "it"], ["s", "ttt"]))]
+        cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+        forward(model, rounds[0], past_key_values=cache)
+        both = {name: torch.cat([one[name] for one in rounds], dim=1) for name in ("input_ids", "attention_mask")}
+        new = {"input_ids": rounds[1]["input_ids"], "attention_mask": both["attention_mask"]}
+        forward(model, new, past_key_values=cache)
+        token = torch.tensor([[5], [6]])
+        ours = forward(model, {"input_ids": token}, past_key_values=cache).logits
+        both["input_ids"] = torch.cat([both["input_ids"], token], dim=1)
+        both["attention_mask"] = torch.nn.functional.pad(both["attention_mask"], (0, 1), value=1)
+        expected = forward(model, {**both, "pixel_values": rounds[0]["pixel_values"]}, logits_to_keep=1).logits
+        torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
+
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
     def test_a_static_cache_has_the_size_of_one_that_knows_no_images(self, variant):
         model = make_pair(variant)[0]
         layers = model.config.text_config.num_hidden_layers
@@ -630,5 +646,7 @@ class TestGraphs:
             # A row with fewer images may hold more text
             assert cache.layers[0].keys.shape[2] == 40 + more
             assert cache.is_compileable and cache.get_max_length() == 40
+            with pytest.raises(NotImplementedError, match="use a dynamic one"):
+                cache.crop(-1)
             cache.reset()
             assert cache.get_seq_length() == 0

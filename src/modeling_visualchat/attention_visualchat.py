@@ -18,8 +18,8 @@ An image row never looks beyond itself in the first two variants, so an image's 
 numbering) and values are a function of that image alone, in every layer.
 
 This file is the definition: all rows in the order of the sequence, under masks. `layout_visualchat.py` computes the same by
-modality, many times faster; what its rows cannot express (static and quantized caches, `eager` and its weights,
-`flex_attention`, 4-dimensional masks) is computed here.
+modality, many times faster; what its rows cannot express (quantized caches, `eager` and its weights, `flex_attention`,
+4-dimensional masks, a prefill that is compiled and fills a cache) is computed here.
 
 Shape letters: B batch, Q new tokens, K all tokens that are seen (cached and new), H query heads, G key-value heads,
 D head size, N image numbers, C hidden size.

@@ -135,9 +135,6 @@ class StaticPlacesLayer(PlacesLayer):
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         mark_static(self.keys, self.values)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("A static cache cannot be cropped: use a dynamic one")
-
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
@@ -276,6 +273,9 @@ class StaticModalitiesLayer(StaticLayer):
 
     def get_seq_length(self) -> int | torch.Tensor:
         return self.places.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("A static cache cannot be cropped: use a dynamic one")
 
     def reset(self) -> None:
         self.keys = self.values = None

@@ -40,7 +40,7 @@ class VisualChatMLP(LlamaMLP):
     """LLaMA's MLP. Where nothing is differentiated, it works in place: new memory costs a CPU more than what is computed."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or is_tracing() or not isinstance(self.act_fn, nn.SiLU):
+        if torch.is_grad_enabled() or is_tracing() or self.config.hidden_act != "silu":
             return super().forward(hidden_states)
         gate = nn.functional.silu(self.gate_proj(hidden_states), inplace=True)
         return self.down_proj(gate.mul_(self.up_proj(hidden_states)))

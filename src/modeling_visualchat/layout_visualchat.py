@@ -123,7 +123,9 @@ class ModalityLayout:
             attention_mask = attention_mask.reshape(self.sequences) if attention_mask is not None else None
         self.attention_mask = attention_mask
 
-        self.text_rows, self.image_rows = self._sort(is_image_BQ, rotary[0].device, num_placeholders)
+        # A single text token in a dynamic cache is one that was decoded. What follows from a static one comes without a mask
+        may_pad = is_image_BQ is not None or length > 1 or self.begins or places.is_compileable
+        self.text_rows, self.image_rows = self._sort(is_image_BQ, rotary[0].device, num_placeholders, may_pad)
         is_whole = is_image_BQ is None and len(self.text_rows) == batch_size * length
         self.text = self._pack(self.text_rows, is_whole)
         self.images = self._pack(self.image_rows, is_image_BQ is None)
@@ -164,7 +166,7 @@ class ModalityLayout:
         return _move(self, device, **kwargs)
 
     def _sort(
-        self, is_image_BQ: torch.Tensor | None, device: torch.device, num_placeholders: int | None
+        self, is_image_BQ: torch.Tensor | None, device: torch.device, num_placeholders: int | None, may_pad: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of text, without padding where shapes may depend on it, and of images, counted through the batch."""
         length = self.shape[1]
@@ -177,8 +179,7 @@ class ModalityLayout:
             text_rows, image_rows = order_R[:num_text], order_R[num_text:]
         else:
             text_rows, image_rows = rows_R[~is_image_BQ.flatten()], rows_R[is_image_BQ.flatten()]
-        # While decoding, nothing new is padding
-        if self.attention_mask is not None and not self.is_traced and (is_image_BQ is not None or self.begins):
+        if may_pad and self.attention_mask is not None and not self.is_traced:
             is_kept = self.attention_mask[:, -length:].flatten() != 0
             text_rows = text_rows[is_kept[text_rows]]
         return text_rows, image_rows
@@ -436,8 +437,8 @@ def runs_by_images(device: torch.device) -> bool:
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """
-    Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch 2.11
-    on an H100, by its profiler), and while decoding with a cache that grows, every token has a new shape.
+    Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch
+    2.11 on an H100, by its profiler), and while decoding with a cache that grows, every token has a new shape.
     """
     cuda = torch.backends.cuda
     others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
