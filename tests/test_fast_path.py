@@ -59,7 +59,7 @@ def with_edges(**others):
 
 def forward(model, inputs, **kwargs):
     if "pixel_values" in inputs:
-        inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
+        inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(next(model.parameters()).dtype)}
     with torch.no_grad():
         return model(**inputs, **kwargs)
 
@@ -382,10 +382,13 @@ class TestCache:
         assert places.of_images[0].tolist() == [*range(2, 7), *range(9, 14)]
         assert places.of_images[1].tolist() == [-1] * tokens
 
-    @drawn(max_examples=25)
-    @given(data=st.data(), key=MODELS, batch_size=st.integers(1, 3))
-    def test_rounds_of_text_and_images_equal_a_run_from_scratch(self, data, key, batch_size):
-        conversations = Conversations(*make_pair(*key, dtype=DOUBLE), batch_size)
+    @drawn(max_examples=40)
+    @given(data=st.data(), key=MODELS, batch_size=st.integers(1, 3), static=st.booleans())
+    def test_rounds_of_text_and_images_equal_a_run_from_scratch(self, data, key, batch_size, static):
+        pair = make_pair(*key, dtype=DOUBLE)
+        # Four rounds of at most two images and three single tokens or pairs, or five of these
+        cache = StaticCache(config=pair[0].config.text_config, max_cache_len=4 * 16) if static else None
+        conversations = Conversations(*pair, batch_size, cache)
         for layout in data.draw(st.lists(layouts_of(batch_size), min_size=2, max_size=4), "rounds"):
             conversations.say(layout, data.draw(SIDES, "side"), data.draw(st.sampled_from([None, None, 1, 3]), "pieces"))
 
@@ -466,13 +469,27 @@ class TestCache:
         torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
-    def test_rounds_in_a_static_cache_equal_a_run_from_scratch(self, variant):
+    def test_a_static_cache_is_filled_to_its_end_and_begins_again_after_a_reset(self, variant):
         pair = make_pair(variant, dtype=DOUBLE)
-        conversations = Conversations(*pair, 2, StaticCache(config=pair[0].config.text_config, max_cache_len=60))
-        for layout in (["titt", "s"], ["t", "itst"], ["t", "t"], ["iitst", "ts"]):
+        conversations = Conversations(*pair, 2, StaticCache(config=pair[0].config.text_config, max_cache_len=40))
+        for layout in (["titt", "s"], ["t", "itst"], ["t", "t"], ["iitst", "ts"], ["t", "s"]):
             conversations.say(layout)
+        assert conversations.length == 40
         conversations.reset()
         conversations.say(["it", "iti"])
+
+    @pytest.mark.parametrize("static", [False, True])
+    def test_a_compiled_model_brings_new_images_into_a_cached_conversation(self, static):
+        model = make_pair()[0]
+        torch._dynamo.reset()
+        first, second = make_inputs(["titit", "ts"], model), make_inputs(["it", "tt"], model, seed=3)
+        second["attention_mask"] = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+        logits = []
+        for one in (model, torch.compile(model, backend="eager")):
+            cache = StaticCache(config=model.config.text_config, max_cache_len=60) if static else DynamicCache()
+            forward(model, first, past_key_values=cache)
+            logits.append(forward(one, second, past_key_values=cache).logits)
+        assert torch.equal(*logits)
 
     def test_cropping_by_a_positive_number_is_refused_as_in_transformers(self):
         model = make_pair()[0]
@@ -639,11 +656,11 @@ class TestGraphs:
     def test_a_static_cache_has_the_size_of_one_that_knows_no_images(self, variant):
         model = make_pair(variant)[0]
         layers = model.config.text_config.num_hidden_layers
-        for layout, more in ((["titit"], 0), (["titit", "tit"], TOKENS_PER_IMAGE)):
+        for layout, more in ((["titit"], 0), (["titit", "tit"], 0), (["titit", "tttttt"], 6)):
             cache = StaticCache(config=model.config.text_config, max_cache_len=40)
             forward(model, make_inputs(layout, model), past_key_values=cache)
             assert [type(layer) for layer in cache.layers] == [StaticModalitiesLayer] * layers + [StaticPlacesLayer]
-            # A row with fewer images may hold more text
+            # The longest text and the most images may be of different rows
             assert cache.layers[0].keys.shape[2] == 40 + more
             assert cache.is_compileable and cache.get_max_length() == 40
             with pytest.raises(NotImplementedError, match="use a dynamic one"):

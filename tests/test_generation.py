@@ -259,9 +259,12 @@ def test_a_quantized_cache(model):
     assert torch.equal(model.generate(**text, **NEW, **fp8), llama.generate(**text, **NEW, **fp8))
 
 
-def test_chunked_prefill(model):
-    inputs = make_inputs(["titit", "tiitt"], model)
-    chunked = model.generate(**inputs, **NEW, prefill_chunk_size=4)  # chunks cut through images
+# Chunks cut through images. In the second batch, one holds 3 rows of an image and 2 of another, as many as an image has
+@pytest.mark.parametrize("layout, size", [(["titit", "tiitt"], 4), (["titit", "ts", "iit"], 3)])
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_chunked_prefill(model, layout, size, implementation):
+    inputs = make_inputs(layout, model)
+    chunked = model.generate(**inputs, **NEW, prefill_chunk_size=size, cache_implementation=implementation)
     assert torch.equal(chunked, model.generate(**inputs, **NEW))
 
 

@@ -113,24 +113,25 @@ class StaticPlacesLayer(PlacesLayer):
     def extend(self, text_BT: torch.Tensor, images_BI: torch.Tensor, length: int) -> None:
         """As in a dynamic cache. New images make new buffers: what they hold is not changed in a graph."""
         if self.is_empty or images_BI.shape[1] > 0:
-            self._make_room(text_BT, images_BI)
+            self._make_room(text_BT, images_BI, length)
         columns = torch.arange(text_BT.shape[1], device=self.columns.device) + self.columns
         self.keys.index_copy_(2, columns, text_BT[:, None, :, None])
         self.columns.add_(text_BT.shape[1])
         self.length.add_(length)
 
-    def _make_room(self, text_BT: torch.Tensor, images_BI: torch.Tensor) -> None:
+    def _make_room(self, text_BT: torch.Tensor, images_BI: torch.Tensor, length: int) -> None:
         images = images_BI[:, None, :, None]
         if self.is_empty:
             self.length, self.columns = self.length.to(text_BT.device), self.columns.to(text_BT.device)
             mark_static(self.length, self.columns)
         else:
             images = torch.cat([self.values, images], dim=2)
-        # The rest of max_cache_len is text, most of all in the row that has the fewest images
-        room = self.max_cache_len - int((images >= 0).sum(2).min())
+        # All that is still to come may be text
+        used = int(self.columns)
+        room = used + text_BT.shape[1] + self.max_cache_len - int(self.length) - length
         keys = text_BT.new_full((len(text_BT), 1, room, 1), -1)
         if not self.is_empty:
-            keys[:, :, : int(self.columns)] = self.keys[:, :, : int(self.columns)]
+            keys[:, :, :used] = self.keys[:, :, :used]
         self.keys, self.values, self.has_no_gaps = keys, images.contiguous(), bool((images >= 0).all())
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         mark_static(self.keys, self.values)

@@ -176,14 +176,14 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         if sorts_rows:
             image_numbers = None
             layout = self._sort_rows(
-                inputs_embeds,
                 is_image,
-                num_placeholders,
-                image_source,
-                image_memory,
                 attention_mask,
                 position_embeddings,
+                inputs_embeds.shape[:2],
                 past_key_values,
+                image_source=image_source,
+                memory=image_memory,
+                num_placeholders=num_placeholders,
             )
             self._check_numbers(layout.image_numbers, number_embeds)
             masks = [layout] * len(self.layers)
@@ -290,36 +290,18 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         is_packed = position_ids is not None and attention_mask is None and bool((position_ids.diff() != 1).any())
         return not is_packed
 
-    def _sort_rows(
-        self,
-        inputs_embeds,
-        is_image,
-        num_placeholders,
-        image_source,
-        image_memory,
-        attention_mask,
-        position_embeddings,
-        past_key_values,
-    ) -> ModalityLayout:
-        batch_and_length = tuple(inputs_embeds.shape[:2])
+    def _sort_rows(self, is_image, attention_mask, rotary, shape, past_key_values, **images) -> ModalityLayout:
         is_merged = self.multimodal_attention == "mmca_merged"
         places = get_places(past_key_values)
         if past_key_values is not None and places is None:
             places = keep_modalities_apart(
-                past_key_values, self.config.num_hidden_layers, batch_and_length[0], inputs_embeds.device, joined=is_merged
+                past_key_values, self.config.num_hidden_layers, shape[0], rotary[0].device, joined=is_merged
             )
-        return ModalityLayout(
-            is_image,
-            attention_mask,
-            position_embeddings,
-            batch_and_length,
-            self.image_seq_length,
-            merged=is_merged,
-            places=places,
-            image_source=image_source,
-            memory=image_memory,
-            num_placeholders=num_placeholders,
-        )
+        # New images of a cached conversation are sorted as the data has it, outside of a graph
+        is_for_graphs = is_image is None or (places is None and images["num_placeholders"] is not None)
+        make = ModalityLayout if is_for_graphs else _make_layout_outside_of_graphs
+        settings = {"merged": is_merged, "places": places, **images}
+        return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
 
     def _mask_rows(
         self, inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values
@@ -374,3 +356,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
                 f"The input is {past_length + new_length} tokens long, but the decoder's max_position_embeddings is {limit}:"
                 f" shorten the conversation or bring fewer images ({self.image_seq_length} tokens each)"
             )
+
+
+@torch.compiler.disable
+def _make_layout_outside_of_graphs(*args, **kwargs) -> ModalityLayout:
+    return ModalityLayout(*args, **kwargs)

@@ -274,7 +274,7 @@ class ModalityLayout:
         *rows, keys = visible_BWK.shape
         # Kernels on GPUs want each row of a mask to begin at a multiple of 16 bytes
         mask = torch.zeros(*rows, (keys + 7) // 8 * 8, dtype=self.all_rotary[0].dtype, device=visible_BWK.device)
-        return mask[..., :keys].masked_fill(~visible_BWK, float("-inf"))[:, None]
+        return mask[..., :keys].masked_fill_(~visible_BWK, float("-inf"))[:, None]
 
     def _masked_call(self, visible_BWI: torch.Tensor, start: int, stop: int, count: int) -> ImageCall:
         visible_BWI = visible_BWI[:, start:stop, :count]
