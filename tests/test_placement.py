@@ -17,7 +17,7 @@ def assert_same_answers(model, placed, inputs):
 
 
 class TestPlacement:
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal"])
+    @pytest.mark.parametrize("variant", ["mmca", "causal"])
     def test_torch_compile_of_the_forward(self, variant):
         model = make_model(multimodal_attention=variant, image_number_keys=True)
         inputs = make_inputs(["titit", "tt"], model)
