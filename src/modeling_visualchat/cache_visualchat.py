@@ -248,14 +248,14 @@ class StaticModalitiesLayer(StaticLayer):
             All keys and all values, each a tuple of text's and images', or of the one buffer of both.
         """
         if not self.is_initialized or image_key_states.shape[2] > 0:
-            self._make_room(key_states, image_key_states, image_value_states)
+            self._make_room(image_key_states, image_value_states)
         super().update(key_states, value_states)
         if self.joined:
             return (self.keys,), (self.values,)
         room = self.places.keys.shape[2]
         return (self.keys[:, :, :room], self.keys[:, :, room:]), (self.values[:, :, :room], self.values[:, :, room:])
 
-    def _make_room(self, key_states: torch.Tensor, image_keys: torch.Tensor, image_values: torch.Tensor) -> None:
+    def _make_room(self, image_keys: torch.Tensor, image_values: torch.Tensor) -> None:
         room, images = self.places.keys.shape[2], self.places.values.shape[2]
         old_images = images - image_keys.shape[2]
         used = int(self.cumulative_length)
