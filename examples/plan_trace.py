@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from modeling_visualchat import attention_visualchat, layout_visualchat, modeling_visualchat
+from modeling_visualchat import attention_visualchat, kernels_visualchat, layout_visualchat, modeling_visualchat
 from modeling_visualchat.layout_visualchat import ModalityLayout
 
 
@@ -146,7 +146,7 @@ def device_kernels(device: str, gathers: bool) -> Iterator[None]:
         return (attend if query.device.type == "meta" else attend_as_torch)(query, *args, **kwargs)
 
     with ExitStack() as stack:
-        for module in (functional, layout_visualchat):
+        for module in (functional, kernels_visualchat):
             stack.enter_context(patch.object(module, "scaled_dot_product_attention", attend_on_device))
         if gathers:
             stack.enter_context(patch.object(functional, "linear", GatheredLinear.apply))

@@ -82,6 +82,12 @@ def test_every_comparison_on_a_gpu_runs(monkeypatch, tmp_path):
     assert not any(model.training or parameter.requires_grad for model in sides for parameter in model.parameters())
 
 
+def test_the_shares_of_all_operators_are_the_whole():
+    shares = run("operator_shares", "operator_shares", lambda: torch.ones(64, 64) @ torch.ones(64, 64))
+    assert "aten::mm" in shares and sum(shares.values()) == pytest.approx(1)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_is_what_a_call_needs_at_most():
     peak_memory = importlib.import_module("measure").peak_memory

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from modeling_visualchat import decoder_visualchat, layout_visualchat
+from modeling_visualchat import decoder_visualchat, kernels_visualchat, layout_visualchat
 from modeling_visualchat.cache_visualchat import (
     ModalitiesLayer,
     PlacesLayer,
@@ -572,14 +572,14 @@ class TestMaskedCalls:
 def test_cudnn_is_left_out_and_let_in_again_as_the_user_has_it():
     cuda = torch.backends.cuda
     assert cuda.cudnn_sdp_enabled()
-    with pytest.raises(ZeroDivisionError), layout_visualchat.without_cudnn():
+    with pytest.raises(ZeroDivisionError), kernels_visualchat.without_cudnn():
         assert not cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled()
         _ = 1 / 0
     assert cuda.cudnn_sdp_enabled()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), layout_visualchat.without_cudnn():
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), kernels_visualchat.without_cudnn():
         assert cuda.cudnn_sdp_enabled()  # the user allows nothing else
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        with layout_visualchat.without_cudnn():
+        with kernels_visualchat.without_cudnn():
             assert not cuda.cudnn_sdp_enabled()
         assert not cuda.cudnn_sdp_enabled()
 

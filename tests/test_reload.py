@@ -32,6 +32,7 @@ CODE_FILES = {
     "generation_visualchat.py",
     "image_loading_visualchat.py",
     "image_memory_visualchat.py",
+    "kernels_visualchat.py",
     "layout_visualchat.py",
     "modeling_visualchat.py",
     "processing_visualchat.py",

@@ -37,7 +37,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
-from .layout_visualchat import ModalityLayout, rotate
+from .kernels_visualchat import rotate
+from .layout_visualchat import ModalityLayout
 from .released_visualchat import ReleasedMask, create_released_mask
 
 

@@ -17,15 +17,13 @@ W rows of the longest text, T text keys, I image keys, K all of both, H query he
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import dropout, scaled_dot_product_attention
 from transformers.utils import is_tracing
 
 from .cache_visualchat import PlacesLayer
+from .kernels_visualchat import ImageCall, attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
 
 
 class PackedRows:
@@ -63,20 +61,6 @@ class PackedRows:
 
     def to(self, device: torch.device, **kwargs) -> "PackedRows":
         return _move(self, device, **kwargs)
-
-
-class ImageCall(NamedTuple):
-    """
-    A call of the attention kernel over image keys: the queries from `start` up to `stop` and the first `count` keys. `mask`,
-    of shape `(batch_size, 1, queries, count)`, says by -inf what they do not see; `None`: they see all.
-    `sees_image`, of shape `(batch_size, 1, queries, 1)`: whether a query sees any.
-    """
-
-    start: int
-    stop: int
-    count: int
-    mask: torch.Tensor | None = None
-    sees_image: torch.Tensor | None = None
 
 
 class ModalityLayout:
@@ -364,7 +348,7 @@ class ModalityLayout:
         if self.memory:
             known_keys = [known.keys[layer_idx].flatten(0, 1).to(keys) for known in self.memory]
             known_values = [known.values[layer_idx].flatten(0, 1).to(values) for known in self.memory]
-            keys, values = _join([keys, *known_keys]), _join([values, *known_values])
+            keys, values = join([keys, *known_keys]), join([values, *known_values])
         if not self.is_in_order:
             keys, values = keys[self.image_source], values[self.image_source]
         if number_keys is not None:
@@ -401,28 +385,15 @@ class ModalityLayout:
         if not self.image_calls:
             return self.queries.pack(output_BHWD.transpose(1, 2))
         if self.image_calls[0][0] == slice(None):
-            output_BHWD = output_BHWD + self._attend_to_images(
-                self.image_calls[0][1], q_BHWD, keys[1], values[1], **settings
-            )
+            output_BHWD = output_BHWD + attend_to_images(self.image_calls[0][1], q_BHWD, keys[1], values[1], **settings)
             return self.queries.pack(output_BHWD.transpose(1, 2))
         of_rows = [
-            self._attend_to_images(calls, q_BHWD[rows], keys[1][rows], values[1][rows], **settings)
+            attend_to_images(calls, q_BHWD[rows], keys[1][rows], values[1][rows], **settings)
             for rows, calls in self.image_calls
         ]
         # Each without its padding
         of_images = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in of_rows])
         return self.queries.pack(output_BHWD.transpose(1, 2)) + of_images
-
-    def _attend_to_images(self, calls, q_BHWD, k_BGID, v_BGID, **settings) -> torch.Tensor:
-        seen = []
-        for start, stop, count, mask, sees_image in calls:
-            q_part = _part(q_BHWD, start, stop)
-            if count == 0:  # who sees no image gets exactly nothing
-                seen.append(torch.zeros_like(q_part))
-                continue
-            part = softmax(q_part, _part(k_BGID, 0, count), _part(v_BGID, 0, count), mask, **settings)
-            seen.append(part if sees_image is None else part * sees_image)
-        return _join(seen, dim=2)
 
 
 # More calls than one are worth their launch from here on (`benchmarks/gpu_attention.py`)
@@ -432,24 +403,6 @@ QUERIES_PER_CALL = 512
 def runs_by_images(device: torch.device) -> bool:
     """Whether a call for each run of text that sees the same images is the fastest way on this device."""
     return device.type == "cpu"
-
-
-@contextmanager
-def without_cudnn() -> Iterator[None]:
-    """
-    Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch
-    2.11 on an H100, by its profiler), and while decoding with a cache that grows, every token has a new shape.
-    """
-    cuda = torch.backends.cuda
-    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
-    leaves_out = cuda.cudnn_sdp_enabled() and others
-    if leaves_out:
-        cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        if leaves_out:
-            cuda.enable_cudnn_sdp(True)
 
 
 def _move(rows: PackedRows | ModalityLayout, device: torch.device, **kwargs) -> PackedRows | ModalityLayout:
@@ -483,66 +436,3 @@ def _find_runs(counts: list[list[int]], queries: PackedRows) -> list[tuple[slice
 def _runs_of_row(counts: list[int]) -> list[ImageCall]:
     starts = [k for k, count in enumerate(counts) if k == 0 or count != counts[k - 1]]
     return [ImageCall(start, stop, counts[start]) for start, stop in zip(starts, [*starts[1:], len(counts)])]
-
-
-def _part(states_BHWD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return states_BHWD if stop - start == states_BHWD.shape[2] else states_BHWD[:, :, start:stop]
-
-
-def _join(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    filled = [tensor for tensor in tensors if tensor.shape[dim] > 0] or tensors[:1]
-    return torch.cat(filled, dim) if len(filled) > 1 else filled[0]
-
-
-def rotate(states_BHWD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """
-    The rotary embedding, by cos and sin of shape `(batch_size, 1, W, head_size)`, the first half of sin with its sign
-    changed. The rows of a head come to lie behind one another, whatever lies so in `states`: image keys are many, and
-    attention on a CPU is 1.6 times faster for it.
-    """
-    cos, signed_sin = rotary
-    return states_BHWD.roll(states_BHWD.shape[-1] // 2, -1).mul_(signed_sin).addcmul_(states_BHWD, cos)
-
-
-def softmax(
-    q_BHWD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKD: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """One softmax, of shape BHWD, over scores to which a mask of shape `(batch_size, 1, W, keys)` is added."""
-    settings = {"is_causal": is_causal, "scale": scaling, "dropout_p": dropout_p}
-    batch_size, heads, width, head_size = q_BHWD.shape
-    groups = k_BGKD.shape[1]
-    if heads == groups or is_causal:
-        return scaled_dot_product_attention(q_BHWD, k_BGKD, v_BGKD, mask, enable_gqa=heads != groups, **settings)
-    # The heads that share keys are queries of one head, so that keys and values are read once
-    shared = heads // groups
-    q_BGRD = q_BHWD.reshape(batch_size, groups, shared * width, head_size)
-    mask = mask.repeat(1, 1, shared, 1) if mask is not None else None
-    return scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, mask, **settings).reshape(q_BHWD.shape)
-
-
-def merged_softmax(
-    q_BHWD: torch.Tensor,
-    keys: tuple[torch.Tensor, ...],
-    values: tuple[torch.Tensor, ...],
-    mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """One softmax, of shape BHWD, over text and image keys together."""
-    if q_BHWD.shape[2] > 1 or len(keys) == 1:
-        return softmax(q_BHWD, _join(list(keys), 2), _join(list(values), 2), mask, scaling=scaling, dropout_p=dropout_p)
-    # While decoding, the scores are put together and not the keys, which are many more
-    q_BGRD = q_BHWD.reshape(len(q_BHWD), keys[0].shape[1], -1, q_BHWD.shape[-1])
-    scores_BGRK = torch.cat([q_BGRD @ part.transpose(2, 3) for part in keys], dim=-1) * scaling
-    if mask is not None:
-        scores_BGRK = scores_BGRK + mask
-    softmax_dtype = torch.promote_types(scores_BGRK.dtype, torch.float32)
-    weights_BGRK = dropout(scores_BGRK.softmax(-1, dtype=softmax_dtype).to(scores_BGRK.dtype), dropout_p)
-    text, images = weights_BGRK.split([part.shape[2] for part in keys], dim=-1)
-    return (text @ values[0] + images @ values[1]).view(q_BHWD.shape)

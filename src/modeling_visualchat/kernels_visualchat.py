@@ -1,0 +1,125 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+The fast path's arithmetic: rotation, and the softmaxes over text keys, image keys or both, by the kernels of torch.
+
+Shape letters: B batch, W queries of the longest text, I image keys, K text and image keys, H query heads, G key-value heads,
+R queries of the heads that share keys, D head size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import dropout, scaled_dot_product_attention
+
+
+class ImageCall(NamedTuple):
+    """
+    A call of the attention kernel over image keys: the queries from `start` up to `stop` and the first `count` keys. `mask`,
+    of shape `(batch_size, 1, queries, count)`, says by -inf what they do not see; `None`: they see all.
+    `sees_image`, of shape `(batch_size, 1, queries, 1)`: whether a query sees any.
+    """
+
+    start: int
+    stop: int
+    count: int
+    mask: torch.Tensor | None = None
+    sees_image: torch.Tensor | None = None
+
+
+def attend_to_images(
+    calls: list[ImageCall], q_BHWD: torch.Tensor, k_BGID: torch.Tensor, v_BGID: torch.Tensor, **settings: float
+) -> torch.Tensor:
+    """What queries see of images, of shape BHWD, by calls that follow one another."""
+    seen = []
+    for start, stop, count, mask, sees_image in calls:
+        q_part = _part(q_BHWD, start, stop)
+        if count == 0:  # who sees no image gets exactly nothing
+            seen.append(torch.zeros_like(q_part))
+            continue
+        part = softmax(q_part, _part(k_BGID, 0, count), _part(v_BGID, 0, count), mask, **settings)
+        seen.append(part if sees_image is None else part * sees_image)
+    return join(seen, dim=2)
+
+
+def rotate(states_BHWD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """
+    The rotary embedding, by cos and sin of shape `(batch_size, 1, W, head_size)`, the first half of sin with its sign
+    changed. The rows of a head come to lie behind one another, whatever lies so in `states`: image keys are many, and
+    attention on a CPU is 1.6 times faster for it.
+    """
+    cos, signed_sin = rotary
+    return states_BHWD.roll(states_BHWD.shape[-1] // 2, -1).mul_(signed_sin).addcmul_(states_BHWD, cos)
+
+
+def softmax(
+    q_BHWD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKD: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """One softmax, of shape BHWD, over scores to which a mask of shape `(batch_size, 1, W, keys)` is added."""
+    settings = {"is_causal": is_causal, "scale": scaling, "dropout_p": dropout_p}
+    batch_size, heads, width, head_size = q_BHWD.shape
+    groups = k_BGKD.shape[1]
+    if heads == groups or is_causal:
+        return scaled_dot_product_attention(q_BHWD, k_BGKD, v_BGKD, mask, enable_gqa=heads != groups, **settings)
+    # The heads that share keys are queries of one head, so that keys and values are read once
+    shared = heads // groups
+    q_BGRD = q_BHWD.reshape(batch_size, groups, shared * width, head_size)
+    mask = mask.repeat(1, 1, shared, 1) if mask is not None else None
+    return scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, mask, **settings).reshape(q_BHWD.shape)
+
+
+def merged_softmax(
+    q_BHWD: torch.Tensor,
+    keys: tuple[torch.Tensor, ...],
+    values: tuple[torch.Tensor, ...],
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """One softmax, of shape BHWD, over text and image keys together."""
+    if q_BHWD.shape[2] > 1 or len(keys) == 1:
+        return softmax(q_BHWD, join(list(keys), 2), join(list(values), 2), mask, scaling=scaling, dropout_p=dropout_p)
+    # While decoding, the scores are put together and not the keys, which are many more
+    q_BGRD = q_BHWD.reshape(len(q_BHWD), keys[0].shape[1], -1, q_BHWD.shape[-1])
+    scores_BGRK = torch.cat([q_BGRD @ part.transpose(2, 3) for part in keys], dim=-1) * scaling
+    if mask is not None:
+        scores_BGRK = scores_BGRK + mask
+    softmax_dtype = torch.promote_types(scores_BGRK.dtype, torch.float32)
+    weights_BGRK = dropout(scores_BGRK.softmax(-1, dtype=softmax_dtype).to(scores_BGRK.dtype), dropout_p)
+    text, images = weights_BGRK.split([part.shape[2] for part in keys], dim=-1)
+    return (text @ values[0] + images @ values[1]).view(q_BHWD.shape)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """
+    Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch
+    2.11 on an H100, by its profiler), and while decoding with a cache that grows, every token has a new shape.
+    """
+    cuda = torch.backends.cuda
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    leaves_out = cuda.cudnn_sdp_enabled() and others
+    if leaves_out:
+        cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if leaves_out:
+            cuda.enable_cudnn_sdp(True)
+
+
+def join(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """As `torch.cat`, without a copy where only one of the tensors holds something."""
+    filled = [tensor for tensor in tensors if tensor.shape[dim] > 0] or tensors[:1]
+    return torch.cat(filled, dim) if len(filled) > 1 else filled[0]
+
+
+def _part(states_BHWD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return states_BHWD if stop - start == states_BHWD.shape[2] else states_BHWD[:, :, start:stop]
