@@ -10,6 +10,8 @@ image and 32 text tokens after each. Both models (28 GB) are on the GPU at once 
   values once for each token; against copying 2 GB on the same GPU, which is read and written. Prefill computes matrix
   products, counted as in `arithmetic_rate.py`, without attention's own; against the product of two 8192 × 8192 matrices.
 - Prefill of up to 56 images (16,184 tokens), tower excluded: time and peak memory.
+- `attn_implementation="flex_attention"` beside "sdpa", both ours: prefill and training step by the number of images, and the
+  first step of each size, which compiles a kernel or finds one.
 
     python benchmarks/gpu_7b.py  # some minutes on an H100, 80 GB
 """
@@ -25,7 +27,7 @@ from measure import compare, graph_of, interleave
 from prefill import compare_prefill
 from report import HEAD, save_results, table_row
 from sides import assert_near, build_sides, encoder_outputs, leave_out_tower, make_inputs, prefill, without
-from training_step import make_steps, to_results
+from training_step import freeze, keep_labelled, make_step, make_steps, make_training_inputs, to_results
 from transformers import StaticCache
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
@@ -34,7 +36,7 @@ from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 TEXT = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VISION |= {"image_size": 224, "patch_size": 14}
-IMAGES, TRAINING_IMAGES, GROWTH = (1, 2, 4, 8), 4, (16, 32, 56)
+IMAGES, TRAINING_IMAGES, GROWTH, FLEX_IMAGES = (1, 2, 4, 8), 4, (16, 32, 56), (8, 16, 24, 32)
 REPEATS, TRAINING_REPEATS, GROWTH_REPEATS = 9, 7, 3
 # Decoded tokens; those before them, which are not measured; and how many a static cache has room for
 TOKENS, WARMUPS, ROOM = 32, 4, 128
@@ -208,18 +210,53 @@ def compare_training(ours, llava, images: int, repeats: int) -> list[dict]:
     return to_results(seconds, peaks, images)
 
 
+def make_inputs_without_tower(ours, images: int) -> dict:
+    size = (images, ours.config.image_seq_length, ours.config.text_config.hidden_size)
+    features = torch.randn(size, device=ours.device, dtype=ours.dtype)
+    return {**make_inputs(ours, images, pixels=False), "mm_encoder_outputs": encoder_outputs(features)}
+
+
 def compare_growth(ours, llava, counts: Iterable[int], repeats: int) -> Iterator[dict]:
     for images in counts:
-        text = make_inputs(ours, images, pixels=False)
-        size = (images, ours.config.image_seq_length, ours.config.text_config.hidden_size)
-        features = torch.randn(size, device=ours.device, dtype=ours.dtype)
-        inputs = {**text, "mm_encoder_outputs": encoder_outputs(features)}
+        inputs = make_inputs_without_tower(ours, images)
         sides = {"ours": lambda given=inputs: prefill(ours, given), "theirs": lambda given=inputs: prefill(llava, given)}
         seconds = interleave(sides, repeats)
-        claim = f"growth, images {images}, tokens {text['input_ids'].shape[1]:,}: {{}} of VisualChat against LLaVA"
+        claim = f"growth, images {images}, tokens {inputs['input_ids'].shape[1]:,}: {{}} of VisualChat against LLaVA"
         yield compare(claim.format("time"), seconds["ours"], seconds["theirs"])
         peaks = {name: [peak_memory(call)] for name, call in sides.items()}
         yield compare(claim.format("peak memory"), peaks["ours"], peaks["theirs"], unit="MiB")
+
+
+def compare_flex(ours, counts: Iterable[int], repeats: int) -> Iterator[dict]:
+    def by(implementation: str, call: Callable) -> Callable:
+        def run():
+            ours.set_attn_implementation({"text_config": implementation})
+            result = call()
+            torch.cuda.synchronize()
+            return result
+
+        return run
+
+    def sides_of(call: Callable) -> dict[str, Callable]:
+        return {"ours": by("flex_attention", call), "theirs": by("sdpa", call)}
+
+    freeze(ours)
+    steps = {images: make_step(ours, keep_labelled(make_training_inputs(ours, images))) for images in counts}
+    for images, step in steps.items():
+        claim = f"training step, alignment mode, {images} images, flex attention against SDPA"
+        first = interleave(sides_of(step), 1, warmups=0)
+        yield compare(f"{claim}: the first", first["ours"], first["theirs"])
+        seconds = interleave(sides_of(step), repeats)
+        yield compare(claim, seconds["ours"], seconds["theirs"])
+        peaks = {name: [peak_memory(call)] for name, call in sides_of(step).items()}
+        yield compare(f"{claim}: peak memory", peaks["ours"], peaks["theirs"], unit="MiB")
+    ours.eval().requires_grad_(False)
+    for images in counts:
+        inputs = make_inputs_without_tower(ours, images)
+        seconds = interleave(sides_of(lambda given=inputs: prefill(ours, given)), repeats, warmups=2)
+        claim = f"prefill, {images} images, tower excluded, flex attention against SDPA"
+        yield compare(claim, seconds["ours"], seconds["theirs"])
+    ours.set_attn_implementation({"text_config": "sdpa"})
 
 
 def main():
@@ -244,6 +281,7 @@ def main():
     show(compare_training(ours, llava, TRAINING_IMAGES, TRAINING_REPEATS))
     with waiting(ours, llava):
         show(compare_growth(ours, llava, GROWTH, GROWTH_REPEATS))
+    show(compare_flex(ours, FLEX_IMAGES, GROWTH_REPEATS))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Prefill, in which text rows look at text keys and at image keys:
 - SDPA, masked: the text keys by a causal call, the image keys by calls under a mask, one for so many queries, each over the
   keys up to the last that they see (`ModalityLayout` on a GPU);
 - SDPA, a call for each run of text that sees the same images, without a mask (`ModalityLayout` on a CPU);
-- flex: in place of the masked calls, flex attention with a block mask.
+- flex: in place of the masked calls, flex attention with a block mask (`attn_implementation="flex_attention"`).
 Training adds the backward pass. Against them, plain causal SDPA over all rows, as LLaVA computes it.
 
 Decoding, in which one text row looks at all keys: two calls of SDPA without or with masks (a static cache has a buffer of
@@ -23,7 +23,6 @@ from unittest.mock import patch
 import torch
 from measure import compare, graph_of
 from report import write_results
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from modeling_visualchat import layout_visualchat
@@ -33,7 +32,6 @@ from modeling_visualchat.layout_visualchat import ModalityLayout
 HEADS, HEAD_SIZE, IMAGE_TOKENS, TEXT_TOKENS, LAYERS, REPEATS = 32, 128, 257, 32, 8, 20
 # Images, and the queries of a call that are tried
 SIZES = {1: (), 8: (128,), 32: (128, 256, 512), 56: (256, 512)}
-compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 def draw(length: int, batch_size: int = 1) -> torch.Tensor:
@@ -44,26 +42,22 @@ def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
     text, image = images * TEXT_TOKENS, images * IMAGE_TOKENS
     is_image = torch.tensor([([True] * IMAGE_TOKENS + [False] * TEXT_TOKENS) * images], device="cuda")
     rotary = (torch.ones(1, text + image, HEAD_SIZE, device="cuda", dtype=torch.bfloat16),) * 2
-    query_run = torch.arange(text, device="cuda") // TEXT_TOKENS
-    key_image = torch.arange(image, device="cuda") // IMAGE_TOKENS
-    block_mask = create_block_mask(lambda b, h, q, kv: key_image[kv] <= query_run[q], None, None, text, image, device="cuda")
 
-    def make_layout(queries: int | None) -> ModalityLayout:
+    def make_layout(queries: int | None, takes_blocks: bool = False) -> ModalityLayout:
         by_runs, size = (lambda device: queries is None), queries or text
         with (
             patch.object(layout_visualchat, "runs_by_images", by_runs),
             patch.object(layout_visualchat, "QUERIES_PER_CALL", size),
+            patch.object(layout_visualchat, "QUERIES_PER_BLOCK", 1),
         ):
-            return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS)
+            return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, takes_blocks=takes_blocks)
 
     def ours(layout, q, k_text, v_text, k_image, v_image):
         return layout.attend(q, (k_text, k_image), (v_text, v_image), scaling=HEAD_SIZE**-0.5)
 
-    def flex(q, k_text, v_text, k_image, v_image):
-        return sdpa(q, k_text, v_text, is_causal=True) + compiled_flex(q, k_image, v_image, block_mask=block_mask)
-
     parts = {f"SDPA, masked, {size} queries a call": functools.partial(ours, make_layout(size)) for size in sizes}
-    parts |= {"SDPA, masked, one call": functools.partial(ours, make_layout(text)), "flex": flex}
+    parts["SDPA, masked, one call"] = functools.partial(ours, make_layout(text))
+    parts["flex"] = functools.partial(ours, make_layout(text, takes_blocks=True))
     parts["SDPA, a call for each run"] = functools.partial(ours, make_layout(None))
     sides = {name: (part, (text, text, text, image, image)) for name, part in parts.items()}
     sides["causal SDPA"] = (lambda q, k, v: sdpa(q, k, v, is_causal=True), (text + image,) * 3)

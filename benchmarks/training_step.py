@@ -39,16 +39,25 @@ def make_step(model, inputs: dict) -> Callable[[], float]:
     return step
 
 
-def make_steps(ours, llava, images: int = IMAGES) -> dict[str, Callable]:
+def make_training_inputs(ours, images: int) -> dict[str, torch.Tensor]:
     inputs = make_inputs(ours, images)
     labels = inputs["input_ids"].clone().view(images, -1)
     labels[:, : -TEXT_TOKENS // 2] = -100
     inputs["labels"] = labels.view(1, -1)
     assert not (inputs["labels"] == IMAGE_TOKEN).any()
-    keep = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+    return inputs
+
+
+def keep_labelled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As our collator asks: logits where there is a label."""
+    return {**inputs, "logits_to_keep": torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))}
+
+
+def make_steps(ours, llava, images: int = IMAGES) -> dict[str, Callable]:
+    inputs = make_training_inputs(ours, images)
     for model in (ours, llava):
         freeze(model)
-    return {"ours": make_step(ours, {**inputs, "logits_to_keep": keep}), "theirs": make_step(llava, inputs)}
+    return {"ours": make_step(ours, keep_labelled(inputs)), "theirs": make_step(llava, inputs)}
 
 
 def measure_peaks(steps: dict[str, Callable], repeats: int = MEMORY_REPEATS) -> dict[str, list[float]]:

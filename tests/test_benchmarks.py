@@ -63,7 +63,15 @@ def test_every_comparison_runs(toy_sides, monkeypatch):
 def test_every_comparison_on_a_gpu_runs(monkeypatch, tmp_path):
     sides = build_toys(dtype=torch.bfloat16)
     gpu, report = importlib.import_module("gpu_7b"), importlib.import_module("report")
-    sizes = {"IMAGES": (1, 2), "TRAINING_IMAGES": 2, "GROWTH": (3,), "TOKENS": 2, "COPIED_BYTES": 10**6, "MATRIX_SIZE": 64}
+    sizes = {
+        "IMAGES": (1, 2),
+        "TRAINING_IMAGES": 2,
+        "GROWTH": (3,),
+        "FLEX_IMAGES": (1, 2),
+        "TOKENS": 2,
+        "COPIED_BYTES": 10**6,
+        "MATRIX_SIZE": 64,
+    }
     sizes |= dict.fromkeys(("REPEATS", "TRAINING_REPEATS", "GROWTH_REPEATS"), 1)
     for name, size in sizes.items():
         monkeypatch.setattr(gpu, name, size)
@@ -76,7 +84,7 @@ def test_every_comparison_on_a_gpu_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     gpu.main()
     table = report.table(["gpu_7b"], with_targets_only=False)
-    assert table.count("\n") == 1 + 4 + 2 + 2 + (3 + 3 + 2) + 2 + 2
+    assert table.count("\n") == 1 + 4 + 2 + 2 + (3 + 3 + 2) + 2 + 2 + 2 * 4
     assert len(set(table.splitlines())) == table.count("\n") + 1
     assert json.loads((tmp_path / "gpu_7b.json").read_text())[0]["machine"].startswith("no GPU, beside ")
     assert not any(model.training or parameter.requires_grad for model in sides for parameter in model.parameters())

@@ -9,6 +9,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import TOKENS_PER_IMAGE, make_inputs, make_model
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_mask
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
@@ -34,13 +36,13 @@ DOUBLE = torch.float64
 
 
 @functools.cache
-def make_pair(variant="mmca", numbered=True, kv_heads=2, dtype=torch.float32, trains=False):
+def make_pair(variant="mmca", numbered=True, kv_heads=2, dtype=torch.float32, trains=False, attention="sdpa"):
     """The same weights by modality and as the definition. The tower is the same on both sides."""
     text = {"num_key_value_heads": kv_heads}
     options = {"multimodal_attention": variant, "image_number_keys": numbered, "text": text}
     pair = [
         make_model({"text_config": decoder, "vision_config": "sdpa"}, **copy.deepcopy(options)).to(dtype).train(trains)
-        for decoder in ("sdpa", "eager")
+        for decoder in (attention, "eager")
     ]
     pair[1].load_state_dict(pair[0].state_dict())
     return pair
@@ -534,18 +536,33 @@ class TestCache:
         assert torch.equal(fast.generate(**inputs, **beams), eager.generate(**inputs, **beams))
 
 
-@pytest.fixture
-def in_masked_calls(monkeypatch):
-    """What a GPU computes: a masked call for every few queries."""
+@pytest.fixture(params=["sdpa", "flex_attention"])
+def on_a_gpu(request, monkeypatch):
+    """What a GPU computes: a masked call for every few queries, or one by flex attention, whose masks are here applied."""
     monkeypatch.setattr(layout_visualchat, "runs_by_images", lambda device: False)
     monkeypatch.setattr(layout_visualchat, "QUERIES_PER_CALL", 3)
+    if request.param == "flex_attention":
+        monkeypatch.setattr(decoder_visualchat, "has_blocks", lambda device: True)
+        monkeypatch.setattr(layout_visualchat, "QUERIES_PER_BLOCK", 2)
+        monkeypatch.setattr(kernels_visualchat, "compile_friendly_flex_attention", apply_block_mask)
+    return request.param
+
+
+def apply_block_mask(query, key, value, training, block_mask, **settings):
+    assert block_mask.shape == (len(query), 1, query.shape[2], key.shape[2])
+    visible = create_mask(block_mask.mask_mod, len(query), 1, query.shape[2], key.shape[2], query.device)
+    sees = visible.any(-1, keepdim=True)
+    return scaled_dot_product_attention(query, key, value, visible | ~sees, **settings) * sees
 
 
 class TestMaskedCalls:
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("layout", [*EDGES, ["ttititst"], ["titsit", "ttt", "iitti"]], ids=str)
-    def test_logits_and_gradients_equal_eager(self, in_masked_calls, layout, side):
-        pair = make_pair(dtype=DOUBLE, trains=True)
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_logits_and_gradients_equal_eager(self, on_a_gpu, variant, layout, side):
+        if on_a_gpu == "flex_attention" and not any("i" in row for row in layout):
+            pytest.skip("text alone is computed as LLaMA's is, and flex attention has no backward pass on a CPU")
+        pair = make_pair(variant, dtype=DOUBLE, trains=True, attention=on_a_gpu)
         inputs = make_inputs(layout, pair[0], padding_side=side)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].double()
@@ -563,10 +580,66 @@ class TestMaskedCalls:
             ours = gradients[0].get(name, torch.zeros_like(expected))
             torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4, msg=name)
 
-    def test_rounds_equal_a_run_from_scratch(self, in_masked_calls):
-        conversations = Conversations(*make_pair(), 2)
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_rounds_equal_a_run_from_scratch(self, on_a_gpu, variant):
+        conversations = Conversations(*make_pair(variant, attention=on_a_gpu), 2)
         for layout in (["titt", "s"], ["", "itst"], ["t", "t"], ["iitst", "ts"]):
             conversations.say(layout)
+
+
+class TestFlexAttention:
+    def test_the_kernel_itself_equals_eager(self, monkeypatch):
+        """As compiled for a CPU, which has no backward pass of it: training is tested on a GPU."""
+        monkeypatch.setattr(decoder_visualchat, "has_blocks", lambda device: True)
+        monkeypatch.setattr(layout_visualchat, "QUERIES_PER_BLOCK", 2)
+        calls = []
+        attend = kernels_visualchat.compile_friendly_flex_attention
+        monkeypatch.setattr(
+            kernels_visualchat,
+            "compile_friendly_flex_attention",
+            lambda *args, **kwargs: calls.append(args) or attend(*args, **kwargs),
+        )
+        flex, eager = make_pair(attention="flex_attention")
+        inputs = make_inputs(["titit", "ts", "iit"], flex)
+        assert_equal_where_kept(forward(flex, inputs).logits, forward(eager, inputs).logits, inputs)
+        assert len(calls) > 0
+
+    def test_on_a_cpu_it_trains_and_decodes_as_sdpa_does(self):
+        flex, eager = make_pair(trains=True, attention="flex_attention")
+        inputs = make_inputs(["titit", "ts"], flex, padding_side="right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        losses = [model(**inputs, labels=labels).loss for model in (flex, eager)]
+        torch.testing.assert_close(*losses)
+        losses[0].backward()
+        inputs = make_inputs(["titit", "ts"], flex)
+        greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        flex, eager = (copy.deepcopy(model).eval() for model in (flex, eager))
+        assert torch.equal(flex.generate(**inputs, **greedy), eager.generate(**inputs, **greedy))
+
+    def test_attention_dropout_is_refused(self, on_a_gpu):
+        model = make_model({"text_config": on_a_gpu, "vision_config": "sdpa"}, text={"attention_dropout": 0.1}).train()
+        inputs = make_inputs(["titit"], model)
+        if on_a_gpu == "sdpa":
+            model(**inputs)
+            return
+        with pytest.raises(ValueError, match="no dropout: set attention_dropout=0 or attn_implementation='sdpa'"):
+            model(**inputs)
+
+    def test_a_layout_that_is_moved_masks_what_it_did(self, on_a_gpu):
+        """As accelerate does where layers are spread over devices."""
+        flex, eager = make_pair(attention=on_a_gpu)
+        inputs = make_inputs(["titit", "ts"], flex)
+        hook = functools.partial(_move_layouts, device="cpu")
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in flex.model.language_model.layers]
+        try:
+            assert_equal_where_kept(forward(flex, inputs).logits, forward(eager, inputs).logits, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _move_layouts(module, args, kwargs, device):
+    return args, {name: value.to(device) if name == "attention_mask" else value for name, value in kwargs.items()}
 
 
 def test_cudnn_is_left_out_and_let_in_again_as_the_user_has_it():

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import make_inputs, make_model
 
+from modeling_visualchat import layout_visualchat
+
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LAYOUTS = {
@@ -19,7 +21,7 @@ LAYOUTS = {
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
-def make_pair(variant="mmca", dtype=torch.float32, **text):
+def make_pair(variant="mmca", dtype=torch.float32, attention="sdpa", **text):
     pair = [
         make_model(
             {"text_config": decoder, "vision_config": "sdpa"},
@@ -27,7 +29,7 @@ def make_pair(variant="mmca", dtype=torch.float32, **text):
             image_number_keys=True,
             text=text,
         )
-        for decoder in ("sdpa", "eager")
+        for decoder in (attention, "eager")
     ]
     pair[1].load_state_dict(pair[0].state_dict())
     return [model.to("cuda", dtype) for model in pair]
@@ -37,18 +39,21 @@ def to_gpu(inputs, dtype=torch.float32):
     return {name: value.to("cuda", dtype if value.is_floating_point() else None) for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_and_gradients_equal_eager(variant, layout, side):
-    pair = make_pair(variant)
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Flex attention for the little that a tiny model computes."""
+    monkeypatch.setattr(layout_visualchat, "QUERIES_PER_BLOCK", 2)
+
+
+def assert_logits_and_gradients_equal(pair, layout, side, compiled=None):
     inputs = to_gpu(make_inputs(layout, pair[0], padding_side=side))
     kept = inputs["attention_mask"].bool()
     labels = inputs["input_ids"].masked_fill(~kept, -100)
     labels[:, 1:][~kept[:, :-1]] = -100
     results = []
-    for model in pair:
-        outputs = model.train()(**inputs, labels=labels)
+    for model, forward in zip(pair, (compiled or pair[0], pair[1])):
+        model.train()
+        outputs = forward(**inputs, labels=labels)
         outputs.loss.backward()
         results.append((outputs.logits[kept], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (ours, our_gradients), (theirs, their_gradients) = results
@@ -56,6 +61,27 @@ def test_logits_and_gradients_equal_eager(variant, layout, side):
     for name, expected in their_gradients.items():
         ours = our_gradients.get(name, torch.zeros_like(expected))
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_gradients_equal_eager(variant, layout, side):
+    assert_logits_and_gradients_equal(make_pair(variant), layout, side)
+
+
+@pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+@pytest.mark.parametrize("layout", ["last", "adjacent", "unequal rows"])
+def test_flex_attention_equals_eager(in_blocks, variant, layout):
+    assert_logits_and_gradients_equal(make_pair(variant, attention="flex_attention"), LAYOUTS[layout], "left")
+
+
+@pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_compiled_training_step_equals_eager(in_blocks, variant, attention):
+    pair = make_pair(variant, attention=attention)
+    compiled = torch.compile(pair[0], fullgraph=True)
+    assert_logits_and_gradients_equal(pair, LAYOUTS["unequal rows"], "left", compiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -92,6 +118,15 @@ def test_every_cache_and_decoding_mode_answers_as_eager_does(variant, options):
         inputs = to_gpu(make_inputs(layout, fast))
         expected = eager.generate(**copy.deepcopy(inputs), **GREEDY, **reference)
         assert torch.equal(fast.generate(**copy.deepcopy(inputs), **GREEDY, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_flex_attention_answers_as_eager_does(in_blocks, options):
+    fast, eager = make_pair(attention="flex_attention")
+    inputs = to_gpu(make_inputs(["titit", "ts", "iit"], fast))
+    beams = {name: value for name, value in options.items() if name == "num_beams"}
+    expected = eager.generate(**copy.deepcopy(inputs), **GREEDY, **beams)
+    assert torch.equal(fast.generate(**copy.deepcopy(inputs), **GREEDY, **options, disable_compile=True), expected)
 
 
 @pytest.mark.parametrize(

@@ -394,10 +394,8 @@ class ChatSession:
         return Computed(computed.cache, input_ids[:length], pictures[:kept])
 
     def _can_remember(self) -> bool:
-        attention = self.model.model.language_model.config._attn_implementation
         is_offloaded = any(parameter.is_meta for parameter in self.model.parameters())
-        is_alone = self.model.config.multimodal_attention in ("mmca", "mmca_merged")
-        return is_alone and attention == "sdpa" and not is_offloaded
+        return self.model.model.language_model.can_sort_rows(None) and not is_offloaded
 
     def _new_images(self, rounds: list[Round], known: int, remembers: bool) -> dict:
         """The images after the first `known` ones, as inputs of `generate`."""

@@ -25,7 +25,7 @@ from .attention_visualchat import (
 )
 from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
 from .configuration_visualchat import VisualChatConfig
-from .layout_visualchat import ModalityLayout
+from .layout_visualchat import ModalityLayout, has_blocks
 from .released_visualchat import ReleasedMask, place_in_reverse
 
 
@@ -165,8 +165,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         sorts_rows = self._sorts_rows(is_image, num_placeholders, attention_mask, position_ids, past_key_values)
         if image_memory and not sorts_rows:
             raise ValueError(
-                "image_memory needs attn_implementation 'sdpa', a dynamic or static cache or none, and a 2-dimensional"
-                " attention_mask. Under torch.compile, it needs to be without a cache"
+                "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, and a"
+                " 2-dimensional attention_mask. Under torch.compile, it needs to be without a cache"
             )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
@@ -258,8 +258,9 @@ class VisualChatTextModel(LlamaPreTrainedModel):
 
     def can_sort_rows(self, attention_mask: torch.Tensor | BlockMask | None) -> bool:
         """Whether the attention can be computed by modality, with such a mask."""
-        is_own = self.multimodal_attention in ("mmca", "mmca_merged") and self.config._attn_implementation == "sdpa"
-        return is_own and (attention_mask is None or attention_mask.ndim == 2)
+        is_own = self.multimodal_attention in ("mmca", "mmca_merged")
+        is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+        return is_own and is_plain and self.config._attn_implementation in ("sdpa", "flex_attention")
 
     def _sorts_rows(
         self,
@@ -274,8 +275,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         if get_places(past_key_values) is not None:
             if not can_sort:
                 raise ValueError(
-                    "The conversation in past_key_values was begun with attn_implementation='sdpa' and a 2-dimensional"
-                    " attention_mask: go on with both"
+                    "The conversation in past_key_values was begun with attn_implementation='sdpa' or 'flex_attention' and a"
+                    " 2-dimensional attention_mask: go on with both"
                 )
             return True
         if is_image is None or not can_sort:
@@ -300,7 +301,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         # New images of a cached conversation are sorted as the data has it, outside of a graph
         is_for_graphs = is_image is None or (places is None and images["num_placeholders"] is not None)
         make = ModalityLayout if is_for_graphs else _make_layout_outside_of_graphs
-        settings = {"merged": is_merged, "places": places, **images}
+        takes_blocks = self.config._attn_implementation == "flex_attention" and has_blocks(rotary[0].device)
+        settings = {"merged": is_merged, "places": places, "takes_blocks": takes_blocks, **images}
         return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
 
     def _mask_rows(

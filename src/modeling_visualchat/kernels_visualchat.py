@@ -11,20 +11,22 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import dropout, scaled_dot_product_attention
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 
 class ImageCall(NamedTuple):
     """
     A call of the attention kernel over image keys: the queries from `start` up to `stop` and the first `count` keys. `mask`,
-    of shape `(batch_size, 1, queries, count)`, says by -inf what they do not see; `None`: they see all.
-    `sees_image`, of shape `(batch_size, 1, queries, 1)`: whether a query sees any.
+    of shape `(batch_size, 1, queries, count)`, says by -inf what they do not see, or is a `BlockMask`; `None`: they see all.
+    `sees_image`, of shape `(batch_size, 1, queries, 1)`: whether a query sees any. Flex attention needs no such thing.
     """
 
     start: int
     stop: int
     count: int
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor | BlockMask | None = None
     sees_image: torch.Tensor | None = None
 
 
@@ -57,15 +59,23 @@ def softmax(
     q_BHWD: torch.Tensor,
     k_BGKD: torch.Tensor,
     v_BGKD: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | BlockMask | None = None,
     is_causal: bool = False,
     scaling: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """One softmax, of shape BHWD, over scores to which a mask of shape `(batch_size, 1, W, keys)` is added."""
+    """
+    One softmax, of shape BHWD, over scores to which a mask of shape `(batch_size, 1, W, keys)` is added; with a `BlockMask`
+    by flex attention, which gives zeros to a query that sees nothing.
+    """
     settings = {"is_causal": is_causal, "scale": scaling, "dropout_p": dropout_p}
     batch_size, heads, width, head_size = q_BHWD.shape
     groups = k_BGKD.shape[1]
+    if isinstance(mask, BlockMask):
+        if dropout_p > 0:
+            raise ValueError("`flex_attention` has no dropout: set attention_dropout=0 or attn_implementation='sdpa'")
+        blocks = {"block_mask": mask, "enable_gqa": heads != groups, "scale": scaling}
+        return compile_friendly_flex_attention(q_BHWD, k_BGKD, v_BGKD, training=q_BHWD.requires_grad, **blocks)
     if heads == groups or is_causal:
         return scaled_dot_product_attention(q_BHWD, k_BGKD, v_BGKD, mask, enable_gqa=heads != groups, **settings)
     # The heads that share keys are queries of one head, so that keys and values are read once
@@ -79,7 +89,7 @@ def merged_softmax(
     q_BHWD: torch.Tensor,
     keys: tuple[torch.Tensor, ...],
     values: tuple[torch.Tensor, ...],
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
@@ -95,6 +105,17 @@ def merged_softmax(
     weights_BGRK = dropout(scores_BGRK.softmax(-1, dtype=softmax_dtype).to(scores_BGRK.dtype), dropout_p)
     text, images = weights_BGRK.split([part.shape[2] for part in keys], dim=-1)
     return (text @ values[0] + images @ values[1]).view(q_BHWD.shape)
+
+
+def make_block_mask(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> BlockMask:
+    """For flex attention: a query sees the keys whose places are from its `first` up to its `last`."""
+
+    def sees(batch_idx, head_idx, q_idx, kv_idx):
+        place = places_BK[batch_idx, kv_idx]
+        return (place >= first_BW[batch_idx, q_idx]) & (place <= last_BW[batch_idx, q_idx])
+
+    batch_size, keys = places_BK.shape
+    return create_block_mask(sees, batch_size, None, last_BW.shape[1], keys, device=places_BK.device)
 
 
 @contextmanager

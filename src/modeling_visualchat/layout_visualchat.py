@@ -20,10 +20,20 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.utils import is_tracing
 
 from .cache_visualchat import PlacesLayer
-from .kernels_visualchat import ImageCall, attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
+from .kernels_visualchat import (
+    ImageCall,
+    attend_to_images,
+    join,
+    make_block_mask,
+    merged_softmax,
+    rotate,
+    softmax,
+    without_cudnn,
+)
 
 
 class PackedRows:
@@ -81,6 +91,7 @@ class ModalityLayout:
         memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
         records (`bool`): Whether to keep the keys and values of the image rows of each layer in `recorded`.
         num_placeholders (`int`, *optional*): How many placeholders there are. Needed where a graph is traced.
+        takes_blocks (`bool`): Whether flex attention computes what needs a mask, of so many queries as fill a block.
     """
 
     def __init__(
@@ -96,9 +107,10 @@ class ModalityLayout:
         memory: Sequence = (),
         records: bool = False,
         num_placeholders: int | None = None,
+        takes_blocks: bool = False,
     ):
         batch_size, length = self.shape = batch_and_length
-        self.is_traced, self.merged = is_tracing(), merged
+        self.is_traced, self.merged, self.takes_blocks = is_tracing(), merged, takes_blocks
         self.begins = places is None or places.is_empty
         self.past_length = 0 if self.begins else places.length + 0  # a static cache counts in place
         self.sequences = (batch_size, length)
@@ -147,7 +159,10 @@ class ModalityLayout:
 
     def to(self, device: torch.device, **kwargs) -> "ModalityLayout":
         """Where a decoder layer is, if the layers are spread over devices: accelerate's hooks call this."""
-        return _move(self, device, **kwargs)
+        layout = _move(self, device, **kwargs)
+        if self.takes_blocks:  # block masks hold places that cannot be moved
+            layout._look(layout.kept_text, self.keeps_images)
+        return layout
 
     def _sort(
         self, is_image_BQ: torch.Tensor | None, device: torch.device, num_placeholders: int | None, may_pad: bool
@@ -196,9 +211,9 @@ class ModalityLayout:
         """
         What the text rows `kept_text` (`None`: all) look at.
 
-        `mask`, of shape `(batch_size, 1, W, T or K)`, is added to the scores of text keys, and in `mmca_merged` of image
-        keys behind them: `None` is all of them, or with `is_causal` those up to the query's own. `image_calls` are the calls
-        over image keys alone, each list for some rows of the batch.
+        `mask`, of shape `(batch_size, 1, W, T or K)` or a `BlockMask`, is for the scores of text keys, and in `mmca_merged`
+        of image keys behind them: `None` is all of them, or with `is_causal` those up to the query's own. `image_calls` are
+        the calls over image keys alone, each list for some rows of the batch.
         """
         self.kept_text, self.keeps_images = kept_text, keeps_images
         rows, self.queries, self.query_rotary = self.text_rows, self.text, self.text_rotary
@@ -215,37 +230,31 @@ class ModalityLayout:
         if len(rows) == 0:
             return
 
-        places_BW1 = self.queries.pad(self._places_of(rows), -1)[..., None]
+        last_BW = self.queries.pad(self._places_of(rows), -1)
         # Of all batch rows in one sequence, a query sees its own
-        first_BW1 = self.queries.pad(rows - rows % self.shape[1])[..., None] if is_one_sequence else 0
+        first_BW = self.queries.pad(rows - rows % self.shape[1]) if is_one_sequence else torch.zeros_like(last_BW)
+        image_places_BI = self._without_padding(self.image_places_BI)
         if not self.is_causal:
-            visible_BWK = self._visible(self.text_places_BT, first_BW1, places_BW1)
+            places_BK = self._without_padding(self.text_places_BT)
             if has_images and self.merged:
-                visible_images = self._visible(self.image_places_BI, first_BW1, places_BW1)
-                visible_BWK = torch.cat([visible_BWK, visible_images], -1)
-            self.mask = self._to_mask(visible_BWK)
-        if not has_images or self.merged:
-            return
-        width, num_keys = self.queries.shape[1], self.image_places_BI.shape[1]
-        if self.is_traced and self.sees_all_images:
-            self.image_calls = [(slice(None), [ImageCall(0, width, num_keys)])]
-            return
-        visible_BWI = self._visible(self.image_places_BI, first_BW1, places_BW1)
-        if self.is_traced:
-            self.image_calls = [(slice(None), [self._masked_call(visible_BWI, 0, width, num_keys)])]
-        else:
-            self.image_calls = self._find_calls(visible_BWI)
+                places_BK = torch.cat([places_BK, image_places_BI], -1)
+            self.mask = self._make_mask(places_BK, first_BW, last_BW)
+        if has_images and not self.merged:
+            self.image_calls = self._find_calls(image_places_BI, first_BW, last_BW)
 
-    def _visible(
-        self, places_BK: torch.Tensor, first_BW1: torch.Tensor | int, query_places_BW1: torch.Tensor
-    ) -> torch.Tensor:
-        """Which keys exist, are not padding, and stand no later than the query: of shape `(batch_size, W, keys)`."""
-        places_B1K = places_BK[:, None]
-        visible_BWK = (places_B1K >= first_BW1) & (places_B1K <= query_places_BW1)
-        if self.attention_mask is not None:
-            is_kept_BK = self.attention_mask.gather(1, places_BK.clamp(min=0)) != 0
-            visible_BWK = visible_BWK & is_kept_BK[:, None]
-        return visible_BWK
+    def _without_padding(self, places_BK: torch.Tensor) -> torch.Tensor:
+        """The places of keys that exist and are not padding; -1 for others."""
+        if self.attention_mask is None:
+            return places_BK
+        is_kept_BK = self.attention_mask.gather(1, places_BK.clamp(min=0)) != 0
+        return places_BK.masked_fill(~is_kept_BK, -1)
+
+    def _make_mask(
+        self, places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
+    ) -> torch.Tensor | BlockMask | None:
+        if self.takes_blocks and last_BW.shape[1] >= QUERIES_PER_BLOCK:
+            return make_block_mask(places_BK, first_BW, last_BW)
+        return self._to_mask(_visible(places_BK, first_BW, last_BW))
 
     def _to_mask(self, visible_BWK: torch.Tensor) -> torch.Tensor | None:
         """
@@ -267,19 +276,30 @@ class ModalityLayout:
             sees_image = None
         return ImageCall(start, stop, count, self._to_mask(visible_BWI) if count > 0 else None, sees_image)
 
-    def _find_calls(self, visible_BWI: torch.Tensor) -> list[tuple[slice, list[ImageCall]]]:
+    def _find_calls(
+        self, places_BI: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
+    ) -> list[tuple[slice, list[ImageCall]]]:
         """
         On a CPU, a call without a mask for each run of queries that see the same images. On a GPU such calls are too small
         (`benchmarks/gpu_attention.py`): there, and where what is seen is not what came first, a masked call for every
-        `QUERIES_PER_CALL` queries, over the keys up to the last that one of them sees.
+        `QUERIES_PER_CALL` queries, over the keys up to the last that one of them sees; or one by flex attention, which
+        leaves out what no query of a block sees. In a graph, one call.
         """
-        keys_I = torch.arange(visible_BWI.shape[-1], device=visible_BWI.device)
+        width, num_keys = last_BW.shape[1], places_BI.shape[1]
+        if self.is_traced and self.sees_all_images:
+            return [(slice(None), [ImageCall(0, width, num_keys)])]
+        if self.takes_blocks and width >= QUERIES_PER_BLOCK:
+            return [(slice(None), [ImageCall(0, width, num_keys, make_block_mask(places_BI, first_BW, last_BW))])]
+        visible_BWI = _visible(places_BI, first_BW, last_BW)
+        if self.is_traced:
+            return [(slice(None), [self._masked_call(visible_BWI, 0, width, num_keys)])]
+        keys_I = torch.arange(num_keys, device=visible_BWI.device)
         counts_BW = (visible_BWI * (keys_I + 1)).amax(-1)
         if runs_by_images(visible_BWI.device) and torch.equal(visible_BWI, keys_I < counts_BW[..., None]):
             return _find_runs(counts_BW.tolist(), self.queries)
         parts = counts_BW.split(QUERIES_PER_CALL, dim=1)
         counts = torch.stack([part.amax() for part in parts]).tolist()
-        starts = range(0, visible_BWI.shape[1], QUERIES_PER_CALL)
+        starts = range(0, width, QUERIES_PER_CALL)
         calls = [
             self._masked_call(visible_BWI, start, start + part.shape[1], count)
             for start, part, count in zip(starts, parts, counts)
@@ -398,11 +418,24 @@ class ModalityLayout:
 
 # More calls than one are worth their launch from here on (`benchmarks/gpu_attention.py`)
 QUERIES_PER_CALL = 512
+# What flex attention computes at once
+QUERIES_PER_BLOCK = 128
 
 
 def runs_by_images(device: torch.device) -> bool:
     """Whether a call for each run of text that sees the same images is the fastest way on this device."""
     return device.type == "cpu"
+
+
+def has_blocks(device: torch.device) -> bool:
+    """Whether flex attention has all that training needs: on a CPU it has no backward pass."""
+    return device.type != "cpu"
+
+
+def _visible(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> torch.Tensor:
+    """Which keys a query sees: those with places from its first up to its last. Of shape `(batch_size, W, keys)`."""
+    places_B1K = places_BK[:, None]
+    return (places_B1K >= first_BW[..., None]) & (places_B1K <= last_BW[..., None])
 
 
 def _move(rows: PackedRows | ModalityLayout, device: torch.device, **kwargs) -> PackedRows | ModalityLayout:
