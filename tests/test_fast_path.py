@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import TOKENS_PER_IMAGE, make_inputs, make_model
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
@@ -543,7 +543,7 @@ def on_a_gpu(request, monkeypatch):
     monkeypatch.setattr(layout_visualchat, "QUERIES_PER_CALL", 3)
     if request.param == "flex_attention":
         monkeypatch.setattr(decoder_visualchat, "has_blocks", lambda device: True)
-        monkeypatch.setattr(layout_visualchat, "QUERIES_PER_BLOCK", 2)
+        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_QUERIES", 2)
         monkeypatch.setattr(kernels_visualchat, "compile_friendly_flex_attention", apply_block_mask)
     return request.param
 
@@ -588,10 +588,41 @@ class TestMaskedCalls:
 
 
 class TestFlexAttention:
+    @drawn(max_examples=40)
+    @given(data=st.data(), batch_size=st.integers(1, 3), images=st.integers(1, 4), in_one_sequence=st.booleans())
+    def test_a_block_is_computed_if_it_holds_something_and_without_a_mask_if_all_of_it_is_seen(
+        self, data, batch_size, images, in_one_sequence
+    ):
+        """Compared with the masks of torch, which looks at each key of each query."""
+        rows = []
+        for _ in range(batch_size):
+            texts = [data.draw(st.integers(0, 200)) for _ in range(images + 1)]
+            tokens = [False] * texts[0] + [token for text in texts[1:] for token in [True] * 150 + [False] * text]
+            rows.append(torch.tensor(tokens))
+        is_image = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        places = torch.arange(is_image.shape[1]).expand(batch_size, -1)
+        keys, last = places.masked_fill(~is_image, -1), places.masked_fill(~kept | is_image, -1)
+        first = torch.zeros_like(last)
+        if in_one_sequence:
+            first = (torch.arange(batch_size) * places.shape[1])[:, None].expand_as(last)
+            keys, last = (torch.where(part < 0, -1, part + first).reshape(1, -1) for part in (keys, last))
+            first = first.reshape(1, -1)
+        mask = kernels_visualchat.make_block_mask(keys, first, last)
+        exact = create_block_mask(mask.mask_mod, len(keys), None, last.shape[1], keys.shape[1], device="cpu")
+        assert (mask.shape, mask.BLOCK_SIZE) == (exact.shape, exact.BLOCK_SIZE)
+        assert torch.equal(mask.full_kv_num_blocks, exact.full_kv_num_blocks)
+        held, computed = (one.to_dense() != 0 for one in (exact, mask))
+        assert computed[held].all()
+        of_blocks = create_mask(mask.mask_mod, len(keys), 1, last.shape[1], keys.shape[1], "cpu")
+        for row, query, key in zip(*torch.where(_full_blocks(mask))):
+            block = of_blocks[row, 0, 128 * query : 128 * (query + 1), 128 * key : 128 * (key + 1)]
+            assert block.shape == (128, 128) and block.all()
+
     def test_the_kernel_itself_equals_eager(self, monkeypatch):
         """As compiled for a CPU, which has no backward pass of it: training is tested on a GPU."""
         monkeypatch.setattr(decoder_visualchat, "has_blocks", lambda device: True)
-        monkeypatch.setattr(layout_visualchat, "QUERIES_PER_BLOCK", 2)
+        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_QUERIES", 2)
         calls = []
         attend = kernels_visualchat.compile_friendly_flex_attention
         monkeypatch.setattr(
@@ -636,6 +667,11 @@ class TestFlexAttention:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _full_blocks(mask):
+    only_full = BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
+    return only_full.to_dense()[:, 0] != 0
 
 
 def _move_layouts(module, args, kwargs, device):

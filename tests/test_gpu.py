@@ -42,7 +42,7 @@ def to_gpu(inputs, dtype=torch.float32):
 @pytest.fixture
 def in_blocks(monkeypatch):
     """Flex attention for the little that a tiny model computes."""
-    monkeypatch.setattr(layout_visualchat, "QUERIES_PER_BLOCK", 2)
+    monkeypatch.setattr(layout_visualchat, "MIN_FLEX_QUERIES", 2)
 
 
 def assert_logits_and_gradients_equal(pair, layout, side, compiled=None):
@@ -51,7 +51,7 @@ def assert_logits_and_gradients_equal(pair, layout, side, compiled=None):
     labels = inputs["input_ids"].masked_fill(~kept, -100)
     labels[:, 1:][~kept[:, :-1]] = -100
     results = []
-    for model, forward in zip(pair, (compiled or pair[0], pair[1])):
+    for model, forward in zip(pair, (pair[0] if compiled is None else compiled, pair[1])):
         model.train()
         outputs = forward(**inputs, labels=labels)
         outputs.loss.backward()

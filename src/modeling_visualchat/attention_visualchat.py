@@ -338,11 +338,11 @@ class VisualChatAttention(LlamaAttention):
         # Each projection takes the rows of both modalities in one product, and is called in the order of the other path: the
         # processes of a distributed run must agree on it, whatever their batches hold
         number_keys = None
-        keys = self._split_heads(self.k_proj(stream)[0])
+        keys = self._split_heads(self.k_proj(stream))
         if number_states_NC is not None:
             number_keys = self._split_heads(nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0)))
-        queries = self._split_heads(self.q_proj(layout.keep_text(stream))[0])
-        values = self._split_heads(self.v_proj(stream)[0])
+        queries = self._split_heads(self.q_proj(layout.keep_text(stream)))
+        values = self._split_heads(self.v_proj(stream))
 
         text_keys, own_keys = layout.split(keys)
         text_values, own_values = layout.split(values)
@@ -370,5 +370,4 @@ class VisualChatAttention(LlamaAttention):
         return self.o_proj(output[None])
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        rows, size = projected.shape
-        return projected.view(rows, size // self.head_dim, self.head_dim)
+        return projected.view(-1, projected.shape[-1] // self.head_dim, self.head_dim)

@@ -149,9 +149,22 @@ class StaticPlacesLayer(PlacesLayer):
         return self.max_cache_len, 0
 
 
-class ModalitiesLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that keeps the first keys and values as they are: joining them to nothing would copy them."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_initialized and self.keys.numel() > 0:
+            return super().update(key_states, value_states)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+class ModalitiesLayer(GrowingLayer):
     """
-    One decoder layer's keys and values: of text as in a `DynamicLayer`, of images in a second one.
+    One decoder layer's keys and values: of text as in a `GrowingLayer`, of images in a second one.
 
     Args:
         places (`PlacesLayer`): The places of both, which all layers share.
@@ -160,7 +173,7 @@ class ModalitiesLayer(DynamicLayer):
     def __init__(self, places: PlacesLayer):
         super().__init__()
         self.places = places
-        self.images = DynamicLayer()
+        self.images = GrowingLayer()
 
     def update(
         self,
@@ -177,11 +190,7 @@ class ModalitiesLayer(DynamicLayer):
         """
         keys, values = super().update(key_states, value_states)
         images = self.images
-        if images.get_seq_length() == 0:
-            # The first images are kept as they are, without the copy that joining them to nothing would make
-            images.lazy_initialization(image_key_states, image_value_states)
-            images.keys, images.values = image_key_states, image_value_states
-        elif image_key_states.shape[2] > 0:
+        if not images.is_initialized or image_key_states.shape[2] > 0:
             images.update(image_key_states, image_value_states)
         return (keys, images.keys), (values, images.values)
 

@@ -39,8 +39,12 @@ class VisualChatRMSNorm(LlamaRMSNorm):
 class VisualChatMLP(LlamaMLP):
     """LLaMA's MLP. Where nothing is differentiated, it works in place: new memory costs a CPU more than what is computed."""
 
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.is_silu = config.hidden_act == "silu"
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or is_tracing() or self.config.hidden_act != "silu":
+        if torch.is_grad_enabled() or is_tracing() or not self.is_silu:
             return super().forward(hidden_states)
         gate = nn.functional.silu(self.gate_proj(hidden_states), inplace=True)
         return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
@@ -302,7 +306,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         is_for_graphs = is_image is None or (places is None and images["num_placeholders"] is not None)
         make = ModalityLayout if is_for_graphs else _make_layout_outside_of_graphs
         takes_blocks = self.config._attn_implementation == "flex_attention" and has_blocks(rotary[0].device)
-        settings = {"merged": is_merged, "places": places, "takes_blocks": takes_blocks, **images}
+        settings = {"merged": is_merged, "places": places, "flex_scores": 0 if takes_blocks else None, **images}
         return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
 
     def _mask_rows(

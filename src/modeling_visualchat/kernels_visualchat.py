@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
+
+
+# Queries and keys that flex attention computes or leaves out together
+BLOCK_SIZE = 128
 
 
 class ImageCall(NamedTuple):
@@ -108,14 +112,37 @@ def merged_softmax(
 
 
 def make_block_mask(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> BlockMask:
-    """For flex attention: a query sees the keys whose places are from its `first` up to its `last`."""
+    """
+    For flex attention: a query sees the keys whose places are from its `first` up to its `last`. `create_block_mask` would
+    look at each key of each query to find out which blocks hold something; their smallest and largest places tell it too.
+    """
+    places_BK, first_BW, last_BW = (states.int() for states in (places_BK, first_BW, last_BW))
 
     def sees(batch_idx, head_idx, q_idx, kv_idx):
         place = places_BK[batch_idx, kv_idx]
         return (place >= first_BW[batch_idx, q_idx]) & (place <= last_BW[batch_idx, q_idx])
 
-    batch_size, keys = places_BK.shape
-    return create_block_mask(sees, batch_size, None, last_BW.shape[1], keys, device=places_BK.device)
+    # Padding of the last block is no key, -1, and no query: it sees no place
+    keys, lasts = _in_blocks(places_BK, -1), _in_blocks(last_BW, -1)
+    firsts = _in_blocks(first_BW, 0)
+    nowhere = torch.iinfo(keys.dtype).max
+    lowest = keys.masked_fill(keys < 0, nowhere).amin(-1)[:, None]
+    some = (lowest <= lasts.amax(-1)[..., None]) & (keys.amax(-1)[:, None] >= firsts.amin(-1)[..., None])
+    every = (keys.amin(-1)[:, None] >= firsts.amax(-1)[..., None]) & (keys.amax(-1)[:, None] <= lasts.amin(-1)[..., None])
+    partly, wholly = _indices_of(some & ~every), _indices_of(every)
+    seq_lengths = (last_BW.shape[1], places_BK.shape[1])
+    return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_SIZE=BLOCK_SIZE, mask_mod=sees, seq_lengths=seq_lengths)
+
+
+def _in_blocks(states_BN: torch.Tensor, value: int) -> torch.Tensor:
+    """Of shape `(batch_size, blocks, BLOCK_SIZE)`, the last block being padded."""
+    return pad(states_BN, (0, -states_BN.shape[1] % BLOCK_SIZE), value=value).unflatten(1, (-1, BLOCK_SIZE))
+
+
+def _indices_of(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block of queries, how many blocks of keys there are, and which: these come first. For all heads."""
+    indices = blocks.byte().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from transformers.utils import is_tracing
 
 from .cache_visualchat import PlacesLayer
 from .kernels_visualchat import (
+    BLOCK_SIZE,
     ImageCall,
     attend_to_images,
     join,
@@ -91,7 +92,8 @@ class ModalityLayout:
         memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
         records (`bool`): Whether to keep the keys and values of the image rows of each layer in `recorded`.
         num_placeholders (`int`, *optional*): How many placeholders there are. Needed where a graph is traced.
-        takes_blocks (`bool`): Whether flex attention computes what needs a mask, of so many queries as fill a block.
+        flex_scores (`int`, *optional*): From how many scores on (queries × keys, over the batch) flex attention computes
+            what needs a mask, if the queries fill a block. `None`: it never does.
     """
 
     def __init__(
@@ -107,10 +109,10 @@ class ModalityLayout:
         memory: Sequence = (),
         records: bool = False,
         num_placeholders: int | None = None,
-        takes_blocks: bool = False,
+        flex_scores: int | None = None,
     ):
         batch_size, length = self.shape = batch_and_length
-        self.is_traced, self.merged, self.takes_blocks = is_tracing(), merged, takes_blocks
+        self.is_traced, self.merged, self.flex_scores = is_tracing(), merged, flex_scores
         self.begins = places is None or places.is_empty
         self.past_length = 0 if self.begins else places.length + 0  # a static cache counts in place
         self.sequences = (batch_size, length)
@@ -160,7 +162,7 @@ class ModalityLayout:
     def to(self, device: torch.device, **kwargs) -> "ModalityLayout":
         """Where a decoder layer is, if the layers are spread over devices: accelerate's hooks call this."""
         layout = _move(self, device, **kwargs)
-        if self.takes_blocks:  # block masks hold places that cannot be moved
+        if self.flex_scores is not None:  # block masks hold places that cannot be moved
             layout._look(layout.kept_text, self.keeps_images)
         return layout
 
@@ -249,10 +251,15 @@ class ModalityLayout:
         is_kept_BK = self.attention_mask.gather(1, places_BK.clamp(min=0)) != 0
         return places_BK.masked_fill(~is_kept_BK, -1)
 
+    def _takes_blocks(self, places_BK: torch.Tensor, last_BW: torch.Tensor) -> bool:
+        if self.flex_scores is None or last_BW.shape[1] < MIN_FLEX_QUERIES:
+            return False
+        return last_BW.numel() * places_BK.shape[1] >= self.flex_scores
+
     def _make_mask(
         self, places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
     ) -> torch.Tensor | BlockMask | None:
-        if self.takes_blocks and last_BW.shape[1] >= QUERIES_PER_BLOCK:
+        if self._takes_blocks(places_BK, last_BW):
             return make_block_mask(places_BK, first_BW, last_BW)
         return self._to_mask(_visible(places_BK, first_BW, last_BW))
 
@@ -288,7 +295,7 @@ class ModalityLayout:
         width, num_keys = last_BW.shape[1], places_BI.shape[1]
         if self.is_traced and self.sees_all_images:
             return [(slice(None), [ImageCall(0, width, num_keys)])]
-        if self.takes_blocks and width >= QUERIES_PER_BLOCK:
+        if self._takes_blocks(places_BI, last_BW):
             return [(slice(None), [ImageCall(0, width, num_keys, make_block_mask(places_BI, first_BW, last_BW))])]
         visible_BWI = _visible(places_BI, first_BW, last_BW)
         if self.is_traced:
@@ -310,7 +317,7 @@ class ModalityLayout:
         """Rows of the stream, of shape `(text and image rows, …)`, into those of text and those of images."""
         if self.num_text_rows == len(rows):
             return rows, rows[:0]
-        return rows[: self.num_text_rows], rows[self.num_text_rows :]
+        return rows.split([self.num_text_rows, len(rows) - self.num_text_rows])
 
     def keep_text(self, stream: torch.Tensor) -> torch.Tensor:
         """Of the stream, of shape `(1, text and image rows, …)`, the text rows that are computed to the end."""
@@ -393,7 +400,7 @@ class ModalityLayout:
         """
         if q_BHWD.shape[2] == 0:  # keys and values get a gradient all the same, as on the other processes
             return q_BHWD.transpose(1, 2).flatten(0, 1) + 0.0 * sum(part.sum() for part in (*keys, *values))
-        if not q_BHWD.is_cuda or is_tracing():
+        if not q_BHWD.is_cuda or torch.compiler.is_compiling():
             return self._attend(q_BHWD, keys, values, **settings)
         with without_cudnn():
             return self._attend(q_BHWD, keys, values, **settings)
@@ -418,8 +425,8 @@ class ModalityLayout:
 
 # More calls than one are worth their launch from here on (`benchmarks/gpu_attention.py`)
 QUERIES_PER_CALL = 512
-# What flex attention computes at once
-QUERIES_PER_BLOCK = 128
+# Fewer leave a part of flex attention's block idle
+MIN_FLEX_QUERIES = BLOCK_SIZE
 
 
 def runs_by_images(device: torch.device) -> bool:
