@@ -5,21 +5,24 @@ image and 32 text tokens after each. Both models (28 GB) are on the GPU at once 
 - Prefill, first token of a new question about known images, training step: as in `prefill.py`, `image_memory.py` and
   `training_step.py`. Peak memory is what torch has allocated at most, beyond what it had before.
 - Time per decoded token after 8 images, both sides given the same tokens: with the default dynamic cache, as in
-  `decoding.py`; and with a static cache, the step being captured as a CUDA graph and replayed.
+  `decoding.py`; the same without cuDNN's attention, which plans each new length of a cache anew and which ours leaves out by
+  itself; and with a static cache, the step being captured as a CUDA graph and replayed.
 - Rates, worked out from these times. Decoding reads the decoder's layers, its last norm, the head, and the prompt's keys and
   values once for each token; against copying 2 GB on the same GPU, which is read and written. Prefill computes matrix
   products, counted as in `arithmetic_rate.py`, without attention's own; against the product of two 8192 × 8192 matrices.
 - Prefill of up to 56 images (16,184 tokens), tower excluded: time and peak memory.
-- `attn_implementation="flex_attention"` beside "sdpa", both ours: prefill and training step by the number of images, and the
-  first step of each size, which compiles a kernel or finds one.
+- Flex attention beside SDPA, both ours: prefill and training step by the number of images, and the first step of each size,
+  which compiles a kernel or finds one. Here it computes every size; `attn_implementation="flex_attention"` leaves small ones
+  (`MIN_FLEX_SCORES`) to SDPA.
 
     python benchmarks/gpu_7b.py  # some minutes on an H100, 80 GB
 """
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from arithmetic_rate import CountProducts
@@ -30,7 +33,9 @@ from sides import assert_near, build_sides, encoder_outputs, leave_out_tower, ma
 from training_step import freeze, keep_labelled, make_step, make_steps, make_training_inputs, to_results
 from transformers import StaticCache
 
+from modeling_visualchat import layout_visualchat
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from modeling_visualchat.kernels_visualchat import without_cudnn
 
 
 TEXT = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -41,6 +46,7 @@ REPEATS, TRAINING_REPEATS, GROWTH_REPEATS = 9, 7, 3
 # Decoded tokens; those before them, which are not measured; and how many a static cache has room for
 TOKENS, WARMUPS, ROOM = 32, 4, 128
 DYNAMIC, STATIC = "dynamic cache", "static cache, CUDA graph"
+DYNAMIC_WITHOUT_CUDNN = f"{DYNAMIC}, torch's cuDNN attention switched off"
 COPIED_BYTES, MATRIX_SIZE, CALLS = 2 * 10**9, 8192, 10
 
 
@@ -139,9 +145,10 @@ def compare_decoding(ours, llava, images: int, tokens: int) -> Iterator[dict]:
         return compare(decoding_claim(images, cache), *sides, 1.03, "ms")
 
     models = {"ours": ours, "theirs": llava}
-    with waiting(ours, llava):
-        steps = {name: decode_dynamic(model, inputs, new_tokens) for name, model in models.items()}
-        yield measure(steps, DYNAMIC, WARMUPS)
+    for cache, setting in ((DYNAMIC, nullcontext), (DYNAMIC_WITHOUT_CUDNN, without_cudnn)):
+        with waiting(ours, llava), setting():
+            steps = {name: decode_dynamic(model, inputs, new_tokens) for name, model in models.items()}
+            yield measure(steps, cache, WARMUPS)
     steps = {name: decode_static(model, inputs, new_tokens, ROOM) for name, model in models.items()}
     yield measure(steps, STATIC, WARMUPS - 3)
     for name in models:
@@ -281,7 +288,8 @@ def main():
     show(compare_training(ours, llava, TRAINING_IMAGES, TRAINING_REPEATS))
     with waiting(ours, llava):
         show(compare_growth(ours, llava, GROWTH, GROWTH_REPEATS))
-    show(compare_flex(ours, FLEX_IMAGES, GROWTH_REPEATS))
+    with patch.object(layout_visualchat, "MIN_FLEX_SCORES", 0):
+        show(compare_flex(ours, FLEX_IMAGES, GROWTH_REPEATS))
 
 
 if __name__ == "__main__":

@@ -43,21 +43,22 @@ def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
     is_image = torch.tensor([([True] * IMAGE_TOKENS + [False] * TEXT_TOKENS) * images], device="cuda")
     rotary = (torch.ones(1, text + image, HEAD_SIZE, device="cuda", dtype=torch.bfloat16),) * 2
 
-    def make_layout(queries: int | None, flex_scores: int | None = None) -> ModalityLayout:
+    def make_layout(queries: int | None, uses_flex: bool = False) -> ModalityLayout:
         by_runs, size = (lambda device: queries is None), queries or text
         with (
             patch.object(layout_visualchat, "runs_by_images", by_runs),
             patch.object(layout_visualchat, "QUERIES_PER_CALL", size),
-            patch.object(layout_visualchat, "MIN_FLEX_QUERIES", 1),
+            patch.object(layout_visualchat, "BLOCK_SIZE", 1),
+            patch.object(layout_visualchat, "MIN_FLEX_SCORES", 1),
         ):
-            return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, flex_scores=flex_scores)
+            return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, uses_flex=uses_flex)
 
     def ours(layout, q, k_text, v_text, k_image, v_image):
         return layout.attend(q, (k_text, k_image), (v_text, v_image), scaling=HEAD_SIZE**-0.5)
 
     parts = {f"SDPA, masked, {size} queries a call": functools.partial(ours, make_layout(size)) for size in sizes}
     parts["SDPA, masked, one call"] = functools.partial(ours, make_layout(text))
-    parts["flex"] = functools.partial(ours, make_layout(text, flex_scores=0))
+    parts["flex"] = functools.partial(ours, make_layout(text, uses_flex=True))
     parts["SDPA, a call for each run"] = functools.partial(ours, make_layout(None))
     sides = {name: (part, (text, text, text, image, image)) for name, part in parts.items()}
     sides["causal SDPA"] = (lambda q, k, v: sdpa(q, k, v, is_causal=True), (text + image,) * 3)

@@ -14,6 +14,7 @@ With DeepSpeed, on one machine (`--use_cpu` where there is no accelerator):
 import json
 import logging
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,9 +36,9 @@ from training_loop import (
 )
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, is_triton_available
 
-from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 
 
 logger = logging.getLogger("train")
@@ -59,7 +60,9 @@ class ModelArguments:
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model."})
     projector: str = field(default="linear", metadata={"help": "Of a joined model."})
     dtype: str = field(default="auto", metadata={"help": "What the weights are loaded in."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}
+    )
     mode: Literal["alignment", "lora", "full"] = field(
         default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
     )
@@ -169,11 +172,24 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
         model_args.model_name_or_path,
         trust_remote_code=True,
         dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
+        attn_implementation="sdpa",
         quantization_config=quantization,
     )
+    attention = model_args.attn_implementation or fastest_attention(model.config, training_args.device)
+    model.set_attn_implementation({"text_config": attention})
     model.config.use_cache = not training_args.gradient_checkpointing
     return set_mode(model, model_args)
+
+
+def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
+    """
+    On a GPU flex attention, which leaves small batches to SDPA and large ones to a kernel that it compiles (README, "On a
+    GPU"): if there is what compiles it, and if it can compute this model. SDPA otherwise.
+    """
+    can_compute = config.multimodal_attention in ("mmca", "mmca_merged") and config.text_config.attention_dropout == 0
+    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
+    can_compile = device.type == "cuda" and is_triton_available() and any(map(shutil.which, compilers))
+    return "flex_attention" if can_compute and can_compile else "sdpa"
 
 
 def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:

@@ -84,7 +84,7 @@ def test_every_comparison_on_a_gpu_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     gpu.main()
     table = report.table(["gpu_7b"], with_targets_only=False)
-    assert table.count("\n") == 1 + 4 + 2 + 2 + (3 + 3 + 2) + 2 + 2 + 2 * 4
+    assert table.count("\n") == 1 + 4 + 2 + 3 + (3 + 3 + 2) + 2 + 2 + 2 * 4
     assert len(set(table.splitlines())) == table.count("\n") + 1
     assert json.loads((tmp_path / "gpu_7b.json").read_text())[0]["machine"].startswith("no GPU, beside ")
     assert not any(model.training or parameter.requires_grad for model in sides for parameter in model.parameters())

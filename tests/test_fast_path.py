@@ -542,8 +542,9 @@ def on_a_gpu(request, monkeypatch):
     monkeypatch.setattr(layout_visualchat, "runs_by_images", lambda device: False)
     monkeypatch.setattr(layout_visualchat, "QUERIES_PER_CALL", 3)
     if request.param == "flex_attention":
-        monkeypatch.setattr(decoder_visualchat, "has_blocks", lambda device: True)
-        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_QUERIES", 2)
+        monkeypatch.setattr(decoder_visualchat, "can_train_by_flex", lambda device: True)
+        monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 2)
+        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
         monkeypatch.setattr(kernels_visualchat, "compile_friendly_flex_attention", apply_block_mask)
     return request.param
 
@@ -560,8 +561,6 @@ class TestMaskedCalls:
     @pytest.mark.parametrize("layout", [*EDGES, ["ttititst"], ["titsit", "ttt", "iitti"]], ids=str)
     @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
     def test_logits_and_gradients_equal_eager(self, on_a_gpu, variant, layout, side):
-        if on_a_gpu == "flex_attention" and not any("i" in row for row in layout):
-            pytest.skip("text alone is computed as LLaMA's is, and flex attention has no backward pass on a CPU")
         pair = make_pair(variant, dtype=DOUBLE, trains=True, attention=on_a_gpu)
         inputs = make_inputs(layout, pair[0], padding_side=side)
         if "pixel_values" in inputs:
@@ -621,8 +620,9 @@ class TestFlexAttention:
 
     def test_the_kernel_itself_equals_eager(self, monkeypatch):
         """As compiled for a CPU, which has no backward pass of it: training is tested on a GPU."""
-        monkeypatch.setattr(decoder_visualchat, "has_blocks", lambda device: True)
-        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_QUERIES", 2)
+        monkeypatch.setattr(decoder_visualchat, "can_train_by_flex", lambda device: True)
+        monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 2)
+        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
         calls = []
         attend = kernels_visualchat.compile_friendly_flex_attention
         monkeypatch.setattr(
@@ -642,10 +642,35 @@ class TestFlexAttention:
         losses = [model(**inputs, labels=labels).loss for model in (flex, eager)]
         torch.testing.assert_close(*losses)
         losses[0].backward()
-        inputs = make_inputs(["titit", "ts"], flex)
         greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
         flex, eager = (copy.deepcopy(model).eval() for model in (flex, eager))
-        assert torch.equal(flex.generate(**inputs, **greedy), eager.generate(**inputs, **greedy))
+        for layout in (["titit", "ts"], ["tst", "tt"]):
+            for cache in ({}, {"cache_implementation": "static"}):
+                inputs = make_inputs(layout, flex)
+                assert torch.equal(flex.generate(**inputs, **greedy, **cache), eager.generate(**inputs, **greedy))
+
+    def test_text_alone_is_left_to_sdpa_and_gives_the_numbers_a_gradient(self, on_a_gpu):
+        """Each process of a distributed run has gradients of the same weights, whatever its batch holds."""
+        flex, eager = make_pair(trains=True, attention="flex_attention")
+        inputs = make_inputs(["tst", "tt"], flex, padding_side="right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        results = []
+        for model in (flex, eager):
+            model.zero_grad()
+            loss = model(**inputs, labels=labels).loss
+            loss.backward()
+            results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+    def test_it_computes_what_is_large_enough(self, monkeypatch):
+        def takes_blocks(images, text_tokens, batch_size=1):
+            is_image = torch.tensor([([True] * 257 + [False] * text_tokens) * images]).expand(batch_size, -1)
+            rotary = (torch.ones(1, is_image.shape[1], 2),) * 2
+            layout = layout_visualchat.ModalityLayout(is_image, None, rotary, is_image.shape, 257, uses_flex=True)
+            return isinstance(layout.image_calls[0][1][0].mask, BlockMask)
+
+        assert not takes_blocks(8, 32) and takes_blocks(8, 32, batch_size=4) and takes_blocks(16, 32)
+        assert not takes_blocks(100, 1)
 
     def test_attention_dropout_is_refused(self, on_a_gpu):
         model = make_model({"text_config": on_a_gpu, "vision_config": "sdpa"}, text={"attention_dropout": 0.1}).train()

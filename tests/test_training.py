@@ -688,3 +688,29 @@ def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
     assert {"eval_loss", "eval_exact_answers"} <= set(metrics)
     assert list(Path("outputs/tiny/run").glob("**/events.out.tfevents.*"))
     assert AutoModel.from_pretrained("outputs/tiny/run/model").config.image_number_keys
+
+
+class TestFastestAttention:
+    @pytest.fixture(autouse=True)
+    def with_a_compiler(self, monkeypatch):
+        import train
+
+        monkeypatch.setattr(train, "is_triton_available", lambda: True)
+        monkeypatch.setattr(train.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+
+    def choose(self, device="cuda", **settings):
+        from train import fastest_attention
+
+        return fastest_attention(make_config(**settings), torch.device(device))
+
+    def test_flex_attention_on_a_gpu_for_the_variants_that_it_computes(self):
+        assert self.choose() == self.choose(multimodal_attention="mmca_merged") == "flex_attention"
+        assert self.choose(device="cpu") == self.choose(multimodal_attention="causal") == "sdpa"
+        assert self.choose(text={"attention_dropout": 0.1}) == "sdpa"
+
+    def test_sdpa_where_nothing_compiles(self, monkeypatch):
+        import train
+
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(train.shutil, "which", lambda name: None)
+        assert self.choose() == "sdpa"

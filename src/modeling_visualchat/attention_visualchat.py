@@ -18,8 +18,8 @@ An image row never looks beyond itself in the first two variants, so an image's 
 numbering) and values are a function of that image alone, in every layer.
 
 This file is the definition: all rows in the order of the sequence, under masks. `layout_visualchat.py` computes the same by
-modality, many times faster; what its rows cannot express (quantized caches, `eager` and its weights, `flex_attention`,
-4-dimensional masks, a prefill that is compiled and fills a cache) is computed here.
+modality, many times faster; what its rows cannot express (quantized caches, `eager` and its weights, 4-dimensional
+masks, packed sequences, a prefill that is compiled and fills a cache) is computed here.
 
 Shape letters: B batch, Q new tokens, K all tokens that are seen (cached and new), H query heads, G key-value heads,
 D head size, N image numbers, C hidden size.
@@ -345,6 +345,8 @@ class VisualChatAttention(LlamaAttention):
         values = self._split_heads(self.v_proj(stream))
 
         text_keys, own_keys = layout.split(keys)
+        if number_keys is not None and len(layout.image_rows) == 0:  # their gradient, as on the other processes
+            text_keys = text_keys + number_keys[:1]
         text_values, own_values = layout.split(values)
         image_keys, image_values = layout.place_images(own_keys, own_values, number_keys, self.layer_idx)
         text_keys = rotate(layout.text.pad(text_keys).transpose(1, 2), layout.text_rotary)

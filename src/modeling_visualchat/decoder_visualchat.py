@@ -25,7 +25,7 @@ from .attention_visualchat import (
 )
 from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
 from .configuration_visualchat import VisualChatConfig
-from .layout_visualchat import ModalityLayout, has_blocks
+from .layout_visualchat import ModalityLayout, can_train_by_flex
 from .released_visualchat import ReleasedMask, place_in_reverse
 
 
@@ -283,7 +283,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
                     " 2-dimensional attention_mask: go on with both"
                 )
             return True
-        if is_image is None or not can_sort:
+        # Text alone is computed as LLaMA's is; but flex attention would compile each kind of shape, and few are worth it
+        if not can_sort or (is_image is None and self.config._attn_implementation != "flex_attention"):
             return False
         if is_tracing():
             # A graph is not made to change what a cache consists of
@@ -305,8 +306,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         # New images of a cached conversation are sorted as the data has it, outside of a graph
         is_for_graphs = is_image is None or (places is None and images["num_placeholders"] is not None)
         make = ModalityLayout if is_for_graphs else _make_layout_outside_of_graphs
-        takes_blocks = self.config._attn_implementation == "flex_attention" and has_blocks(rotary[0].device)
-        settings = {"merged": is_merged, "places": places, "flex_scores": 0 if takes_blocks else None, **images}
+        uses_flex = self.config._attn_implementation == "flex_attention" and can_train_by_flex(rotary[0].device)
+        settings = {"merged": is_merged, "places": places, "uses_flex": uses_flex, **images}
         return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
 
     def _mask_rows(

@@ -92,8 +92,7 @@ class ModalityLayout:
         memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
         records (`bool`): Whether to keep the keys and values of the image rows of each layer in `recorded`.
         num_placeholders (`int`, *optional*): How many placeholders there are. Needed where a graph is traced.
-        flex_scores (`int`, *optional*): From how many scores on (queries × keys, over the batch) flex attention computes
-            what needs a mask, if the queries fill a block. `None`: it never does.
+        uses_flex (`bool`): Whether flex attention computes what needs a mask, where that is the faster way.
     """
 
     def __init__(
@@ -109,10 +108,10 @@ class ModalityLayout:
         memory: Sequence = (),
         records: bool = False,
         num_placeholders: int | None = None,
-        flex_scores: int | None = None,
+        uses_flex: bool = False,
     ):
         batch_size, length = self.shape = batch_and_length
-        self.is_traced, self.merged, self.flex_scores = is_tracing(), merged, flex_scores
+        self.is_traced, self.merged, self.uses_flex = is_tracing(), merged, uses_flex
         self.begins = places is None or places.is_empty
         self.past_length = 0 if self.begins else places.length + 0  # a static cache counts in place
         self.sequences = (batch_size, length)
@@ -162,7 +161,7 @@ class ModalityLayout:
     def to(self, device: torch.device, **kwargs) -> "ModalityLayout":
         """Where a decoder layer is, if the layers are spread over devices: accelerate's hooks call this."""
         layout = _move(self, device, **kwargs)
-        if self.flex_scores is not None:  # block masks hold places that cannot be moved
+        if self.uses_flex:  # block masks hold places that cannot be moved
             layout._look(layout.kept_text, self.keeps_images)
         return layout
 
@@ -252,9 +251,8 @@ class ModalityLayout:
         return places_BK.masked_fill(~is_kept_BK, -1)
 
     def _takes_blocks(self, places_BK: torch.Tensor, last_BW: torch.Tensor) -> bool:
-        if self.flex_scores is None or last_BW.shape[1] < MIN_FLEX_QUERIES:
-            return False
-        return last_BW.numel() * places_BK.shape[1] >= self.flex_scores
+        is_large = last_BW.numel() * places_BK.shape[1] >= MIN_FLEX_SCORES
+        return self.uses_flex and is_large and last_BW.shape[1] >= BLOCK_SIZE
 
     def _make_mask(
         self, places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
@@ -425,8 +423,8 @@ class ModalityLayout:
 
 # More calls than one are worth their launch from here on (`benchmarks/gpu_attention.py`)
 QUERIES_PER_CALL = 512
-# Fewer leave a part of flex attention's block idle
-MIN_FLEX_QUERIES = BLOCK_SIZE
+# Queries × keys, over the batch, from which on a training step is faster by flex attention (`benchmarks/gpu_7b.py`)
+MIN_FLEX_SCORES = 2 * 2**20
 
 
 def runs_by_images(device: torch.device) -> bool:
@@ -434,8 +432,8 @@ def runs_by_images(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def has_blocks(device: torch.device) -> bool:
-    """Whether flex attention has all that training needs: on a CPU it has no backward pass."""
+def can_train_by_flex(device: torch.device) -> bool:
+    """On a CPU, flex attention has no backward pass."""
     return device.type != "cpu"
 
 

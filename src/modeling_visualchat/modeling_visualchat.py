@@ -704,6 +704,8 @@ def _stack_different(features: list[torch.Tensor]) -> tuple[torch.Tensor, list[i
     The features of different pictures, of shape `(different, tokens, hidden_size)`, and which of them each entry is. Equal
     pictures share one tensor, also after `generate` has repeated them for its beams.
     """
+    if is_tracing():  # a graph does not know which are the same
+        return torch.stack(features), list(range(len(features)))
     different: dict[int, int] = {}
     picture_of = [different.setdefault(id(one), len(different)) for one in features]
     stacked = [features[picture_of.index(k)] for k in range(len(different))]
