@@ -54,7 +54,7 @@ def assert_logits_and_gradients_equal(pair, layout, side, compiled=None):
     results = []
     for model, forward in zip(pair, (pair[0] if compiled is None else compiled, pair[1])):
         model.train()
-        outputs = forward(**inputs, labels=labels)
+        outputs = forward(**inputs, labels=labels, use_cache=False)
         outputs.loss.backward()
         results.append((outputs.logits[kept], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (ours, our_gradients), (theirs, their_gradients) = results
