@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from measure import compare, graph_of
-from report import write_results
+from report import save_results
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from modeling_visualchat import layout_visualchat
@@ -126,16 +126,17 @@ def compare_sides(claim: str, times: dict[str, list[float]], reference: str) -> 
 
 def main():
     torch.manual_seed(0)
-    results = []
+    results, machine = [], torch.cuda.get_device_name()
     for images, sizes in SIZES.items():
         for work, trains in (("forward", False), ("forward and backward", True)):
             times = measure(prefill_sides(images, sizes), trains=trains)
             results += compare_sides(f"GPU attention, prefill of {images} images, {work}", times, "causal SDPA")
+            save_results("gpu_attention", results, machine)
     for images in (1, 8, 32):
         for batch_size in (1, 8):
             times = measure(decoding_sides(images, batch_size), batch_size)
             results += compare_sides(f"GPU attention, decoding after {images} images, batch {batch_size}", times, "one SDPA")
-    write_results("gpu_attention", results, machine=torch.cuda.get_device_name())
+            save_results("gpu_attention", results, machine)
 
 
 if __name__ == "__main__":

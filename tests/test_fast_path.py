@@ -750,6 +750,14 @@ class TestGraphs:
             for name, expected in gradients[0].items():
                 torch.testing.assert_close(gradients[1][name], expected, atol=1e-7, rtol=1e-6, msg=name)
 
+    def test_a_wrong_number_of_images_is_an_error_in_a_graph_too(self):
+        model = make_pair()[0]
+        inputs = make_inputs(["titit"], model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with pytest.raises(RuntimeError, match="image placeholder tokens are not those of 1 images"):
+            forward(compiled, {**inputs, "pixel_values": inputs["pixel_values"][:1]}, use_cache=False)
+
     @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
     def test_decoding_from_a_static_cache_is_one_graph_for_all_steps(self, variant):
         model = make_pair(variant, dtype=DOUBLE)[0]

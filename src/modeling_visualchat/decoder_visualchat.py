@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The decoder: LLaMA's, with multi-modal causal attention in place of plain causal attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -342,12 +342,13 @@ class VisualChatTextModel(LlamaPreTrainedModel):
     def _check_numbers(self, image_numbers: torch.Tensor | None, number_embeds: torch.Tensor | None) -> None:
         if number_embeds is None or image_numbers.numel() == 0:
             return
-        torch_compilable_check(
+        check_values(
             image_numbers.max() <= len(number_embeds),
             lambda: (
                 f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
                 f" only {len(number_embeds)} numbers"
             ),
+            f"A conversation holds more images than config.image_number_token_ids spells numbers, {len(number_embeds)}",
         )
 
     def check_length(self, new_length: int, past_length: int | torch.Tensor = 0) -> None:
@@ -363,6 +364,17 @@ class VisualChatTextModel(LlamaPreTrainedModel):
                 f"The input is {past_length + new_length} tokens long, but the decoder's max_position_embeddings is {limit}:"
                 f" shorten the conversation or bring fewer images ({self.image_seq_length} tokens each)"
             )
+
+
+def check_values(holds: torch.BoolTensor, describe: Callable[[], str], summary: str) -> None:
+    """
+    Raises a `ValueError` that describes the data unless `holds`. In a graph, an assertion of torch says the `summary`: torch
+    2.11 cannot trace transformers' `torch_compilable_check` of a tensor.
+    """
+    if is_tracing():
+        torch._assert_async(holds, summary)
+    else:
+        torch_compilable_check(holds, describe)
 
 
 @torch.compiler.disable

@@ -18,12 +18,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 
 from .attention_visualchat import check_attention_implementation
 from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
-from .decoder_visualchat import VisualChatTextModel
+from .decoder_visualchat import VisualChatTextModel, check_values
 from .generation_visualchat import VisualChatGenerationMixin
 from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
@@ -405,15 +405,21 @@ class VisualChatModel(VisualChatPreTrainedModel):
             if from_embeds:  # the caller has put the image features in place
                 return is_image
             if input_ids.shape[1] > 1:  # a single token is one that was generated
-                torch_compilable_check(
-                    ~is_image.any(), lambda: self._describe_mismatch(is_image, 0) + ": pass `pixel_values`"
+                check_values(
+                    ~is_image.any(),
+                    lambda: self._describe_mismatch(is_image, 0) + ": pass `pixel_values`",
+                    "The batch holds image placeholder tokens, but no images were given: pass `pixel_values`",
                 )
             return None
         per_image = self.config.image_seq_length
         matches = is_image.sum() == num_features
         if not may_cut:
             matches = matches & (is_image.sum(-1) % per_image == 0).all()
-        torch_compilable_check(matches, lambda: self._describe_mismatch(is_image, num_features / per_image))
+        check_values(
+            matches,
+            lambda: self._describe_mismatch(is_image, num_features / per_image),
+            f"The batch's image placeholder tokens are not those of {num_features / per_image:g} images",
+        )
         return is_image
 
     def _describe_mismatch(self, is_image: torch.BoolTensor, num_images: float) -> str:
