@@ -48,7 +48,7 @@ def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
         with (
             patch.object(layout_visualchat, "runs_by_images", by_runs),
             patch.object(layout_visualchat, "QUERIES_PER_CALL", size),
-            patch.object(layout_visualchat, "BLOCK_SIZE", 1),
+            patch.object(layout_visualchat, "BLOCK_SIZE", 0),
             patch.object(layout_visualchat, "MIN_FLEX_SCORES", 1),
         ):
             return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, uses_flex=uses_flex)

@@ -14,7 +14,6 @@ With DeepSpeed, on one machine (`--use_cpu` where there is no accelerator):
 import json
 import logging
 import os
-import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,11 +33,12 @@ from training_loop import (
     load_universal,
     plot_curves,
 )
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, LlamaConfig, set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import is_bitsandbytes_available, is_triton_available
+from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 
 
 logger = logging.getLogger("train")
@@ -176,6 +176,7 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
         quantization_config=quantization,
     )
     attention = model_args.attn_implementation or fastest_attention(model.config, training_args.device)
+    logger.info(f"The decoder's attention: {attention}")
     model.set_attn_implementation({"text_config": attention})
     model.config.use_cache = not training_args.gradient_checkpointing
     return set_mode(model, model_args)
@@ -184,12 +185,28 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
 def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
     """
     On a GPU flex attention, which leaves small batches to SDPA and large ones to a kernel that it compiles (README, "On a
-    GPU"): if there is what compiles it, and if it can compute this model. SDPA otherwise.
+    GPU"): if it can compute this model, and if it compiles here. SDPA otherwise.
     """
     can_compute = config.multimodal_attention in ("mmca", "mmca_merged") and config.text_config.attention_dropout == 0
-    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
-    can_compile = device.type == "cuda" and is_triton_available() and any(map(shutil.which, compilers))
-    return "flex_attention" if can_compute and can_compile else "sdpa"
+    if not can_compute or device.type != "cuda":
+        return "sdpa"
+    try:
+        try_flex_attention(config.text_config, device)
+    except Exception as error:  # of Triton, a C compiler, an old GPU: better now than at the first large batch
+        logger.warning(f"Trains by SDPA: flex attention does not compile here ({type(error).__name__})", exc_info=True)
+        return "sdpa"
+    return "flex_attention"
+
+
+def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
+    """Compiles flex attention for heads like the decoder's, forward and backward, in seconds."""
+    places_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
+    mask = make_block_mask(places_BK, torch.zeros_like(places_BK), places_BK)
+    query, key = (
+        torch.zeros(1, heads, 2 * BLOCK_SIZE, config.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    softmax(query, key, key, mask).sum().backward()
 
 
 def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:

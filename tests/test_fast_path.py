@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import TOKENS_PER_IMAGE, make_inputs, make_model
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
@@ -536,20 +537,25 @@ class TestCache:
         assert torch.equal(fast.generate(**inputs, **beams), eager.generate(**inputs, **beams))
 
 
+def compute_all_by_flex(monkeypatch):
+    """On a CPU too, and however few the queries."""
+    monkeypatch.setattr(decoder_visualchat, "computes_by_flex", lambda device: True)
+    monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 1)
+    monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
+
+
 @pytest.fixture(params=["sdpa", "flex_attention"])
 def on_a_gpu(request, monkeypatch):
     """What a GPU computes: a masked call for every few queries, or one by flex attention, whose masks are here applied."""
     monkeypatch.setattr(layout_visualchat, "runs_by_images", lambda device: False)
     monkeypatch.setattr(layout_visualchat, "QUERIES_PER_CALL", 3)
     if request.param == "flex_attention":
-        monkeypatch.setattr(decoder_visualchat, "can_train_by_flex", lambda device: True)
-        monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 2)
-        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
-        monkeypatch.setattr(kernels_visualchat, "compile_friendly_flex_attention", apply_block_mask)
+        compute_all_by_flex(monkeypatch)
+        monkeypatch.setattr(kernels_visualchat, "_flex", apply_block_mask)
     return request.param
 
 
-def apply_block_mask(query, key, value, training, block_mask, **settings):
+def apply_block_mask(query, key, value, block_mask, **settings):
     assert block_mask.shape == (len(query), 1, query.shape[2], key.shape[2])
     visible = create_mask(block_mask.mask_mod, len(query), 1, query.shape[2], key.shape[2], query.device)
     sees = visible.any(-1, keepdim=True)
@@ -620,15 +626,10 @@ class TestFlexAttention:
 
     def test_the_kernel_itself_equals_eager(self, monkeypatch):
         """As compiled for a CPU, which has no backward pass of it: training is tested on a GPU."""
-        monkeypatch.setattr(decoder_visualchat, "can_train_by_flex", lambda device: True)
-        monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 2)
-        monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
-        calls = []
-        attend = kernels_visualchat.compile_friendly_flex_attention
+        compute_all_by_flex(monkeypatch)
+        calls, attend = [], kernels_visualchat._flex
         monkeypatch.setattr(
-            kernels_visualchat,
-            "compile_friendly_flex_attention",
-            lambda *args, **kwargs: calls.append(args) or attend(*args, **kwargs),
+            kernels_visualchat, "_flex", lambda *args, **kwargs: calls.append(args) or attend(*args, **kwargs)
         )
         flex, eager = make_pair(attention="flex_attention")
         inputs = make_inputs(["titit", "ts", "iit"], flex)
@@ -672,6 +673,24 @@ class TestFlexAttention:
         assert not takes_blocks(8, 32) and takes_blocks(8, 32, batch_size=4) and takes_blocks(16, 32)
         assert not takes_blocks(100, 1)
 
+    def test_few_kinds_of_shapes_are_compiled(self, monkeypatch):
+        """Batches of one and of several, of equal and unequal rows, of any size. On a GPU, so many with gradients again."""
+        compute_all_by_flex(monkeypatch)
+        torch._dynamo.reset()
+        counter, limit = CompileCounter(), torch._dynamo.config.recompile_limit
+        compiled = torch.compile(flex_attention, backend=counter, fullgraph=True)
+        monkeypatch.setattr(kernels_visualchat, "_compile_flex", lambda: compiled)
+        flex, eager = make_pair(attention="flex_attention")
+        generator = random.Random(0)
+        for _ in range(24):
+            length = generator.randint(1, 4)
+            equal = ["it" + "".join(generator.choice("its") for _ in range(length))] * generator.randint(1, 3)
+            unequal = ["it" + "".join(generator.choice("its") for _ in range(generator.randint(0, 4))) for _ in range(3)]
+            inputs = make_inputs(generator.choice([equal, unequal]), flex)
+            assert_equal_where_kept(forward(flex, inputs).logits, forward(eager, inputs).logits, inputs)
+        assert 0 < counter.frame_count <= 6
+        assert torch._dynamo.config.recompile_limit == limit
+
     def test_attention_dropout_is_refused(self, on_a_gpu):
         model = make_model({"text_config": on_a_gpu, "vision_config": "sdpa"}, text={"attention_dropout": 0.1}).train()
         inputs = make_inputs(["titit"], model)
@@ -680,6 +699,7 @@ class TestFlexAttention:
             return
         with pytest.raises(ValueError, match="no dropout: set attention_dropout=0 or attn_implementation='sdpa'"):
             model(**inputs)
+        model.eval()(**inputs)
 
     def test_a_layout_that_is_moved_masks_what_it_did(self, on_a_gpu):
         """As accelerate does where layers are spread over devices."""
@@ -700,7 +720,9 @@ def _full_blocks(mask):
 
 
 def _move_layouts(module, args, kwargs, device):
-    return args, {name: value.to(device) if name == "attention_mask" else value for name, value in kwargs.items()}
+    moved = kwargs["attention_mask"]._moved(torch.device(device))
+    assert kwargs["attention_mask"].to(device) is kwargs["attention_mask"]
+    return args, {**kwargs, "attention_mask": moved}
 
 
 def test_cudnn_is_left_out_and_let_in_again_as_the_user_has_it():
@@ -750,12 +772,25 @@ class TestGraphs:
             for name, expected in gradients[0].items():
                 torch.testing.assert_close(gradients[1][name], expected, atol=1e-7, rtol=1e-6, msg=name)
 
+    @pytest.mark.slow
+    def test_image_memory_of_one_image_and_of_several(self):
+        model = make_pair()[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")  # the fingerprint of the weights is no part of a graph
+        for layout in (["tit"], ["titit"], ["iitit"]):
+            inputs = make_inputs(layout, model)
+            expected = forward(model, inputs).logits
+            memory = model.encode_images(inputs.pop("pixel_values"))
+            ours = forward(compiled, inputs, image_memory=memory, use_cache=False).logits
+            is_text = inputs["input_ids"] != model.config.image_token_id
+            torch.testing.assert_close(ours[is_text], expected[is_text], atol=1e-5, rtol=1e-5)
+
     def test_a_wrong_number_of_images_is_an_error_in_a_graph_too(self):
         model = make_pair()[0]
         inputs = make_inputs(["titit"], model)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        with pytest.raises(RuntimeError, match="image placeholder tokens are not those of 1 images"):
+        with pytest.raises(RuntimeError, match="image placeholder tokens are not those of the images that were given"):
             forward(compiled, {**inputs, "pixel_values": inputs["pixel_values"][:1]}, use_cache=False)
 
     @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])

@@ -42,7 +42,7 @@ def to_gpu(inputs, dtype=torch.float32):
 @pytest.fixture
 def in_blocks(monkeypatch):
     """Flex attention for the little that a tiny model computes."""
-    monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 2)
+    monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 1)
     monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
 
 

@@ -150,7 +150,10 @@ class StaticPlacesLayer(PlacesLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that keeps the first keys and values as they are: joining them to nothing would copy them."""
+    """
+    A `DynamicLayer` that keeps the first keys and values as they are: joining them to nothing would copy them. They may be
+    views of more, and an image memory's own: nothing writes into a dynamic cache in place.
+    """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

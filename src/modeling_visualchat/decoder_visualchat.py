@@ -25,7 +25,7 @@ from .attention_visualchat import (
 )
 from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
 from .configuration_visualchat import VisualChatConfig
-from .layout_visualchat import ModalityLayout, can_train_by_flex
+from .layout_visualchat import ModalityLayout, computes_by_flex
 from .released_visualchat import ReleasedMask, place_in_reverse
 
 
@@ -306,7 +306,9 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         # New images of a cached conversation are sorted as the data has it, outside of a graph
         is_for_graphs = is_image is None or (places is None and images["num_placeholders"] is not None)
         make = ModalityLayout if is_for_graphs else _make_layout_outside_of_graphs
-        uses_flex = self.config._attn_implementation == "flex_attention" and can_train_by_flex(rotary[0].device)
+        uses_flex = self.config._attn_implementation == "flex_attention" and computes_by_flex(rotary[0].device)
+        if uses_flex and self.training and self.config.attention_dropout > 0:
+            raise ValueError("'flex_attention' has no dropout: set attention_dropout=0 or attn_implementation='sdpa'")
         settings = {"merged": is_merged, "places": places, "uses_flex": uses_flex, **images}
         return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
 

@@ -6,18 +6,20 @@ Shape letters: B batch, W queries of the longest text, I image keys, K text and 
 R queries of the heads that share keys, D head size.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
-from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 
 # Queries and keys that flex attention computes or leaves out together
 BLOCK_SIZE = 128
+# How often it may be compiled for other kinds of shapes. Beyond torch's own limit, 8, torch would compute all scores instead
+FLEX_RECOMPILES = 64
 
 
 class ImageCall(NamedTuple):
@@ -76,10 +78,8 @@ def softmax(
     batch_size, heads, width, head_size = q_BHWD.shape
     groups = k_BGKD.shape[1]
     if isinstance(mask, BlockMask):
-        if dropout_p > 0:
-            raise ValueError("`flex_attention` has no dropout: set attention_dropout=0 or attn_implementation='sdpa'")
-        blocks = {"block_mask": mask, "enable_gqa": heads != groups, "scale": scaling}
-        return compile_friendly_flex_attention(q_BHWD, k_BGKD, v_BGKD, training=q_BHWD.requires_grad, **blocks)
+        # Values are views of what a projection gave, here with an offset and there without: two kinds of input to a compiler
+        return _flex(q_BHWD, k_BGKD, v_BGKD.contiguous(), block_mask=mask, enable_gqa=heads != groups, scale=scaling)
     if heads == groups or is_causal:
         return scaled_dot_product_attention(q_BHWD, k_BGKD, v_BGKD, mask, enable_gqa=heads != groups, **settings)
     # The heads that share keys are queries of one head, so that keys and values are read once
@@ -109,6 +109,23 @@ def merged_softmax(
     weights_BGRK = dropout(scores_BGRK.softmax(-1, dtype=softmax_dtype).to(scores_BGRK.dtype), dropout_p)
     text, images = weights_BGRK.split([part.shape[2] for part in keys], dim=-1)
     return (text @ values[0] + images @ values[1]).view(q_BHWD.shape)
+
+
+def _flex(*states: torch.Tensor, **settings) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return flex_attention(*states, **settings)
+    limits = torch._dynamo.config
+    before = limits.recompile_limit
+    limits.recompile_limit = max(before, FLEX_RECOMPILES)
+    try:
+        return _compile_flex()(*states, **settings)
+    finally:
+        limits.recompile_limit = before
+
+
+@functools.cache
+def _compile_flex() -> Callable:
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def make_block_mask(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> BlockMask:
@@ -149,7 +166,8 @@ def _indices_of(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def without_cudnn() -> Iterator[None]:
     """
     Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch
-    2.11 on an H100, by its profiler), and while decoding with a cache that grows, every token has a new shape.
+    2.11 on an H100, by its profiler). While decoding with a cache that grows, every token has a new shape; so have most
+    prompts and training batches, of which a plan costs more than its kernel gains.
     """
     cuda = torch.backends.cuda
     others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()

@@ -160,8 +160,12 @@ class ModalityLayout:
 
     def to(self, device: torch.device, **kwargs) -> "ModalityLayout":
         """Where a decoder layer is, if the layers are spread over devices: accelerate's hooks call this."""
+        return self if torch.device(device) == self.text_rows.device else self._moved(device, **kwargs)
+
+    def _moved(self, device: torch.device, **kwargs) -> "ModalityLayout":
         layout = _move(self, device, **kwargs)
-        if self.uses_flex:  # block masks hold places that cannot be moved
+        masks = [self.mask, *(call.mask for _, calls in self.image_calls for call in calls)]
+        if any(isinstance(mask, BlockMask) for mask in masks):  # they hold places that cannot be moved
             layout._look(layout.kept_text, self.keeps_images)
         return layout
 
@@ -252,7 +256,7 @@ class ModalityLayout:
 
     def _takes_blocks(self, places_BK: torch.Tensor, last_BW: torch.Tensor) -> bool:
         is_large = last_BW.numel() * places_BK.shape[1] >= MIN_FLEX_SCORES
-        return self.uses_flex and is_large and last_BW.shape[1] >= BLOCK_SIZE
+        return self.uses_flex and is_large and last_BW.shape[1] > BLOCK_SIZE
 
     def _make_mask(
         self, places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
@@ -398,6 +402,7 @@ class ModalityLayout:
         """
         if q_BHWD.shape[2] == 0:  # keys and values get a gradient all the same, as on the other processes
             return q_BHWD.transpose(1, 2).flatten(0, 1) + 0.0 * sum(part.sum() for part in (*keys, *values))
+        # When a CUDA graph is captured too: what ran before, to warm up, must be what is captured
         if not q_BHWD.is_cuda or torch.compiler.is_compiling():
             return self._attend(q_BHWD, keys, values, **settings)
         with without_cudnn():
@@ -421,9 +426,9 @@ class ModalityLayout:
         return self.queries.pack(output_BHWD.transpose(1, 2)) + of_images
 
 
-# More calls than one are worth their launch from here on (`benchmarks/gpu_attention.py`)
+# More calls than one are worth their launch from here on, in a prefill (`benchmarks/gpu_attention.py`)
 QUERIES_PER_CALL = 512
-# Queries × keys, over the batch, from which on a training step is faster by flex attention (`benchmarks/gpu_7b.py`)
+# Queries × keys, over the batch, from which on a training step is clearly faster by flex attention (`benchmarks/gpu_7b.py`)
 MIN_FLEX_SCORES = 2 * 2**20
 
 
@@ -432,8 +437,8 @@ def runs_by_images(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def can_train_by_flex(device: torch.device) -> bool:
-    """On a CPU, flex attention has no backward pass."""
+def computes_by_flex(device: torch.device) -> bool:
+    """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
     return device.type != "cpu"
 
 

@@ -418,7 +418,7 @@ class VisualChatModel(VisualChatPreTrainedModel):
         check_values(
             matches,
             lambda: self._describe_mismatch(is_image, num_features / per_image),
-            f"The batch's image placeholder tokens are not those of {num_features / per_image:g} images",
+            "The batch's image placeholder tokens are not those of the images that were given",
         )
         return is_image
 
