@@ -158,9 +158,10 @@ class ModalityLayout:
         self.recorded = [] if records else None
         self._look(None, keeps_images=True)
 
-    def to(self, device: torch.device, **kwargs) -> "ModalityLayout":
-        """Where a decoder layer is, if the layers are spread over devices: accelerate's hooks call this."""
-        return self if torch.device(device) == self.text_rows.device else self._moved(device, **kwargs)
+    def to(self, device: torch.device | None, **kwargs) -> "ModalityLayout":
+        """Where a decoder layer is, if the layers are spread over devices: accelerate's hooks call this. `None`: here."""
+        is_here = device is None or torch.device(device) == self.text_rows.device
+        return self if is_here else self._moved(device, **kwargs)
 
     def _moved(self, device: torch.device, **kwargs) -> "ModalityLayout":
         layout = _move(self, device, **kwargs)
