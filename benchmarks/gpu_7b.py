@@ -33,7 +33,7 @@ from sides import assert_near, build_sides, encoder_outputs, leave_out_tower, ma
 from training_step import freeze, keep_labelled, make_step, make_steps, make_training_inputs, to_results
 from transformers import StaticCache
 
-from modeling_visualchat import layout_visualchat
+from modeling_visualchat import visibility_visualchat
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from modeling_visualchat.kernels_visualchat import without_cudnn
 
@@ -288,7 +288,7 @@ def main():
     show(compare_training(ours, llava, TRAINING_IMAGES, TRAINING_REPEATS))
     with waiting(ours, llava):
         show(compare_growth(ours, llava, GROWTH, GROWTH_REPEATS))
-    with patch.object(layout_visualchat, "MIN_FLEX_SCORES", 0):
+    with patch.object(visibility_visualchat, "MIN_FLEX_SCORES", 0):
         show(compare_flex(ours, FLEX_IMAGES, GROWTH_REPEATS))
 
 

@@ -25,7 +25,7 @@ from measure import compare, graph_of
 from report import save_results
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from modeling_visualchat import layout_visualchat
+from modeling_visualchat import visibility_visualchat
 from modeling_visualchat.layout_visualchat import ModalityLayout
 
 
@@ -46,10 +46,10 @@ def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
     def make_layout(queries: int | None, uses_flex: bool = False) -> ModalityLayout:
         by_runs, size = (lambda device: queries is None), queries or text
         with (
-            patch.object(layout_visualchat, "runs_by_images", by_runs),
-            patch.object(layout_visualchat, "QUERIES_PER_CALL", size),
-            patch.object(layout_visualchat, "BLOCK_SIZE", 0),
-            patch.object(layout_visualchat, "MIN_FLEX_SCORES", 1),
+            patch.object(visibility_visualchat, "runs_by_images", by_runs),
+            patch.object(visibility_visualchat, "QUERIES_PER_CALL", size),
+            patch.object(visibility_visualchat, "BLOCK_SIZE", 0),
+            patch.object(visibility_visualchat, "MIN_FLEX_SCORES", 1),
         ):
             return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, uses_flex=uses_flex)
 

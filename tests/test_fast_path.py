@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from modeling_visualchat import decoder_visualchat, kernels_visualchat, layout_visualchat
+from modeling_visualchat import decoder_visualchat, kernels_visualchat, layout_visualchat, visibility_visualchat
 from modeling_visualchat.cache_visualchat import (
     ModalitiesLayer,
     PlacesLayer,
@@ -540,15 +540,15 @@ class TestCache:
 def compute_all_by_flex(monkeypatch):
     """On a CPU too, and however few the queries."""
     monkeypatch.setattr(decoder_visualchat, "computes_by_flex", lambda device: True)
-    monkeypatch.setattr(layout_visualchat, "BLOCK_SIZE", 1)
-    monkeypatch.setattr(layout_visualchat, "MIN_FLEX_SCORES", 1)
+    monkeypatch.setattr(visibility_visualchat, "BLOCK_SIZE", 1)
+    monkeypatch.setattr(visibility_visualchat, "MIN_FLEX_SCORES", 1)
 
 
 @pytest.fixture(params=["sdpa", "flex_attention"])
 def on_a_gpu(request, monkeypatch):
     """What a GPU computes: a masked call for every few queries, or one by flex attention, whose masks are here applied."""
-    monkeypatch.setattr(layout_visualchat, "runs_by_images", lambda device: False)
-    monkeypatch.setattr(layout_visualchat, "QUERIES_PER_CALL", 3)
+    monkeypatch.setattr(visibility_visualchat, "runs_by_images", lambda device: False)
+    monkeypatch.setattr(visibility_visualchat, "QUERIES_PER_CALL", 3)
     if request.param == "flex_attention":
         compute_all_by_flex(monkeypatch)
         monkeypatch.setattr(kernels_visualchat, "_flex", apply_block_mask)

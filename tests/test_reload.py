@@ -34,6 +34,8 @@ CODE_FILES = {
     "image_memory_visualchat.py",
     "kernels_visualchat.py",
     "layout_visualchat.py",
+    "packing_visualchat.py",
+    "visibility_visualchat.py",
     "modeling_visualchat.py",
     "processing_visualchat.py",
     "projector_visualchat.py",

@@ -25,8 +25,9 @@ from .attention_visualchat import (
 )
 from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
 from .configuration_visualchat import VisualChatConfig
-from .layout_visualchat import ModalityLayout, computes_by_flex
+from .layout_visualchat import ModalityLayout
 from .released_visualchat import ReleasedMask, place_in_reverse
+from .visibility_visualchat import computes_by_flex
 
 
 class VisualChatRMSNorm(LlamaRMSNorm):

@@ -167,7 +167,7 @@ def without_cudnn() -> Iterator[None]:
     """
     Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch
     2.11 on an H100, by its profiler). While decoding with a cache that grows, every token has a new shape; so have most
-    prompts and training batches, of which a plan costs more than its kernel gains.
+    prompts and training batches.
     """
     cuda = torch.backends.cuda
     others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()

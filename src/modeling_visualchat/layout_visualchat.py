@@ -24,54 +24,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.utils import is_tracing
 
 from .cache_visualchat import PlacesLayer
-from .kernels_visualchat import (
-    BLOCK_SIZE,
-    ImageCall,
-    attend_to_images,
-    join,
-    make_block_mask,
-    merged_softmax,
-    rotate,
-    softmax,
-    without_cudnn,
-)
-
-
-class PackedRows:
-    """
-    Rows of a batch one after another without padding, and the way between this and the padded form.
-
-    Args:
-        batch_R (`torch.LongTensor` of shape `(rows,)`): The batch row of each packed row, ascending.
-        batch_size (`int`): Rows of the batch.
-        width (`int`, *optional*): How many packed rows each batch row has, where all have as many and it is known.
-    """
-
-    def __init__(self, batch_R: torch.Tensor, batch_size: int, width: int | None = None):
-        self.is_full = width is not None
-        self.counts, self.shape = [width] * batch_size, (batch_size, width)
-        if width is not None:
-            return
-        counts_B = torch.bincount(batch_R, minlength=batch_size)
-        starts_B = counts_B.cumsum(0) - counts_B
-        self.batch_R, self.rank_R = batch_R, torch.arange(len(batch_R), device=batch_R.device) - starts_B[batch_R]
-        self.counts = counts_B.tolist()
-        self.shape = (batch_size, max(self.counts))
-        self.is_full = min(self.counts) == max(self.counts)
-
-    def pad(self, packed: torch.Tensor, value: int = 0) -> torch.Tensor:
-        """From `(rows, …)` to `(batch_size, W, …)`, padded on the right."""
-        if self.is_full:
-            return packed.view(*self.shape, *packed.shape[1:])
-        padded = packed.new_full((*self.shape, *packed.shape[1:]), value)
-        return padded.index_put((self.batch_R, self.rank_R), packed)
-
-    def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """From `(batch_size, W, …)` to `(rows, …)`."""
-        return padded.flatten(0, 1) if self.is_full else padded[self.batch_R, self.rank_R]
-
-    def to(self, device: torch.device, **kwargs) -> "PackedRows":
-        return _move(self, device, **kwargs)
+from .kernels_visualchat import attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
+from .packing_visualchat import PackedRows, move
+from .visibility_visualchat import Visibility
 
 
 class ModalityLayout:
@@ -111,7 +66,8 @@ class ModalityLayout:
         uses_flex: bool = False,
     ):
         batch_size, length = self.shape = batch_and_length
-        self.is_traced, self.merged, self.uses_flex = is_tracing(), merged, uses_flex
+        self.is_traced, self.merged = is_tracing(), merged
+        self.visibility = Visibility(rotary[0].dtype, self.is_traced, uses_flex)
         self.begins = places is None or places.is_empty
         self.past_length = 0 if self.begins else places.length + 0  # a static cache counts in place
         self.sequences = (batch_size, length)
@@ -164,7 +120,7 @@ class ModalityLayout:
         return self if is_here else self._moved(device, **kwargs)
 
     def _moved(self, device: torch.device, **kwargs) -> "ModalityLayout":
-        layout = _move(self, device, **kwargs)
+        layout = move(self, device, **kwargs)
         masks = [self.mask, *(call.mask for _, calls in self.image_calls for call in calls)]
         if any(isinstance(mask, BlockMask) for mask in masks):  # they hold places that cannot be moved
             layout._look(layout.kept_text, self.keeps_images)
@@ -244,9 +200,11 @@ class ModalityLayout:
             places_BK = self._without_padding(self.text_places_BT)
             if has_images and self.merged:
                 places_BK = torch.cat([places_BK, image_places_BI], -1)
-            self.mask = self._make_mask(places_BK, first_BW, last_BW)
+            self.mask = self.visibility.make_mask(places_BK, first_BW, last_BW)
         if has_images and not self.merged:
-            self.image_calls = self._find_calls(image_places_BI, first_BW, last_BW)
+            self.image_calls = self.visibility.find_image_calls(
+                image_places_BI, first_BW, last_BW, self.queries, self.sees_all_images
+            )
 
     def _without_padding(self, places_BK: torch.Tensor) -> torch.Tensor:
         """The places of keys that exist and are not padding; -1 for others."""
@@ -254,67 +212,6 @@ class ModalityLayout:
             return places_BK
         is_kept_BK = self.attention_mask.gather(1, places_BK.clamp(min=0)) != 0
         return places_BK.masked_fill(~is_kept_BK, -1)
-
-    def _takes_blocks(self, places_BK: torch.Tensor, last_BW: torch.Tensor) -> bool:
-        is_large = last_BW.numel() * places_BK.shape[1] >= MIN_FLEX_SCORES
-        return self.uses_flex and is_large and last_BW.shape[1] > BLOCK_SIZE
-
-    def _make_mask(
-        self, places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
-    ) -> torch.Tensor | BlockMask | None:
-        if self._takes_blocks(places_BK, last_BW):
-            return make_block_mask(places_BK, first_BW, last_BW)
-        return self._to_mask(_visible(places_BK, first_BW, last_BW))
-
-    def _to_mask(self, visible_BWK: torch.Tensor) -> torch.Tensor | None:
-        """
-        What is added to scores; `None` if nothing is hidden. A query that sees nothing is opened to all keys: a softmax over
-        nothing is NaN in some kernels, and its gradient in more.
-        """
-        if not self.is_traced and visible_BWK.all():
-            return None
-        visible_BWK = visible_BWK | ~visible_BWK.any(-1, keepdim=True)
-        *rows, keys = visible_BWK.shape
-        # Kernels on GPUs want each row of a mask to begin at a multiple of 16 bytes
-        mask = torch.zeros(*rows, (keys + 7) // 8 * 8, dtype=self.all_rotary[0].dtype, device=visible_BWK.device)
-        return mask[..., :keys].masked_fill_(~visible_BWK, float("-inf"))[:, None]
-
-    def _masked_call(self, visible_BWI: torch.Tensor, start: int, stop: int, count: int) -> ImageCall:
-        visible_BWI = visible_BWI[:, start:stop, :count]
-        sees_image = visible_BWI.any(-1)[:, None, :, None]
-        if count == 0 or (not self.is_traced and sees_image.all()):
-            sees_image = None
-        return ImageCall(start, stop, count, self._to_mask(visible_BWI) if count > 0 else None, sees_image)
-
-    def _find_calls(
-        self, places_BI: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
-    ) -> list[tuple[slice, list[ImageCall]]]:
-        """
-        On a CPU, a call without a mask for each run of queries that see the same images. On a GPU such calls are too small
-        (`benchmarks/gpu_attention.py`): there, and where what is seen is not what came first, a masked call for every
-        `QUERIES_PER_CALL` queries, over the keys up to the last that one of them sees; or one by flex attention, which
-        leaves out what no query of a block sees. In a graph, one call.
-        """
-        width, num_keys = last_BW.shape[1], places_BI.shape[1]
-        if self.is_traced and self.sees_all_images:
-            return [(slice(None), [ImageCall(0, width, num_keys)])]
-        if self._takes_blocks(places_BI, last_BW):
-            return [(slice(None), [ImageCall(0, width, num_keys, make_block_mask(places_BI, first_BW, last_BW))])]
-        visible_BWI = _visible(places_BI, first_BW, last_BW)
-        if self.is_traced:
-            return [(slice(None), [self._masked_call(visible_BWI, 0, width, num_keys)])]
-        keys_I = torch.arange(num_keys, device=visible_BWI.device)
-        counts_BW = (visible_BWI * (keys_I + 1)).amax(-1)
-        if runs_by_images(visible_BWI.device) and torch.equal(visible_BWI, keys_I < counts_BW[..., None]):
-            return _find_runs(counts_BW.tolist(), self.queries)
-        parts = counts_BW.split(QUERIES_PER_CALL, dim=1)
-        counts = torch.stack([part.amax() for part in parts]).tolist()
-        starts = range(0, width, QUERIES_PER_CALL)
-        calls = [
-            self._masked_call(visible_BWI, start, start + part.shape[1], count)
-            for start, part, count in zip(starts, parts, counts)
-        ]
-        return [(slice(None), calls)]
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the stream, of shape `(text and image rows, …)`, into those of text and those of images."""
@@ -425,58 +322,3 @@ class ModalityLayout:
         # Each without its padding
         of_images = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in of_rows])
         return self.queries.pack(output_BHWD.transpose(1, 2)) + of_images
-
-
-# More calls than one are worth their launch from here on, in a prefill (`benchmarks/gpu_attention.py`)
-QUERIES_PER_CALL = 512
-# Queries × keys, over the batch, from which on a training step is clearly faster by flex attention (`benchmarks/gpu_7b.py`)
-MIN_FLEX_SCORES = 2 * 2**20
-
-
-def runs_by_images(device: torch.device) -> bool:
-    """Whether a call for each run of text that sees the same images is the fastest way on this device."""
-    return device.type == "cpu"
-
-
-def computes_by_flex(device: torch.device) -> bool:
-    """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
-    return device.type != "cpu"
-
-
-def _visible(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> torch.Tensor:
-    """Which keys a query sees: those with places from its first up to its last. Of shape `(batch_size, W, keys)`."""
-    places_B1K = places_BK[:, None]
-    return (places_B1K >= first_BW[..., None]) & (places_B1K <= last_BW[..., None])
-
-
-def _move(rows: PackedRows | ModalityLayout, device: torch.device, **kwargs) -> PackedRows | ModalityLayout:
-    moved, known = copy.copy(rows), {}
-    for name, value in vars(rows).items():
-        if name != "recorded":  # which all layers share
-            setattr(moved, name, _to_device(value, known, device, **kwargs))
-    return moved
-
-
-def _to_device(value, known: dict, device: torch.device, **kwargs):
-    """`known` holds what has been moved: much is there under two names."""
-    if isinstance(value, torch.Tensor | PackedRows):
-        if id(value) not in known:
-            known[id(value)] = value.to(device, **kwargs)
-        return known[id(value)]
-    if isinstance(value, ImageCall):
-        return ImageCall(*(_to_device(part, known, device, **kwargs) for part in value))
-    if type(value) in (list, tuple):
-        return type(value)(_to_device(part, known, device, **kwargs) for part in value)
-    return value
-
-
-def _find_runs(counts: list[list[int]], queries: PackedRows) -> list[tuple[slice, list[ImageCall]]]:
-    if queries.is_full and all(row == counts[0] for row in counts):
-        return [(slice(None), _runs_of_row(counts[0]))]
-    rows = enumerate(queries.counts)
-    return [(slice(row, row + 1), _runs_of_row(counts[row][:length])) for row, length in rows if length > 0]
-
-
-def _runs_of_row(counts: list[int]) -> list[ImageCall]:
-    starts = [k for k, count in enumerate(counts) if k == 0 or count != counts[k - 1]]
-    return [ImageCall(start, stop, counts[start]) for start, stop in zip(starts, [*starts[1:], len(counts)])]
