@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from modeling_visualchat import attention_visualchat, kernels_visualchat, layout_visualchat, modeling_visualchat
+from modeling_visualchat import attention_visualchat, kernels_visualchat, modeling_visualchat, visibility_visualchat
 from modeling_visualchat.layout_visualchat import ModalityLayout
 
 
@@ -152,7 +152,7 @@ def device_kernels(device: str, gathers: bool) -> Iterator[None]:
             stack.enter_context(patch.object(functional, "linear", GatheredLinear.apply))
         if device != "cpu":
             # Layouts are made on the host, as for the device
-            stack.enter_context(patch.object(layout_visualchat, "runs_by_images", lambda device: False))
+            stack.enter_context(patch.object(visibility_visualchat, "runs_by_images", lambda device: False))
             stack.enter_context(patch.object(functional, "rms_norm", norm_on_gpu))
         yield
 
