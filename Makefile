@@ -13,7 +13,7 @@ demo: $(VENV)/installed  ## build, train, save and talk to a small VisualChat (o
 	python examples/demo.py
 
 test: $(VENV)/installed  ## the tests
-	python -m pytest -m "not slow and not browser"
+	python -m pytest -m "not slow and not browser" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/installed  ## the tests that take longer
 	python -m pytest -m slow
