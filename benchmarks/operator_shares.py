@@ -1,6 +1,7 @@
 """
-What takes the time of our side: the share of each operator in a prefill of 8 images, tower excluded, and in the first token
-of a new question about 8 known images, by torch's profiler.
+Where the time goes in a prefill of 8 images, with the vision tower and without it, on our side and LLaVA's, and in the first
+token of a new question about 8 known images: the share of each operator, by torch's profiler; and of all matrix products how
+many operations each side needs, by torch's `FlopCounterMode`, which does not count attention on a CPU.
 
     python benchmarks/operator_shares.py
 """
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from sides import build_sides, leave_out_tower, make_inputs, prefill, without
+from torch.utils.flop_counter import FlopCounterMode
 
 
 IMAGES, SHOWN = 8, 6
@@ -23,14 +25,28 @@ def operator_shares(call: Callable) -> dict[str, float]:
     return {name: time / sum(times.values()) for name, time in sorted(times.items(), key=lambda item: -item[1])}
 
 
+def count_operations(call: Callable) -> int:
+    """2 for a multiplication and an addition."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 def main():
-    ours, _ = build_sides()
+    ours, llava = build_sides()
     inputs = make_inputs(ours, IMAGES)
     known = {**without(inputs, "pixel_values"), "image_memory": ours.encode_images(inputs["pixel_values"])}
-    for work, given in ((f"prefill of {IMAGES} images", leave_out_tower(ours, inputs)), (f"{IMAGES} known images", known)):
-        print(f"| {work} | share |\n|---|---|")
-        for name, share in list(operator_shares(lambda given=given: prefill(ours, given)).items())[:SHOWN]:
-            print(f"| {name} | {share:.2f} |")
+    work = f"prefill of {IMAGES} images"
+    calls = {f"{work}, {name}": (model, inputs) for name, model in (("ours", ours), ("LLaVA", llava))}
+    calls |= {f"{name}, tower excluded": (model, leave_out_tower(model, inputs)) for name, (model, _) in calls.items()}
+    calls[f"{IMAGES} known images"] = ours, known
+    for name, given in calls.items():
+        print(f"| {name} | share |\n|---|---|")
+        for operator, share in list(operator_shares(lambda given=given: prefill(*given)).items())[:SHOWN]:
+            print(f"| {operator} | {share:.2f} |")
+    print("| matrix products | operations |\n|---|---|")
+    for name, given in calls.items():
+        print(f"| {name} | {count_operations(lambda given=given: prefill(*given)) / 1e9:.0f} · 10⁹ |")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,10 @@ def test_the_shares_of_all_operators_are_the_whole():
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
+def test_operations_of_a_product():
+    assert run("operator_shares", "count_operations", lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_is_what_a_call_needs_at_most():
     peak_memory = importlib.import_module("measure").peak_memory
