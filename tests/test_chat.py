@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -171,6 +172,46 @@ def test_a_model_whose_settings_switch_the_cache_off():
     assert work["rows"] < 60
 
 
+def test_settings_for_other_caches_are_left_to_others():
+    answers = []
+    for _ in range(2):
+        model = make_model(image_number_keys=True)
+        session = model.start_chat(PROCESSOR)
+        if answers:
+            model.generation_config.cache_implementation, model.generation_config.prefill_chunk_size = "static", 8
+        answers.append(
+            [session.send(text, [digit_image(k) for k in range(images)], **GREEDY) for text, images in ROUNDS[:3]]
+        )
+    assert answers[0] == answers[1]
+
+
+def test_a_model_that_changes_computes_the_conversation_again():
+    model = make_model(image_number_keys=True)
+    session = model.start_chat(PROCESSOR)
+
+    def ask(reuses: bool):
+        with count_work(model) as work:
+            session.send("And?", **GREEDY, **SPELLED)
+        assert_as_from_scratch(session, **SPELLED)
+        assert (work["rows"] < 60) == reuses
+
+    session.send("What is it?", [digit_image(1), digit_image(2)], **GREEDY, **SPELLED)
+    ask(reuses=True)
+    with torch.no_grad():
+        model.model.language_model.norm.weight.mul_(1.5)
+    ask(reuses=False)
+    ask(reuses=True)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*\.v_proj", init_lora_weights=False))
+    ask(reuses=False)
+    with adapted.disable_adapter():
+        ask(reuses=False)
+    ask(reuses=False)
+    model.set_attn_implementation({"text_config": "eager"})
+    ask(reuses=False)
+    model.bfloat16()
+    session.send("And?", **GREEDY)
+
+
 def test_eager_attention_goes_without_image_memory():
     session = make_model("eager", image_number_keys=True).start_chat(PROCESSOR)
     for question, images in ROUNDS[:3]:
@@ -313,6 +354,7 @@ def test_bad_input_is_named_and_leaves_the_session_as_it_was(chat, tmp_path):
         ({"num_return_sequences": 2, "do_sample": True}, "`num_return_sequences`"),
         ({"generation_config": GenerationConfig(num_return_sequences=2, do_sample=True)}, "`num_return_sequences`"),
         ({"max_length": 100}, "`max_new_tokens`"),
+        ({"return_dict_in_generate": True}, "`return_dict_in_generate`"),
     ):
         with pytest.raises(ValueError, match=message):
             chat.send("And?", **generation)

@@ -73,6 +73,17 @@ def assert_equal_where_kept(ours, expected, inputs, atol=1e-5):
 
 
 class TestForward:
+    @pytest.mark.parametrize("watched", ["gate_proj", "act_fn", "up_proj"])
+    def test_what_hooks_were_given_is_not_overwritten(self, watched):
+        model, seen = make_pair()[0], []
+        part = getattr(model.model.language_model.layers[0].mlp, watched)
+        handle = part.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+        try:
+            forward(model, make_inputs(["titit"], model))
+        finally:
+            handle.remove()
+        assert len(seen) == 1 and torch.equal(*seen[0])
+
     @drawn(max_examples=40)
     @with_edges(key=("mmca", True, 2), side="left")
     @given(key=MODELS, layout=LAYOUTS, side=SIDES)
@@ -844,3 +855,102 @@ class TestGraphs:
                 cache.crop(-1)
             cache.reset()
             assert cache.get_seq_length() == 0
+
+
+class TestMasksOfACache:
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            (["tttt", "t"], ["its", "its"]),  # padding of a round of text alone
+            (["titt", "it"], ["ts", "its"]),
+            (["titt", "it"], ["s", "t"]),
+        ],
+    )
+    def test_cached_padding_is_not_seen_while_decoding(self, variant, first, second):
+        """Also what followed the end of an answer that was shorter than others, and images that a mask hides."""
+        model = make_pair(variant, dtype=DOUBLE)[0]
+        rounds = [make_inputs(layout, model, seed) for seed, layout in enumerate((first, second))]
+        answers = torch.tensor([[5, 6, 7], [8, 2, 0]])  # the second ends after two tokens
+        cache = StaticCache(config=model.config.text_config, max_cache_len=60)
+        ids, mask = rounds[0]["input_ids"], rounds[0]["attention_mask"]
+        mask[0, (ids[0] == model.config.image_token_id).nonzero()[:2, 0]] = 0
+        forward(model, rounds[0], past_key_values=cache, logits_to_keep=1)
+        for k in range(answers.shape[1]):
+            token = answers[:, k : k + 1]
+            ids, mask = torch.cat([ids, token], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
+            # As `generate` does: no mask where text and images are kept apart
+            own = {"attention_mask": mask} if "pixel_values" not in rounds[0] else {}
+            forward(model, {"input_ids": token, **own}, past_key_values=cache)
+        mask[1, -1] = 0
+        ids = torch.cat([ids, rounds[1]["input_ids"]], 1)
+        mask = torch.cat([mask, rounds[1]["attention_mask"]], 1)
+        pixels = [one["pixel_values"] for one in rounds if "pixel_values" in one]
+        # Rows of a batch come one after another, rounds of a row too
+        if len(pixels) == 2:
+            counts = [[row.count("i") for row in layout] for layout in (first, second)]
+            parts = [one.split(count) for one, count in zip(pixels, counts)]
+            pixels = [part for row in zip(*parts) for part in row]
+        new = {**rounds[1], "attention_mask": mask}
+        for k in range(3):
+            ours = forward(model, new, past_key_values=cache, logits_to_keep=1).logits
+            whole = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(pixels)}
+            expected = forward(model, whole, logits_to_keep=1).logits
+            torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8, msg=lambda text, k=k: f"token {k}: {text}")
+            new = {"input_ids": ours[:, -1:].argmax(-1)}
+            ids, mask = torch.cat([ids, new["input_ids"]], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
+
+    def test_rounds_of_generate_from_a_static_cache(self):
+        model = make_pair(dtype=DOUBLE)[0]
+        settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+        rounds = [make_inputs(layout, model, seed) for seed, layout in enumerate((["tttt", "t"], ["its", "its"]))]
+        rounds[1]["pixel_values"] = rounds[1]["pixel_values"].double()
+        cache = StaticCache(config=model.config.text_config, max_cache_len=60)
+        ids = model.generate(**rounds[0], **settings, max_new_tokens=2, past_key_values=cache).sequences
+        mask = torch.nn.functional.pad(rounds[0]["attention_mask"], (0, 2), value=1)
+        whole = {
+            **rounds[1],
+            "input_ids": torch.cat([ids, rounds[1]["input_ids"]], 1),
+            "attention_mask": torch.cat([mask, rounds[1]["attention_mask"]], 1),
+        }
+        expected = model.generate(**whole, **settings, max_new_tokens=5)
+        ours = model.generate(**whole, **settings, max_new_tokens=5, past_key_values=cache)
+        torch.testing.assert_close(ours.logits, expected.logits, atol=1e-8, rtol=1e-8)
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_a_mask_may_be_as_wide_as_a_static_cache(self, attention):
+        model = make_pair(dtype=DOUBLE)[attention == "eager"]
+        inputs = make_inputs(["tit", "it"], model)
+        expected = forward(model, inputs).logits[:, -1]
+        for future in (0, 1):
+            cache = StaticCache(config=model.config.text_config, max_cache_len=32)
+            wide = torch.nn.functional.pad(inputs["attention_mask"], (0, 32 - inputs["input_ids"].shape[1]), value=future)
+            ours = forward(model, {**inputs, "attention_mask": wide}, past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(ours, expected, atol=1e-8, rtol=1e-8)
+
+    def test_a_mask_that_leaves_out_the_cache_is_an_error(self):
+        model = make_pair()[0]
+        cache = DynamicCache(config=model.config)
+        forward(model, make_inputs(["tit", "it"], model), past_key_values=cache)
+        more = {"input_ids": torch.tensor([[7, 8], [9, 1]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
+        with pytest.raises(ValueError, match="has 2 columns, but 11 tokens have been seen: the 9 of the cache and 2 new"):
+            forward(model, more, past_key_values=cache)
+
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_the_definition_with_a_static_cache(self, variant):
+        """New pictures in a cached conversation, a prefill in chunks, and a cache that is used again."""
+        model = make_pair(variant, dtype=DOUBLE)[1]
+        rounds = [make_inputs(layout, model, seed) for seed, layout in enumerate((["titit"], ["sit"]))]
+        cache = StaticCache(config=model.config.text_config, max_cache_len=60)
+        for _ in range(2):
+            forward(model, rounds[0], past_key_values=cache)
+            both = {name: torch.cat([one[name] for one in rounds], dim=1) for name in ("input_ids", "attention_mask")}
+            new = {**rounds[1], "attention_mask": both["attention_mask"]}
+            ours = forward(model, new, past_key_values=cache).logits[:, -1]
+            both["pixel_values"] = torch.cat([one["pixel_values"] for one in rounds])
+            torch.testing.assert_close(ours, forward(model, both).logits[:, -1], atol=1e-8, rtol=1e-8)
+            cache.reset()
+        inputs = {**rounds[0], "pixel_values": rounds[0]["pixel_values"].double()}
+        settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        ours = model.generate(**inputs, **settings, cache_implementation="static", prefill_chunk_size=3)
+        assert torch.equal(ours, model.generate(**inputs, **settings))

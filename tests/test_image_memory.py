@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
 from tiny import TOKENS_PER_IMAGE, make_inputs, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
@@ -623,3 +624,46 @@ class TestStore:
         store.get(album)
         assert store.nbytes == 2 * model.image_memory_nbytes
         assert ImageMemoryStore(model, 2**30, tmp_path).get(album)[1].keys.dtype == torch.bfloat16
+
+    def test_a_folder_that_cannot_be_written_costs_no_answer(self, mmca, tmp_path, caplog):
+        store = ImageMemoryStore(mmca, 2**30, tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        album = pictures(2)
+        assert len(store.get(album)) == len(store) == 2
+        assert caplog.text.count("cannot be written") == 2
+        store.get(album)
+        assert (store.hits, store.misses) == (2, 2)
+
+
+class TestFingerprint:
+    def test_the_scale_of_an_adapter_counts(self, own):
+        for alpha in (2, 32):
+            adapted = get_peft_model(
+                copy.deepcopy(own), LoraConfig(r=2, lora_alpha=alpha, target_modules=["v_proj"], init_lora_weights=False)
+            )
+            with torch.no_grad():
+                for name, weight in adapted.named_parameters():
+                    if "lora_" in name:
+                        weight.fill_(0.01)
+            if alpha == 2:
+                memory = adapted.encode_images(pictures(1))
+        with pytest.raises(ValueError, match="made with other weights"):
+            logits_of(adapted, split(make_inputs(["tit"], own))[0], image_memory=memory)
+        before = adapted.image_fingerprint()
+        with rescale_adapter_scale(adapted, 0.1):
+            assert adapted.image_fingerprint() != before
+        assert adapted.image_fingerprint() == before
+
+    def test_buffers_that_are_saved_count(self, own):
+        """Quantized layers keep their weights in them."""
+        before = own.image_fingerprint()
+        projection = own.model.language_model.layers[0].mlp.up_proj
+        projection.register_buffer("qweight", torch.ones(3, dtype=torch.int32))
+        with_ones = own.image_fingerprint()
+        projection.qweight = projection.qweight * 2
+        assert len({before, with_ones, own.image_fingerprint()}) == 3
+
+    def test_settings_that_change_later_count(self, own):
+        before = own.image_fingerprint()
+        own.config.vision_feature_layer = -2
+        assert own.image_fingerprint() != before

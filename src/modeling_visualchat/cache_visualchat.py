@@ -16,10 +16,14 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.utils import is_tracing
 
 
+# In the place of a key that does not exist, since rows of a batch differ in what they hold; and of one that is padding
+NO_KEY, PADDING = -1, -2
+
+
 class PlacesLayer(DynamicLayer):
     """
     Where the cached keys stand in the sequence: `keys` of shape `(batch_size, 1, T, 1)` for text, `values` of shape
-    `(batch_size, 1, I, 1)` for images. -1 is a key that does not exist: rows of a batch differ in what they hold.
+    `(batch_size, 1, I, 1)` for images. Negative: `NO_KEY` or `PADDING`.
 
     Attributes:
         length (`int` or, in a static cache, `torch.Tensor`): Tokens of the sequence.
@@ -43,6 +47,11 @@ class PlacesLayer(DynamicLayer):
         """Adds the places of new keys, and `length` tokens to the sequence."""
         self.update(text_BT[:, None, :, None], images_BI[:, None, :, None])
         self.length += length
+
+    def note_padding(self, attention_mask: torch.Tensor) -> None:
+        """
+        What a 2-dimensional mask says of the keys. Tokens of a dynamic cache come with a mask, and nothing is to be noted.
+        """
 
     @property
     def of_text(self) -> torch.Tensor:
@@ -73,8 +82,8 @@ class PlacesLayer(DynamicLayer):
         self.keys = self.keys[:, :, :text]
         self.values = self.values[:, :, :images]
         # A row may have held fewer of the tokens that go than another
-        self.keys = self.keys.masked_fill(self.keys >= self.length, -1)
-        self.values = self.values.masked_fill(self.values >= self.length, -1)
+        self.keys = self.keys.masked_fill(self.keys >= self.length, NO_KEY)
+        self.values = self.values.masked_fill(self.values >= self.length, NO_KEY)
 
     def reset(self) -> None:
         super().reset()
@@ -90,7 +99,7 @@ class PlacesLayer(DynamicLayer):
 
 class StaticPlacesLayer(PlacesLayer):
     """
-    The places of a static cache: a buffer for text, in which what is not yet written is -1, and those of the images.
+    The places of a static cache: a buffer for text, in which what is not yet written is `NO_KEY`, and those of the images.
 
     Args:
         max_cache_len (`int`): Tokens that a sequence may have.
@@ -119,6 +128,16 @@ class StaticPlacesLayer(PlacesLayer):
         self.columns.add_(text_BT.shape[1])
         self.length.add_(length)
 
+    def note_padding(self, attention_mask: torch.Tensor) -> None:
+        """
+        Decoding from a static cache has no mask. Padding is not cached; but what was cached may be padding by now: that of
+        rounds of text before the first image, or what followed the end of an answer that was shorter than others.
+        """
+        for places_B1K1 in (self.keys, self.values):
+            is_kept_BK = attention_mask.gather(1, places_B1K1[:, 0, :, 0].clamp(min=0)) != 0
+            places_B1K1.masked_fill_(~is_kept_BK[:, None, :, None] & (places_B1K1 >= 0), PADDING)
+        self.has_no_gaps = bool((self.values >= 0).all())
+
     def _make_room(self, text_BT: torch.Tensor, images_BI: torch.Tensor, length: int) -> None:
         images = images_BI[:, None, :, None]
         if self.is_empty:
@@ -129,7 +148,7 @@ class StaticPlacesLayer(PlacesLayer):
         # All that is still to come may be text
         used = int(self.columns)
         room = used + text_BT.shape[1] + self.max_cache_len - int(self.length) - length
-        keys = text_BT.new_full((len(text_BT), 1, room, 1), -1)
+        keys = text_BT.new_full((len(text_BT), 1, room, 1), NO_KEY)
         if not self.is_empty:
             keys[:, :, :used] = self.keys[:, :, :used]
         self.keys, self.values, self.has_no_gaps = keys, images.contiguous(), bool((images >= 0).all())

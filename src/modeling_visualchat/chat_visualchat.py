@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache_visualchat import copy_cache
 from .image_loading_visualchat import ImageSource, load_image
-from .image_memory_visualchat import ImageMemoryStore
+from .image_memory_visualchat import ImageMemoryStore, describe_state, own_part
 
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,15 @@ class Round:
 
 
 class Computed(NamedTuple):
-    """A cache, the tokens in it (of shape `(tokens,)`), and the pictures that their placeholders stand for."""
+    """
+    A cache, the tokens in it (of shape `(tokens,)`), the pictures that their placeholders stand for, and what the model was
+    when it computed them.
+    """
 
     cache: DynamicCache
     input_ids: torch.LongTensor
     pictures: list[Image.Image]
+    model_state: tuple = ()
 
 
 class ChatSession:
@@ -262,11 +266,14 @@ class ChatSession:
             raise ValueError("A conversation goes on with one answer: leave out `num_return_sequences`")
         if "max_length" in generation:
             raise ValueError("`max_length` would count the whole conversation: say `max_new_tokens`")
+        if generation.get("return_dict_in_generate"):
+            raise ValueError("A conversation gives its answer as text: leave out `return_dict_in_generate`")
         limit = self.model.config.text_config.max_position_embeddings
         new_tokens = self._setting(generation, "max_new_tokens") or min(MAX_NEW_TOKENS, limit // 4)
         input_ids, dropped = self._make_room(rounds, limit, new_tokens)
-        # The cache is there, whatever a training script has left in the model's settings
-        generation = {**generation, "max_new_tokens": new_tokens, "use_cache": True}
+        # The cache is there, whatever a script has left in the model's settings
+        settings = {"cache_implementation": None, "prefill_chunk_size": None}
+        generation = {**settings, **generation, "max_new_tokens": new_tokens, "use_cache": True}
         pieces = self._answer(rounds[dropped:], dropped, input_ids, generation, self._turn)
         self._unfinished = weakref.ref(pieces)
         return pieces if stream else "".join(pieces)
@@ -301,7 +308,10 @@ class ChatSession:
         # Where `generate` cannot go on from a cache: assisted decoding reads the whole prompt, beams need all pictures
         if any(self._setting(generation, name) for name in assistants) or (num_beams > 1 and not remembers):
             computed = self._nothing_computed()
-        computed = self._cut(computed, input_ids[0], pictures)
+        model_state = self._describe_model()
+        if computed.model_state != model_state:  # trained on, another adapter, another dtype
+            computed = self._nothing_computed()
+        computed = self._cut(computed, input_ids[0], pictures)._replace(model_state=model_state)
         cache = computed.cache
         if num_beams > 1:
             cache = copy_cache(cache)
@@ -320,10 +330,9 @@ class ChatSession:
             try:
                 ids = self.model.generate(
                     **inputs,
-                    **generation,
+                    **{**generation, "return_dict_in_generate": False},
                     streamer=reader if num_beams == 1 else None,
                     tokenizer=reader.tokenizer,  # for `stop_strings`
-                    return_dict_in_generate=False,
                 )
                 outcome["ids"] = ids[0].cpu()
             except BaseException as error:
@@ -352,7 +361,9 @@ class ChatSession:
                 if dropped:
                     self.dropped_rounds += dropped
                     logger.warning("The model's context is full: the oldest %d rounds were dropped", dropped)
-                self._computed = computed if num_beams > 1 else Computed(cache, ids[: cache.get_seq_length()], pictures)
+                if num_beams == 1:
+                    computed = Computed(cache, ids[: cache.get_seq_length()], pictures, model_state)
+                self._computed = computed
         if "error" in outcome:
             raise outcome["error"]
         if len(answer) > len(shown):
@@ -392,6 +403,12 @@ class ChatSession:
         computed.cache.crop(length - len(computed.input_ids))
         kept = int((placeholders < length).sum()) // per_image
         return Computed(computed.cache, input_ids[:length], pictures[:kept])
+
+    def _describe_model(self) -> tuple:
+        """What a cache depends on, of what is in memory."""
+        own = {name: own_part(weight) for name, weight in self.model.named_parameters()}
+        in_memory = {name: weight for name, weight in own.items() if not weight.is_meta and weight.numel() > 0}
+        return describe_state(self.model, in_memory), self.model.config.text_config._attn_implementation
 
     def _can_remember(self) -> bool:
         is_offloaded = any(parameter.is_meta for parameter in self.model.parameters())

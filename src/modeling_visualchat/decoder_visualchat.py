@@ -45,10 +45,15 @@ class VisualChatMLP(LlamaMLP):
         self.is_silu = config.hidden_act == "silu"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or is_tracing() or not self.is_silu:
+        if torch.is_grad_enabled() or is_tracing() or not self.is_silu or self._is_watched():
             return super().forward(hidden_states)
         gate = nn.functional.silu(self.gate_proj(hidden_states), inplace=True)
         return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
+
+    def _is_watched(self) -> bool:
+        """Whether somebody's hooks are given what would be overwritten."""
+        parts = (*self.gate_proj.modules(), *self.act_fn.modules())
+        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 class VisualChatDecoderLayer(GradientCheckpointingLayer):

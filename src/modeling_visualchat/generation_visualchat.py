@@ -96,7 +96,7 @@ class VisualChatGenerationMixin(GenerationMixin):
     ) -> torch.Tensor | None:
         """
         As in transformers, which asks for masks of 4 dimensions where the cache is static. Sorted by modality, none is
-        needed: the prefill takes padding from the 2-dimensional mask, and what is cached holds none.
+        needed: the prefill takes padding from the 2-dimensional mask, and the cache notes it.
         """
         decoder = self.model.language_model
         if get_places(past_key_values) is not None:

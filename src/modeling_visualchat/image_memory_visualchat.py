@@ -24,6 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
 logger = logging.getLogger(__name__)
 
 
@@ -168,7 +171,7 @@ class ImageMemoryStore:
                     # A copy: a slice would keep the memory of all of them
                     found[key] = encoded[[index]]
                     if self.folder is not None:
-                        found[key].save(self._path(key))
+                        self._write(key, found[key])
             # What was known moves to the end first, so that what is new does not push it out
             for key in sorted(found, key=lambda key: key in unknown):
                 self._keep(key, found[key])
@@ -176,6 +179,12 @@ class ImageMemoryStore:
 
     def _path(self, key: str) -> str:
         return os.path.join(self.folder, f"{key}.safetensors")
+
+    def _write(self, key: str, memory: ImageMemory) -> None:
+        try:
+            memory.save(self._path(key))
+        except (SafetensorError, OSError) as error:  # a disk that is full: the answer need not wait for it
+            logger.warning("%s cannot be written, the picture is known to this process alone: %s", self._path(key), error)
 
     def _find(self, key: str, fingerprint: str) -> ImageMemory | None:
         if key in self._memories:
@@ -203,6 +212,11 @@ class ImageMemoryStore:
 def _hash_picture(picture: torch.Tensor) -> str:
     described = f"{picture.dtype} {tuple(picture.shape)}".encode()
     return hashlib.sha256(described + picture.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a weight that is shared out."""
+    return weight.detach().to_local() if torch.distributed.is_available() and isinstance(weight, DTensor) else weight
 
 
 def describe_state(model: nn.Module, weights: dict[str, torch.Tensor]) -> tuple:
@@ -237,7 +251,14 @@ def _active_adapters(model: nn.Module) -> tuple:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tuners = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    return tuple((tuner.disable_adapters, tuple(tuner.active_adapters), tuner.merged) for tuner in tuners)
+    return tuple(
+        (tuner.disable_adapters, tuple(tuner.active_adapters), tuner.merged, _scales_of_adapters(tuner)) for tuner in tuners
+    )
+
+
+def _scales_of_adapters(tuner) -> tuple:
+    scales = vars(tuner).get("scaling", {})  # some kinds of adapters have none
+    return tuple((name, scales[name]) for name in tuner.active_adapters if name in scales)
 
 
 def fingerprint_weights(weights: dict[str, torch.Tensor], description: dict) -> str:

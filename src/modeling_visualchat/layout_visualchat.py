@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.utils import is_tracing
 
-from .cache_visualchat import PlacesLayer
+from .cache_visualchat import NO_KEY, PlacesLayer
 from .kernels_visualchat import attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
 from .packing_visualchat import PackedRows, move
 from .visibility_visualchat import Visibility
@@ -70,6 +70,8 @@ class ModalityLayout:
         self.visibility = Visibility(rotary[0].dtype, self.is_traced, uses_flex)
         self.begins = places is None or places.is_empty
         self.past_length = 0 if self.begins else places.length + 0  # a static cache counts in place
+        if attention_mask is not None and not self.is_traced:
+            attention_mask = self._cut_mask(attention_mask)
         self.sequences = (batch_size, length)
         if self.is_traced and is_image_BQ is not None:
             self.sequences = (1, batch_size * length)
@@ -85,7 +87,7 @@ class ModalityLayout:
         self.num_text_rows = len(self.text_rows)
         self.image_numbers = self.image_rows
         if is_image_BQ is not None:
-            seen_B1 = 0 if self.begins else (places.of_images >= 0).sum(-1, keepdim=True)
+            seen_B1 = 0 if self.begins else (places.of_images != NO_KEY).sum(-1, keepdim=True)
             rank_R = (is_image_BQ.cumsum(-1) - 1 + seen_B1).flatten()[self.image_rows]
             self.image_numbers = rank_R // image_seq_length + 1
 
@@ -96,10 +98,12 @@ class ModalityLayout:
         self.text_rotary = self._rotary_of(self.text_rows, self.text)
         self.image_rotary = self._rotary_of(self.image_rows, self.images)
 
-        self.text_places_BT = self.text.pad(self._places_of(self.text_rows), -1)
-        self.image_places_BI = self.images.pad(self._places_of(self.image_rows), -1)
+        self.text_places_BT = self.text.pad(self._places_of(self.text_rows), NO_KEY)
+        self.image_places_BI = self.images.pad(self._places_of(self.image_rows), NO_KEY)
         if places is not None:
             places.extend(self.text_places_BT, self.image_places_BI, length)
+            if attention_mask is not None and not self.is_traced:
+                places.note_padding(attention_mask)
             if not self.begins:
                 self.text_places_BT, self.image_places_BI = places.of_text, places.of_images
         # What every query sees needs no mask. A graph must know it before it sees the data
@@ -144,6 +148,16 @@ class ModalityLayout:
             is_kept = self.attention_mask[:, -length:].flatten() != 0
             text_rows = text_rows[is_kept[text_rows]]
         return text_rows, image_rows
+
+    def _cut_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The columns of the tokens seen. A mask may have been made for a whole static cache."""
+        seen = int(self.past_length) + self.shape[1]
+        if attention_mask.shape[1] < seen:
+            raise ValueError(
+                f"`attention_mask` has {attention_mask.shape[1]} columns, but {seen} tokens have been seen: the"
+                f" {int(self.past_length)} of the cache and {self.shape[1]} new ones"
+            )
+        return attention_mask[:, :seen]
 
     def _pack(self, rows: torch.Tensor, is_whole: bool = False) -> PackedRows:
         sequences, length = self.sequences

@@ -25,14 +25,13 @@ from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel, check_values
 from .generation_visualchat import VisualChatGenerationMixin
-from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights
+from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights, own_part
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_defects
 
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -294,22 +293,24 @@ class VisualChatModel(VisualChatPreTrainedModel):
 
     def image_fingerprint(self) -> str:
         """
-        What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters included,
-        and how they are joined. It is computed again when something has changed. Under tensor parallelism each process has
-        its own heads, and so its own memory and hash.
+        What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters and the
+        buffers of quantized layers included, and how they are joined. It is computed again when something has changed. Under
+        tensor parallelism each process has its own heads, and so its own memory and hash.
         """
         # Neither the token embedding nor the last norm has a part in an image's keys and values
         without = ("language_model.embed_tokens.", "language_model.norm.")
-        weights = {name: _own_part(weight) for name, weight in self.named_parameters() if not name.startswith(without)}
-        state = describe_state(self, weights)
+        weights = {name: own_part(weight) for name, weight in self.named_parameters() if not name.startswith(without)}
+        not_saved = dict(self.named_non_persistent_buffers())
+        weights |= {name: one for name, one in self.named_buffers() if name not in not_saved and one.numel() > 0}
+        vision, text, config = self.config.vision_config, self.config.text_config, self.config
+        joined = {
+            "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
+            "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
+            "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
+        }
+        state = joined, describe_state(self, weights)
         if self._image_fingerprint is None or self._image_fingerprint[0] != state:
-            vision, text, config = self.config.vision_config, self.config.text_config, self.config
-            description = {
-                "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
-                "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
-                "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
-                "adapters": state[-1],
-            }
+            description = {**joined, "adapters": state[1][-1]}
             self._image_fingerprint = state, fingerprint_weights(weights, description)
         return self._image_fingerprint[1]
 
@@ -692,11 +693,6 @@ def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int
             first_of.append(index)
         picture_of.append(same)
     return first_of, picture_of
-
-
-def _own_part(weight: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a weight that is shared out."""
-    return weight.detach().to_local() if torch.distributed.is_available() and isinstance(weight, DTensor) else weight
 
 
 def _select(states: torch.Tensor | tuple | None, index: list[int]):
