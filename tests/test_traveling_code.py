@@ -137,7 +137,7 @@ WRITING = {
 ALLOWED = {
     ("image_memory_visualchat", "ImageMemory.save"),
     ("image_memory_visualchat", "ImageMemoryStore.__init__"),  # makes the folder that it is given
-    ("image_memory_visualchat", "ImageMemoryStore.get"),  # into that folder
+    ("image_memory_visualchat", "ImageMemoryStore._write"),  # into that folder
     ("chat_visualchat", "ChatSession.save"),
     ("image_loading_visualchat", "load_image"),
 }

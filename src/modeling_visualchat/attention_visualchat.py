@@ -177,9 +177,8 @@ def create_multimodal_mask(
     if numbers_BK is None or multimodal_attention == "causal":
         return MultimodalMask(all_keys)
     is_image_BQ = numbers_BQ > 0
-    past_length = (
-        past_key_values.get_seq_length() + 0 if past_key_values is not None else 0
-    )  # a static cache counts in place
+    # A copy: a static cache counts in place
+    past_length = past_key_values.get_seq_length() + 0 if past_key_values is not None else 0
     if multimodal_attention == "mmca_released":
         return create_released_mask(all_keys, is_image_BQ, past_length, inputs_embeds.dtype)
     if not two_softmaxes:
