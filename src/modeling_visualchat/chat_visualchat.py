@@ -274,6 +274,7 @@ class ChatSession:
         # The cache is there, whatever a script has left in the model's settings
         settings = {"cache_implementation": None, "prefill_chunk_size": None}
         generation = {**settings, **generation, "max_new_tokens": new_tokens, "use_cache": True}
+        generation["return_dict_in_generate"] = False  # whatever a `generation_config` says
         pieces = self._answer(rounds[dropped:], dropped, input_ids, generation, self._turn)
         self._unfinished = weakref.ref(pieces)
         return pieces if stream else "".join(pieces)
@@ -330,7 +331,7 @@ class ChatSession:
             try:
                 ids = self.model.generate(
                     **inputs,
-                    **{**generation, "return_dict_in_generate": False},
+                    **generation,
                     streamer=reader if num_beams == 1 else None,
                     tokenizer=reader.tokenizer,  # for `stop_strings`
                 )
