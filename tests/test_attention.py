@@ -1,5 +1,6 @@
 """What must be true of multi-modal causal attention."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from tiny import copy_llama_weights, make_inputs, make_model
 from transformers import AutoModel, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from modeling_visualchat import decoder_visualchat
 from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
 
 
@@ -70,11 +72,13 @@ def prepare_attention(model, layout):
     return attention, is_image, inputs["attention_mask"] == 0, rotary, numbers, mask
 
 
+@pytest.mark.parametrize("bias", ["no bias", "bias", "bias twice"])
 @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_eager_is_the_definition(layout, variant, numbered):
-    model = make_model("eager", multimodal_attention=variant, image_number_keys=numbered).double()
+def test_eager_is_the_definition(layout, variant, numbered, bias):
+    settings = {"text": {"attention_bias": bias != "no bias"}, "image_number_key_bias": bias == "bias twice"}
+    model = make_model("eager", multimodal_attention=variant, image_number_keys=numbered, **settings).double()
     attention, is_image, is_padding, rotary, numbers, mask = prepare_attention(model, layout)
     batch, length = is_image.shape
     torch.manual_seed(1)
@@ -90,7 +94,9 @@ def test_eager_is_the_definition(layout, variant, numbered):
         for b in range(batch):
             image_rows = is_image[b].nonzero()[:, 0].tolist()
             for rank, row in enumerate(image_rows):
-                keys[b, row] += attention.k_proj(number_states[rank // model.config.image_seq_length])
+                keys[b, row] += number_states[rank // model.config.image_seq_length] @ attention.k_proj.weight.T
+                if bias == "bias twice":
+                    keys[b, row] += attention.k_proj.bias
     q, k = apply_rotary_pos_emb(heads(attention.q_proj(hidden_states)), heads(keys), *rotary)
     v = heads(attention.v_proj(hidden_states))
     groups = attention.num_key_value_groups
@@ -117,7 +123,8 @@ def test_weights_of_a_text_row_sum_to_two_after_the_first_image():
 @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-def test_backends_equal_eager(implementation, variant, numbered):
+def test_backends_equal_eager(implementation, variant, numbered, monkeypatch):
+    monkeypatch.setattr(decoder_visualchat, "computes_by_flex", lambda device: True)  # on a CPU too
     # The tower is the same on both sides: its rounding is not what is compared
     settings = {"multimodal_attention": variant, "image_number_keys": numbered}
     eager = make_model({"text_config": "eager", "vision_config": "sdpa"}, **settings)
@@ -130,6 +137,40 @@ def test_backends_equal_eager(implementation, variant, numbered):
             torch.testing.assert_close(
                 other(**inputs).logits[kept], eager(**inputs).logits[kept], atol=1e-5, rtol=1e-5, msg=str(layout)
             )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flex_attention_trains_on_a_cpu(variant):
+    sdpa = make_model("sdpa", multimodal_attention=variant).train()
+    flex = make_model({"text_config": "flex_attention", "vision_config": "sdpa"}, multimodal_attention=variant).train()
+    for layout in (["titit", "iit"], ["tt"]):
+        inputs = make_inputs(layout, sdpa, padding_side="right")
+        for model in (sdpa, flex):
+            model.zero_grad()
+            model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)).loss.backward()
+        for (name, expected), ours in zip(sdpa.named_parameters(), flex.parameters()):
+            torch.testing.assert_close(ours.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_bias_of_keys_counts_once_and_as_trained_in_folders_of_earlier_versions(tmp_path):
+    settings = {"image_number_keys": True, "text": {"attention_bias": True}}
+    model = make_model(**settings)
+    inputs = make_inputs(["titit"], model)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    assert reloaded.config.image_number_key_bias is False
+
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["image_number_key_bias"]  # a field that such folders lack
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    earlier = AutoModel.from_pretrained(tmp_path)
+    assert earlier.config.image_number_key_bias is True
+    reference = make_model("eager", **settings, image_number_key_bias=True)
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = reference(**inputs).logits
+        torch.testing.assert_close(earlier(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+        assert (reloaded(**inputs).logits - expected).abs().max() > 0.1
 
 
 def test_an_unsupported_backend_says_what_to_use(tmp_path):

@@ -215,7 +215,7 @@ class TestRefusals:
     def test_flex_attention(self):
         mask = create_block_mask(lambda batch, head, query, key: query >= key, 1, None, 8, 8, device="cpu")
         with pytest.raises(ValueError, match="'mmca_released' needs attn_implementation 'eager' or 'sdpa'"):
-            create_released_mask(mask, torch.ones(1, 8, dtype=torch.bool), 0, torch.float32)
+            create_released_mask(mask, torch.ones(1, 8, dtype=torch.bool), 0, torch.float32, "flex_attention")
 
 
 def warnings_of(caplog):

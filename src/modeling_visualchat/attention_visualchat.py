@@ -73,6 +73,7 @@ class MultimodalMask(NamedTuple):
         is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The rows whose output is their own value.
             `None` if there are none.
         past_length (`int` or `torch.Tensor`): Where the new tokens stand among all tokens: the first is key `past_length`.
+        backend (`str`): The attention implementation that the masks are made for.
     """
 
     all_keys: torch.Tensor | BlockMask | None = None
@@ -81,6 +82,7 @@ class MultimodalMask(NamedTuple):
     sees_image: torch.Tensor | None = None
     is_image: torch.Tensor | None = None
     past_length: int | torch.Tensor = 0
+    backend: str | None = None
 
 
 def update_image_numbers(
@@ -90,6 +92,7 @@ def update_image_numbers(
     num_hidden_layers: int,
     batch_and_length: tuple[int, int],
     device: torch.device,
+    begins_BQ: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """
     Which image each token belongs to: 0 for text, k for the k-th image of its conversation.
@@ -104,6 +107,7 @@ def update_image_numbers(
         num_hidden_layers (`int`): Layers of the decoder.
         batch_and_length (`tuple[int, int]`): B and Q.
         device (`torch.device`): Where the numbers are needed.
+        begins_BQ (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
 
     Returns:
         `numbers_BQ` of the new tokens and `numbers_BK` of all tokens (of the whole buffer, for a static cache); both `None`
@@ -119,7 +123,10 @@ def update_image_numbers(
         seen_B1 = 0
         if cached and past_key_values.layers[num_hidden_layers].is_initialized:
             seen_B1 = (past_key_values.layers[num_hidden_layers].keys[:, 0, :, 0] > 0).sum(-1, keepdim=True)
-        numbers_BQ = torch.div(seen_B1 + is_image_BQ.cumsum(-1) - 1, image_seq_length, rounding_mode="floor") + 1
+        tokens_BQ = seen_B1 + is_image_BQ.cumsum(-1)
+        if begins_BQ is not None:  # less what stood before the token's own conversation
+            tokens_BQ = tokens_BQ - ((tokens_BQ - is_image_BQ.int()) * begins_BQ).cummax(-1).values
+        numbers_BQ = torch.div(tokens_BQ - 1, image_seq_length, rounding_mode="floor") + 1
         numbers_BQ = (numbers_BQ * is_image_BQ).int()
     if past_key_values is None:
         return numbers_BQ, numbers_BQ
@@ -132,6 +139,21 @@ def update_image_numbers(
     new_B1Q1 = new_BQ[:, None, :, None]
     numbers_B1K1, _ = past_key_values.update(new_B1Q1, new_B1Q1[..., :0], num_hidden_layers)
     return numbers_BQ, numbers_B1K1[:, 0, :, 0]
+
+
+def find_conversation_starts(
+    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | BlockMask | None, past_key_values: Cache | None
+) -> torch.BoolTensor | None:
+    """
+    Where conversations that are packed into one row begin, of shape `(batch_size or 1, sequence_length)`. `None`: each row
+    holds one. As in transformers, `position_ids` tell packed conversations apart if there is neither a 2-dimensional
+    `attention_mask` nor a cache; under a 4-dimensional mask, which is the caller's own, one begins at each position 0.
+    """
+    if position_ids is None or past_key_values is not None:
+        return None
+    if attention_mask is None:
+        return position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+    return position_ids == 0 if len(attention_mask.shape) == 4 else None
 
 
 def _append_layer(cache: Cache, index: int) -> None:
@@ -157,7 +179,7 @@ def create_multimodal_mask(
 
     Args:
         multimodal_attention (`str`): The variant.
-        config (`LlamaConfig`): The decoder's.
+        config (`LlamaConfig`): The decoder's. Its attention implementation is the one that the masks are made for.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape, dtype and device.
         attention_mask (`torch.Tensor`, *optional*): Of shape `(batch_size, tokens seen)` with 0 for padding, or a prepared
             4-dimensional mask.
@@ -165,6 +187,7 @@ def create_multimodal_mask(
         past_key_values (`Cache`, *optional*): The cache, before the decoder's layers are updated.
         numbers_BQ, numbers_BK (`torch.IntTensor`, *optional*): What [`update_image_numbers`] returned.
     """
+    backend = config._attn_implementation
     two_softmaxes = multimodal_attention in ("mmca", "mmca_released") and numbers_BK is not None
     all_keys = create_causal_mask(
         config=config,
@@ -175,17 +198,17 @@ def create_multimodal_mask(
         allow_is_causal_skip=not two_softmaxes,
     )
     if numbers_BK is None or multimodal_attention == "causal":
-        return MultimodalMask(all_keys)
+        return MultimodalMask(all_keys, backend=backend)
     is_image_BQ = numbers_BQ > 0
     # A copy: a static cache counts in place
     past_length = past_key_values.get_seq_length() + 0 if past_key_values is not None else 0
     if multimodal_attention == "mmca_released":
-        return create_released_mask(all_keys, is_image_BQ, past_length, inputs_embeds.dtype)
+        return create_released_mask(all_keys, is_image_BQ, past_length, inputs_embeds.dtype, backend)
     if not two_softmaxes:
-        return MultimodalMask(all_keys, is_image=is_image_BQ, past_length=past_length)
+        return MultimodalMask(all_keys, is_image=is_image_BQ, past_length=past_length, backend=backend)
     text_keys, _ = _restrict(all_keys, numbers_BK == 0)
     image_keys, sees_image_B1Q1 = _restrict(all_keys, numbers_BK > 0)
-    return MultimodalMask(None, text_keys, image_keys, sees_image_B1Q1, is_image_BQ, past_length)
+    return MultimodalMask(None, text_keys, image_keys, sees_image_B1Q1, is_image_BQ, past_length, backend)
 
 
 def _restrict(mask: torch.Tensor | BlockMask, keep_BK: torch.Tensor) -> tuple[torch.Tensor | BlockMask, torch.Tensor | None]:
@@ -240,7 +263,18 @@ def eager_attention(
 
 
 class VisualChatAttention(LlamaAttention):
-    """LLaMA's attention (same weights, same names) with multi-modal causal attention in place of plain causal attention."""
+    """
+    LLaMA's attention (same weights, same names) with multi-modal causal attention in place of plain causal attention.
+
+    Args:
+        config (`LlamaConfig`): The decoder's.
+        layer_idx (`int`): Its place among the layers.
+        image_number_key_bias (`bool`): See [`VisualChatConfig`].
+    """
+
+    def __init__(self, config: LlamaConfig, layer_idx: int, image_number_key_bias: bool = False):
+        super().__init__(config, layer_idx)
+        self.image_number_key_bias = image_number_key_bias
 
     def forward(
         self,
@@ -273,8 +307,7 @@ class VisualChatAttention(LlamaAttention):
         heads_shape = (*input_shape, -1, self.head_dim)
         key_states = self.k_proj(hidden_states)
         if number_states_NC is not None:
-            number_keys = nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0))  # row 0, text: nothing added
-            key_states = key_states + number_keys[image_numbers_BQ]
+            key_states = key_states + self._project_numbers(number_states_NC)[image_numbers_BQ]
 
         q_BHQD = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
         k_BGQD = key_states.view(heads_shape).transpose(1, 2)
@@ -285,7 +318,7 @@ class VisualChatAttention(LlamaAttention):
         if past_key_values is not None:
             k_BGKD, v_BGKD = past_key_values.update(k_BGQD, v_BGQD, self.layer_idx)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.backend, eager_attention)
 
         def softmax_over(mask):
             return attend(
@@ -341,7 +374,7 @@ class VisualChatAttention(LlamaAttention):
         number_keys = None
         keys = self._split_heads(self.k_proj(stream))
         if number_states_NC is not None:
-            number_keys = self._split_heads(nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0)))
+            number_keys = self._split_heads(self._project_numbers(number_states_NC))
         queries = self._split_heads(self.q_proj(layout.keep_text(stream)))
         values = self._split_heads(self.v_proj(stream))
 
@@ -371,6 +404,17 @@ class VisualChatAttention(LlamaAttention):
                 own_values = own_values.repeat_interleave(self.num_key_value_groups, dim=1)
             output = torch.cat([output, own_values.flatten(1)])
         return self.o_proj(output[None])
+
+    def _project_numbers(self, number_states_NC: torch.Tensor) -> torch.Tensor:
+        """
+        What is added to the keys of text (row 0: nothing) and of the images 1 to N: W_K norm(e). The keys have the bias of
+        `k_proj` already, where it has one.
+        """
+        number_keys = self.k_proj(nn.functional.pad(number_states_NC, (0, 0, 1, 0)))
+        nothing = number_keys[:1]  # k_proj(0), its bias
+        if self.image_number_key_bias:
+            return torch.cat([nothing - nothing, number_keys[1:]])
+        return number_keys - nothing
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.view(-1, projected.shape[-1] // self.head_dim, self.head_dim)

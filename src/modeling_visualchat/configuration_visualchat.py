@@ -31,6 +31,10 @@ class VisualChatConfig(PreTrainedConfig):
             Entry `k - 1` holds the token ids that spell the number `k` in the prompt
             ([`VisualChatProcessor.image_number_token_ids`] makes this list). Its length is the largest number of images that
             a conversation can hold when `image_number_keys` is on.
+        image_number_key_bias (`bool`, *optional*, defaults to `False`):
+            Whether the key of a number has the bias of `k_proj` too, for decoders with `attention_bias`. The image's own key
+            has it, so that it counts twice. Folders saved before this field existed were trained so: they load
+            with `True`.
         projector (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: Linear + LayerNorm. `"vit"`: one CLIP encoder layer, then the same. `"perceiver"`: `num_query_tokens`
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
@@ -78,6 +82,7 @@ class VisualChatConfig(PreTrainedConfig):
     multimodal_attention: Literal["mmca", "mmca_merged", "mmca_released", "causal"] = "mmca"
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
+    image_number_key_bias: bool = False
     projector: Literal["linear", "vit", "perceiver", "perceiver_released"] = "linear"
     num_query_tokens: int = 256
     vision_feature_layer: int = -1
@@ -92,6 +97,14 @@ class VisualChatConfig(PreTrainedConfig):
             if part.model_type != expected.model_type:
                 raise TypeError(f"`{field}` must be a {expected.__name__}, got one with model_type {part.model_type!r}")
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "VisualChatConfig":
+        """As in transformers. What an earlier version saved computes what it was trained to."""
+        is_saved = "transformers_version" in config_dict
+        if is_saved and config_dict.get("image_number_keys") and "image_number_key_bias" not in config_dict:
+            config_dict = {**config_dict, "image_number_key_bias": True}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def hidden_size(self) -> int:

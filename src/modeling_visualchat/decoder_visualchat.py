@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The decoder: LLaMA's, with multi-modal causal attention in place of plain causal attention."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from .attention_visualchat import (
     VisualChatAttention,
     check_attention_implementation,
     create_multimodal_mask,
+    find_conversation_starts,
     update_image_numbers,
 )
 from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
@@ -59,9 +61,9 @@ class VisualChatMLP(LlamaMLP):
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
     """LLaMA's decoder layer around [`VisualChatAttention`]."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int):
+    def __init__(self, config: LlamaConfig, layer_idx: int, image_number_key_bias: bool = False):
         super().__init__()
-        self.self_attn = VisualChatAttention(config, layer_idx)
+        self.self_attn = VisualChatAttention(config, layer_idx, image_number_key_bias)
         self.mlp = VisualChatMLP(config)
         self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -122,11 +124,16 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         text_config = config.text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList(
-            [VisualChatDecoderLayer(text_config, layer_idx) for layer_idx in range(text_config.num_hidden_layers)]
+            [
+                VisualChatDecoderLayer(text_config, layer_idx, config.image_number_key_bias)
+                for layer_idx in range(text_config.num_hidden_layers)
+            ]
         )
         self.norm = VisualChatRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text_config)
         self.sequence_order = SequenceOrder()
+        self.sdpa_config = copy.copy(text_config)
+        self.sdpa_config._attn_implementation = "sdpa"
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -164,7 +171,11 @@ class VisualChatTextModel(LlamaPreTrainedModel):
                 hidden state that are read. The others may be zero.
         """
         check_attention_implementation(self.config)
-        if use_cache and past_key_values is None:
+        begins = find_conversation_starts(position_ids, attention_mask, past_key_values)
+        may_be_packed = begins is not None and attention_mask is None and not is_tracing()
+        is_packed = may_be_packed and bool(begins[:, 1:].any())
+        # A cache cannot be gone on with where a row holds several conversations, and with one they are not kept apart
+        if use_cache and past_key_values is None and not is_packed:
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if is_image is not None:
@@ -172,7 +183,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         num_placeholders = None
         if image_source is not None or image_states is not None:
             num_placeholders = len(image_source) if image_source is not None else len(image_states)
-        sorts_rows = self._sorts_rows(is_image, num_placeholders, attention_mask, position_ids, past_key_values)
+        is_sortable = self._is_sortable(is_image, num_placeholders, attention_mask, position_ids, past_key_values)
+        sorts_rows = is_sortable and not is_packed
         if image_memory and not sorts_rows:
             raise ValueError(
                 "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, and a"
@@ -209,11 +221,16 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             if image_states is not None:
                 placed = image_states if image_source is None else image_states[image_source]
                 if self.multimodal_attention == "mmca_released":
+                    if is_packed:
+                        raise ValueError(
+                            "multimodal_attention='mmca_released' takes one conversation in each row of a batch, but"
+                            " `position_ids` begin again within a row: pad the conversations instead of packing them"
+                        )
                     placed = place_in_reverse(placed, is_image, self.image_seq_length)
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], placed)
             hidden_states = in_order = inputs_embeds
             mask, image_numbers = self._mask_rows(
-                inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values
+                inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values, begins
             )
             masks = [mask] * len(self.layers)
 
@@ -272,7 +289,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
         return is_own and is_plain and self.config._attn_implementation in ("sdpa", "flex_attention")
 
-    def _sorts_rows(
+    def _is_sortable(
         self,
         is_image: torch.Tensor | None,
         num_placeholders: int | None,
@@ -280,7 +297,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> bool:
-        """Whether this call is computed by modality, or in the order of the sequence under masks."""
+        """Whether this call, unless it holds packed conversations, can be computed by modality."""
         can_sort = self.can_sort_rows(attention_mask)
         if get_places(past_key_values) is not None:
             if not can_sort:
@@ -298,9 +315,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             return is_plain and past_key_values is None and num_placeholders is not None
         if past_key_values is not None:
             return can_keep_modalities_apart(past_key_values, self.config.num_hidden_layers)
-        # Several sequences in one row, told apart by their positions
-        is_packed = position_ids is not None and attention_mask is None and bool((position_ids.diff() != 1).any())
-        return not is_packed
+        return True
 
     def _sort_rows(self, is_image, attention_mask, rotary, shape, past_key_values, **images) -> ModalityLayout:
         is_merged = self.multimodal_attention == "mmca_merged"
@@ -319,7 +334,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
 
     def _mask_rows(
-        self, inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values
+        self, inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values, begins
     ) -> tuple[MultimodalMask | ReleasedMask, torch.Tensor | None]:
         image_numbers, key_image_numbers = update_image_numbers(
             past_key_values,
@@ -328,6 +343,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             self.config.num_hidden_layers,
             inputs_embeds.shape[:2],
             inputs_embeds.device,
+            begins,
         )
         if number_embeds is not None and image_numbers is None:
             image_numbers = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int, device=inputs_embeds.device)
@@ -335,9 +351,11 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         variant = self.multimodal_attention
         if variant == "mmca_released" and is_image is None:
             variant = "mmca"  # rows of text that follow all images, where the two agree
+        is_flex = self.config._attn_implementation == "flex_attention" and not isinstance(attention_mask, BlockMask)
+        uses_sdpa = is_flex and not computes_by_flex(inputs_embeds.device)
         mask = create_multimodal_mask(
             variant,
-            self.config,
+            self.sdpa_config if uses_sdpa else self.config,
             inputs_embeds,
             attention_mask,
             position_ids,

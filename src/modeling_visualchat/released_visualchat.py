@@ -63,6 +63,7 @@ class ReleasedMask(NamedTuple):
             softmaxes: boolean for `sdpa`, additive for `eager`. Rows without any are opened to all.
         sees_text, sees_image (`torch.BoolTensor` of shape `(batch_size, 1, sequence_length, 1)`): The rows that have any.
         fixed_weights (`torch.Tensor` of shape `(batch_size, 1, sequence_length, keys)`): What is added to their weights.
+        backend (`str`): The attention implementation that the masks are made for.
     """
 
     text_keys: torch.Tensor
@@ -70,6 +71,7 @@ class ReleasedMask(NamedTuple):
     sees_text: torch.Tensor
     sees_image: torch.Tensor
     fixed_weights: torch.Tensor
+    backend: str
 
     def attend(self, softmax_over: Callable, v_BHKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -92,7 +94,11 @@ class ReleasedMask(NamedTuple):
 
 
 def create_released_mask(
-    all_keys: torch.Tensor | BlockMask, is_image_BQ: torch.Tensor, past_length: int | torch.Tensor, dtype: torch.dtype
+    all_keys: torch.Tensor | BlockMask,
+    is_image_BQ: torch.Tensor,
+    past_length: int | torch.Tensor,
+    dtype: torch.dtype,
+    backend: str,
 ) -> ReleasedMask:
     """
     Args:
@@ -100,6 +106,7 @@ def create_released_mask(
         is_image_BQ (`torch.BoolTensor`): The rows that belong to an image.
         past_length (`int` or `torch.Tensor`): Cached tokens.
         dtype (`torch.dtype`): Of the weights.
+        backend (`str`): The attention implementation that `all_keys` is made for.
 
     Raises:
         ValueError: If something is cached already, or if the backend is `flex_attention`.
@@ -139,7 +146,7 @@ def create_released_mask(
         text_keys, image_keys = (
             torch.zeros_like(keys, dtype=all_keys.dtype).masked_fill(~keys, lowest) for keys in (text_keys, image_keys)
         )
-    return ReleasedMask(text_keys, image_keys, sees_text, sees_image, fixed_weights.to(dtype))
+    return ReleasedMask(text_keys, image_keys, sees_text, sees_image, fixed_weights.to(dtype), backend)
 
 
 def _uniform(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
