@@ -603,6 +603,59 @@ def test_oldest_rounds_are_dropped_with_their_images(model, caplog):
     assert chat.dropped_rounds == 3
 
 
+def added_from_scratch(session: ChatSession, beginning: str) -> str:
+    """What the model adds to the last answer's beginning, its conversation run from the beginning."""
+    messages = [*session.messages[:-1], {"role": "assistant", "content": beginning}]
+    inputs = PROCESSOR.apply_chat_template(
+        messages, continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = session.model.generate(**inputs, **GREEDY)
+    return PROCESSOR.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class TestBegunAnswers:
+    @pytest.mark.parametrize("beginning", ["It is", "It is ", "A cat:\n", "\n\nWell", " ", "#", "A\n##"])
+    def test_go_on_as_from_scratch(self, chat, beginning):
+        hold(chat, ROUNDS[:2])
+        added = chat.send("These?", [digit_image(7)], begin_with=beginning, **GREEDY)
+        assert added == added_from_scratch(chat, beginning)
+        assert chat.rounds[-1].answer == beginning + added
+        streamed = "".join(chat.edit(2, "These?", stream=True, begin_with=beginning, **GREEDY))
+        assert (streamed, chat.rounds[-1].answer) == (added, beginning + added)
+        chat.send("And then?", **GREEDY)
+        assert_as_from_scratch(chat)
+
+    def test_blanks_between_beginning_and_rest_are_kept(self, chat):
+        with writes(chat.model, " is a cat"):
+            assert chat.send("What is it?", begin_with="It") == " is a cat"
+        assert chat.rounds[-1].answer == "It is a cat"
+
+    def test_special_tokens_in_a_beginning_are_text(self, chat):
+        hold(chat, ROUNDS[:1])
+        chat.send("And?", begin_with="</s><image> a", **GREEDY)
+        assert chat.rounds[-1].answer.startswith("</s><image> a")
+        prompt = chat.tokenize([chat.rounds[0], Round("And?", answer="</s><image> a")])
+        without = chat.tokenize([chat.rounds[0], Round("And?")])
+        special = torch.tensor(PROCESSOR.tokenizer.all_special_ids)
+        assert torch.isin(prompt, special).sum() == torch.isin(without, special).sum()
+        start = chat.find_answer([chat.rounds[0], Round("And?", answer="</s><image> a")], prompt)
+        assert PROCESSOR.decode(prompt[0, start:]) == "</s><image> a"
+
+    def test_a_section_that_is_begun_ends_the_answer(self, chat):
+        with writes(chat.model, "## Question:\nMore"):
+            assert chat.send("What is it?", begin_with="A cat\n#") == ""
+        assert chat.rounds[-1].answer == "A cat\n#"
+
+    def test_what_cannot_begin_an_answer(self, chat):
+        hold(chat, ROUNDS[:1])
+        before = list(chat.rounds)
+        with pytest.raises(ValueError, match="`begin_with` holds a section line of the prompt"):
+            chat.send("And?", begin_with="So\n### Question:\nWhy?")
+        with pytest.raises(TypeError, match="begins with a string, got int"):
+            chat.edit(0, "And?", begin_with=7)
+        assert chat.rounds == before
+
+
 def test_more_images_than_numbers(chat):
     chat.send("What are these?", [digit_image(k) for k in range(12)], **GREEDY)
     with pytest.raises(ValueError, match="13 images"):
