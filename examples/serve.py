@@ -177,19 +177,21 @@ async def stream_events(answer: Answer, first: Piece, pieces: AsyncIterator[Piec
     usage = {"usage": None} if asked.stream_options.include_usage else {}
     begun = set()
 
-    def event(piece: Piece) -> str:
-        delta = {"content": piece.text} if piece.text else {}
-        if piece.index not in begun:
-            begun.add(piece.index)
-            delta = {"role": "assistant", "content": piece.text}
-        logprobs = to_logprobs(asked, piece.logprobs)
-        choice = {"index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+    def event(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return to_event({**head, "choices": [choice], **usage})
 
-    yield event(first)
+    def events_of(piece: Piece) -> str:
+        # As with OpenAI, each choice begins with an event of its own: clients would count what else it holds twice
+        opening = "" if piece.index in begun else event(piece.index, {"role": "assistant", "content": ""})
+        begun.add(piece.index)
+        delta = {"content": piece.text} if piece.text else {}
+        return opening + event(piece.index, delta, to_logprobs(asked, piece.logprobs), piece.finish_reason)
+
+    yield events_of(first)
     try:
         async for piece in pieces:
-            yield event(piece)
+            yield events_of(piece)
     except DisconnectedError:
         return
     except Exception:

@@ -16,7 +16,7 @@ from anyio import CapacityLimiter
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from serve_requests import ChatRequest, Limits, RequestError
-from serve_sampling import Adjusting, Logprobs, Sampling, make_warpers
+from serve_sampling import DECODING, Adjusting, Logprobs, Sampling, make_warpers
 from starlette.types import Receive
 from transformers import LogitsProcessor, StoppingCriteria
 
@@ -101,7 +101,7 @@ class Choice(StoppingCriteria):
         if self._logprobs is not None:
             self._logprobs.note(input_ids[0].tolist())
         new = input_ids[0, self.conversation.prompt_tokens :][-self._stop_tokens :].tolist()
-        ending = service.processor.decode(new, skip_special_tokens=True)
+        ending = service.processor.tokenizer.decode(new, **DECODING)
         self.is_whole = new[-1] in service.end_tokens or any(one in ending for one in asked.stop)
         return self.is_whole or self.answer.is_cancelled
 

@@ -30,6 +30,8 @@ LEAST_LOGPROB = -9999.0
 CONTEXT = 8
 # Far from the seeds that people choose: the second answer of one is not the first of the next
 SEED_STEP = 0x1E3779B97F4A7C15
+# As a chat reads answers
+DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -83,7 +85,7 @@ class Adjusting(LogitsProcessor):
 class Logprobs(LogitsProcessor):
     """
     Notes the log-probability of each token and of its most likely alternatives, in OpenAI's form. They are the model's own,
-    before temperature, `top_p`, penalties and bias of a request; only what `generation_config` forbids or penalizes counts.
+    before temperature, `top_p`, bias and OpenAI's penalties; what `generate` itself forbids or penalizes counts.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Spells.
@@ -126,9 +128,6 @@ class Logprobs(LogitsProcessor):
         text, spelling = spell(self.tokenizer, context, token)
         spelling = list(spelling) if spelling is not None else None
         return {"token": text, "bytes": spelling, "logprob": max(logprob, LEAST_LOGPROB)}
-
-
-DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, context: list[int], token: int) -> tuple[str, bytes | None]:

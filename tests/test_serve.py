@@ -363,6 +363,18 @@ class TestAnswers:
             stopped = server.ask(messages=remote, stop=[stop, beginning]).choices[0]
             assert (stopped.message.content, stopped.finish_reason) == (added.split(stop)[0], "stop")
 
+    def test_the_clients_own_reading_of_a_stream(self, server):
+        fields = {"temperature": 1.5, "seed": 4, "n": 2, "logprobs": True, "top_logprobs": 2, "max_tokens": 20}
+        messages = [{"role": "user", "content": "What is this?"}]
+        # It takes no answer that ended for lack of tokens
+        fields["stop"] = [choice.message.content[9:11] for choice in server.ask(messages=messages, **fields).choices]
+        with server.client.chat.completions.stream(model="tiny", messages=messages, **fields) as stream:
+            read = stream.get_final_completion()
+        answer = server.ask(messages=messages, **fields)
+        for one, other in zip(read.choices, answer.choices, strict=True):
+            assert (one.index, one.message.content, one.finish_reason) == (other.index, other.message.content, "stop")
+            assert one.logprobs.content == other.logprobs.content
+
     def test_tokens_of_an_answer_that_is_cut(self, server):
         whole = server.ask(text(), max_tokens=40, logprobs=True).choices[0]
         assert any(token.token.startswith("bytes:") for token in whole.logprobs.content)
@@ -448,7 +460,7 @@ class TestGenerationConfig:
             {"max_new_tokens": 3},
             {"eos_token_id": 70, "min_new_tokens": 5, "sequence_bias": {(70,): 50.0}},
         ],
-        ids=str,
+        ids=", ".join,
     )
     def test_the_rest_is_as_in_a_chat(self, server, configure, settings):
         length = {} if "max_new_tokens" in settings else {"max_new_tokens": 12}

@@ -153,8 +153,8 @@ def check_logprobs(server, name, value):
     for one, row in zip(tokens, expected.topk(alternatives).values):
         torch.testing.assert_close(torch.tensor([other.logprob for other in one.top_logprobs]), row)
         assert alternatives == 0 or one.top_logprobs[0].token == one.token
-    streamed = [chunk.choices[0].logprobs for chunk in ask(server, stream=True, **fields)]
-    assert [token for logprobs in streamed for token in logprobs.content] == tokens
+    opening, *streamed = [chunk.choices[0].logprobs for chunk in ask(server, stream=True, **fields)]
+    assert opening is None and [token for logprobs in streamed for token in logprobs.content] == tokens
 
 
 def check_repetition(server, name, value):
