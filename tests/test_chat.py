@@ -14,8 +14,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
-from transformers import GenerationConfig, StoppingCriteriaList
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as models_of_tokens
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 
+from modeling_visualchat import VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
@@ -629,6 +632,31 @@ class TestBegunAnswers:
         with writes(chat.model, " is a cat"):
             assert chat.send("What is it?", begin_with="It") == " is a cat"
         assert chat.rounds[-1].answer == "It is a cat"
+
+    def test_a_tokenizer_that_strips_the_first_blank(self):
+        """LLaMA's: an answer that is decoded alone loses the blank before its first word, one that goes on must not."""
+        backend = Tokenizer(models_of_tokens.BPE(unk_token="<unk>", byte_fallback=True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        strip = decoders.Strip(" ", left=1)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+        backend.train_from_iterator(["### Question:\nWhat is it?\n### Answer:\nIt is a cat."], trainer)
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        processor = VisualChatProcessor(PROCESSOR.image_processor, tokenizer, TOKENS_PER_IMAGE)
+        chat = make_model(image_token_id=processor.image_token_id).start_chat(processor)
+        ids = [*tokenizer.encode("a cat", add_special_tokens=False), tokenizer.eos_token_id]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "a cat"
+
+        def write(input_ids, scores):
+            wanted = torch.full_like(scores, -torch.inf)
+            wanted[:, ids[input_ids.shape[1] - len(prompt[0])]] = 0.0
+            return wanted
+
+        for beginning, added in (("", "a cat"), ("It is", " a cat"), ("It is\n", " a cat")):
+            prompt = chat.tokenize([*chat.rounds, Round("What is it?", answer=beginning)])
+            assert chat.send("What is it?", begin_with=beginning, logits_processor=[write]) == added
+            assert chat.rounds[-1].answer == beginning + added
 
     def test_special_tokens_in_a_beginning_are_text(self, chat):
         hold(chat, ROUNDS[:1])
