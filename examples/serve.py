@@ -28,7 +28,7 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from serve_answers import Answer, AnswerService, Conversation, DisconnectedError
+from serve_answers import Answer, AnswerService, Conversation, DisconnectedError, Piece
 from serve_requests import (
     ChatRequest,
     Limits,
@@ -131,20 +131,30 @@ async def complete_chat(request: Request, service: AnswerService, name: str, lim
         raise
     pieces = answer.pieces()
     # A failure before the first piece still has its status
-    first = await anext(pieces, "")
+    first = await anext(pieces)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if asked.stream:
         events = stream_events(answer, first, pieces, head)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    text = first + "".join([piece async for piece in pieces])
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": answer.usage})
+    by_choice = {first.index: [first]}
+    async for piece in pieces:
+        by_choice.setdefault(piece.index, []).append(piece)
+    choices = []
+    for index, parts in by_choice.items():
+        message = {"role": "assistant", "content": "".join(piece.text for piece in parts), "refusal": None}
+        logprobs = to_logprobs(asked, [token for piece in parts for token in piece.logprobs])
+        choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts[-1].finish_reason}
+        choices.append(choice)
+    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": answer.usage})
+
+
+def to_logprobs(asked: ChatRequest, tokens: list[dict]) -> dict | None:
+    return {"content": tokens, "refusal": None} if asked.logprobs else None
 
 
 async def prepare(asked: ChatRequest, service: AnswerService, limits: Limits) -> Conversation:
     """What costs little is checked first."""
-    system, rounds = read_rounds(asked, limits)
+    system, rounds, counts = read_rounds(asked, limits)
     pictures = []
     for param, url in asked.images:
         if url.startswith("data:"):
@@ -153,34 +163,42 @@ async def prepare(asked: ChatRequest, service: AnswerService, limits: Limits) ->
             data = await fetch_picture(url, param, limits)
         opened = run_sync(open_picture, data, param, service.processor.image_processor, limits, limiter=service.opening)
         pictures.append(await opened)
-    questions = (message for message in asked.messages if message.role == "user")
-    for one, question in zip(rounds, questions):
-        count = sum(part.type == "image_url" for part in question.content)
+    for one, count in zip(rounds, counts):
         one.images, pictures = pictures[:count], pictures[count:]
     asked.messages.clear()  # of encoded pictures, before the answer waits for its turn
     return await run_sync(service.fit, asked, system, rounds, limits)
 
 
-async def stream_events(answer: Answer, first: str, pieces: AsyncIterator[str], head: dict) -> AsyncIterator[str]:
+async def stream_events(answer: Answer, first: Piece, pieces: AsyncIterator[Piece], head: dict) -> AsyncIterator[str]:
     """The answer as server-sent events."""
+    asked = answer.asked
     head = {**head, "object": "chat.completion.chunk"}
+    # Where the last event has it, the others have none
+    usage = {"usage": None} if asked.stream_options.include_usage else {}
+    begun = set()
 
-    def event(delta: dict, finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return to_event({**head, "choices": [choice]})
+    def event(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return to_event({**head, "choices": [choice], **usage})
 
-    yield event({"role": "assistant", "content": first})
+    def events_of(piece: Piece) -> str:
+        # As with OpenAI, each choice begins with an event of its own: clients would count what else it holds twice
+        opening = "" if piece.index in begun else event(piece.index, {"role": "assistant", "content": ""})
+        begun.add(piece.index)
+        delta = {"content": piece.text} if piece.text else {}
+        return opening + event(piece.index, delta, to_logprobs(asked, piece.logprobs), piece.finish_reason)
+
+    yield events_of(first)
     try:
         async for piece in pieces:
-            yield event({"content": piece})
+            yield events_of(piece)
     except DisconnectedError:
         return
     except Exception:
         logger.exception("A request failed")
         yield to_event({"error": internal_error().error})
         return
-    yield event({}, answer.finish_reason)
-    if answer.asked.stream_options.include_usage:
+    if usage:
         yield to_event({**head, "choices": [], "usage": answer.usage})
     yield "data: [DONE]\n\n"
 
@@ -238,6 +256,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     limits = Limits()
     parser.add_argument("--max-body-mb", type=float, default=limits.body_bytes / 1e6, help="default %(default)g")
     parser.add_argument("--max-images", type=natural, default=limits.images, help="of a conversation (default %(default)s)")
+    parser.add_argument(
+        "--max-choices", type=positive, default=limits.choices, help="`n` of a request (default %(default)s)"
+    )
     parser.add_argument("--max-image-mb", type=float, default=limits.image_bytes / 1e6, help="default %(default)g")
     parser.add_argument(
         "--max-image-megapixels", type=float, default=limits.image_pixels / 1e6, help="of each picture (default %(default)g)"
@@ -269,13 +290,17 @@ def main(argv: list[str] | None = None) -> None:
     limits = Limits(
         body_bytes=int(args.max_body_mb * 1e6),
         images=min(args.max_images, numbered),
+        choices=args.max_choices,
         image_bytes=int(args.max_image_mb * 1e6),
         image_pixels=int(args.max_image_megapixels * 1e6),
         new_tokens=args.max_new_tokens,
         hosts=frozenset(host.lower() for host in args.allow_host),
     )
     store = ImageMemoryStore(model, int(args.image_memory_gb * 2**30), args.image_memory_folder)
-    service = AnswerService(model, processor, store, args.concurrency, args.queue)
+    try:
+        service = AnswerService(model, processor, store, args.concurrency, args.queue)
+    except ValueError as error:
+        raise SystemExit(f"cannot serve {args.model}: {error}") from error
     app = build_app(service, args.model_name or args.model, limits)
     # Ctrl-C waits this long for open connections, then breaks them off
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)

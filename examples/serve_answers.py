@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from anyio import CapacityLimiter
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from serve_requests import ChatRequest, Limits, RequestError
+from serve_sampling import DECODING, Adjusting, Logprobs, Sampling, make_warpers
 from starlette.types import Receive
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, StoppingCriteria
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
@@ -30,66 +32,104 @@ class DisconnectedError(Exception):
     """The client has gone."""
 
 
-class Sampling(LogitsProcessor):
-    """
-    Samples with a generator of its own: it adds Gumbel noise to the scores, of which the largest is then taken. `do_sample`
-    draws from the one generator that all threads share: a seed would fix nothing while others are answered.
-    """
-
-    def __init__(self, device: torch.device, temperature: float, top_p: float, seed: int | None):
-        self.generator = torch.Generator(device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        noise = torch.empty_like(scores).exponential_(generator=self.generator)
-        return self.warpers(input_ids, scores) - noise.clamp_min_(torch.finfo(scores.dtype).tiny).log()
-
-
 @dataclass
 class Conversation:
     """
     Args:
-        system (`str`, *optional*): In place of the prompt's first line.
-        rounds (`list[Round]`): The last one is to be answered.
+        session (`ChatSession`): Empty.
+        rounds (`list[Round]`): The last one is to be answered. What it has of an answer is its beginning.
+        start (`int`): Tokens of the prompt before the answer and its beginning.
         prompt_tokens (`int`): Of all rounds, images included.
         max_new_tokens (`int`): Of the answer.
     """
 
-    system: str | None
+    session: ChatSession
     rounds: list[Round]
+    start: int
     prompt_tokens: int
     max_new_tokens: int
 
 
-class Answer(StoppingCriteria):
+class Piece(NamedTuple):
     """
-    An answer under way. `generate` asks it after each token whether to stop.
+    A part of an answer.
+
+    Args:
+        index (`int`): Of the choice.
+        text (`str`): Perhaps empty.
+        logprobs (`list[dict]`): Of its tokens, as far as they are known yet; those of the last come with the next piece.
+        finish_reason (`str`, *optional*): Of the choice's last piece.
+    """
+
+    index: int
+    text: str
+    logprobs: list[dict]
+    finish_reason: str | None = None
+
+
+class Choice(StoppingCriteria):
+    """
+    One of the answers to a request. `generate` asks it after each token whether to stop.
 
     Attributes:
         completion_tokens (`int`): So far, the end token included.
         is_whole (`bool`): Whether it ended by itself or at a stop string, not for lack of tokens.
+        processors (`list[LogitsProcessor]`): Of the scores of its tokens.
     """
 
-    def __init__(self, asked: ChatRequest, conversation: Conversation, service: "AnswerService"):
-        self.asked, self.conversation, self.service = asked, conversation, service
+    def __init__(self, answer: "Answer", index: int, warpers: list[LogitsProcessor] | None):
+        self.answer, self.index, self.conversation = answer, index, answer.conversation
+        asked, prompt_length = answer.asked, self.conversation.prompt_tokens
         # Tokens in which the longest stop string can be spelt, and some more for what the tokenizer strips at a beginning
         self._stop_tokens = 8 + max((len(one.encode()) for one in asked.stop), default=0)
         self.completion_tokens, self.is_whole = 0, False
-        self._cancelled = threading.Event()
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        self._logprobs = None
+        self.processors: list[LogitsProcessor] = []
+        if asked.logprobs:
+            tokenizer = answer.service.processor.tokenizer
+            self._logprobs = Logprobs(tokenizer, self.conversation.start, prompt_length, asked.top_logprobs)
+            self.processors.append(self._logprobs)
+        if asked.presence_penalty or asked.frequency_penalty or asked.logit_bias:
+            self.processors.append(Adjusting(asked, prompt_length))
+        if warpers is not None:
+            self.processors.append(Sampling(answer.service.model.device, warpers, asked.seed, index))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> bool:
-        self.service.count_token()
+        service, asked = self.answer.service, self.answer.asked
+        service.count_token()
         self.completion_tokens = input_ids.shape[1] - self.conversation.prompt_tokens
+        if self._logprobs is not None:
+            self._logprobs.note(input_ids[0].tolist())
         new = input_ids[0, self.conversation.prompt_tokens :][-self._stop_tokens :].tolist()
-        ending = self.service.processor.decode(new, skip_special_tokens=True)
-        self.is_whole = new[-1] in self.service.end_tokens or any(one in ending for one in self.asked.stop)
-        return self.is_whole or self._cancelled.is_set()
+        ending = service.processor.tokenizer.decode(new, **DECODING)
+        self.is_whole = new[-1] in service.end_tokens or any(one in ending for one in asked.stop)
+        return self.is_whole or self.answer.is_cancelled
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.completion_tokens >= self.conversation.max_new_tokens and not self.is_whole else "stop"
+
+    def pieces(self) -> Iterator[Piece]:
+        length = 0
+        for text in cut_at_stop(self.answer.service.generate(self), self.answer.asked.stop):
+            length += len(text)
+            yield Piece(self.index, text, self._take_logprobs(length))
+        yield Piece(self.index, "", self._take_logprobs(length), self.finish_reason)
+
+    def _take_logprobs(self, length: int) -> list[dict]:
+        return self._logprobs.take(length) if self._logprobs is not None else []
+
+
+class Answer:
+    """What is under way for a request: its choices, one after the other, since they go on from one cached prompt."""
+
+    def __init__(self, asked: ChatRequest, conversation: Conversation, service: "AnswerService"):
+        self.asked, self.conversation, self.service = asked, conversation, service
+        warpers = make_warpers(asked, service.model.generation_config, service.model.device)
+        self.choices = [Choice(self, index, warpers) for index in range(asked.n)]
+        self._cancelled = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
 
     def begin(self, pool: ThreadPoolExecutor, receive: Receive) -> None:
         """Puts it in the queue. It is cancelled when `receive` reports that its client has gone."""
@@ -107,17 +147,13 @@ class Answer(StoppingCriteria):
         return self._cancelled.is_set()
 
     @property
-    def finish_reason(self) -> str:
-        return "length" if self.completion_tokens >= self.conversation.max_new_tokens and not self.is_whole else "stop"
-
-    @property
     def usage(self) -> dict[str, int]:
-        prompt, completion = self.conversation.prompt_tokens, self.completion_tokens
+        prompt, completion = self.conversation.prompt_tokens, sum(choice.completion_tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """
-        The text as it is made.
+        The choices as they are made, each with a last piece at least.
 
         Raises:
             DisconnectedError: If it was cancelled.
@@ -130,8 +166,11 @@ class Answer(StoppingCriteria):
 
     def _run(self) -> None:
         with self.service.count_running():
-            for piece in cut_at_stop(self.service.generate(self), self.asked.stop):
-                self._loop.call_soon_threadsafe(self._events.put_nowait, piece)
+            for choice in self.choices:
+                if self.is_cancelled:
+                    break
+                for piece in choice.pieces():
+                    self._loop.call_soon_threadsafe(self._events.put_nowait, piece)
 
     async def _cancel_when_disconnected(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -175,6 +214,9 @@ class AnswerService:
         concurrency (`int`): Answers at a time.
         queue (`int`): Requests that may wait beyond these.
 
+    Raises:
+        ValueError: If the model's `generation_config` says what cannot be followed.
+
     Attributes:
         requests (`Counter`): By HTTP status.
         disconnects (`int`): Answers that were broken off because their client had gone.
@@ -189,6 +231,11 @@ class AnswerService:
         concurrency: int,
         queue: int,
     ):
+        if (model.generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"The model's generation_config has num_beams={model.generation_config.num_beams}, but answers are served as"
+                " they are made, which beam search cannot: set num_beams to 1 in its generation_config.json"
+            )
         self.model, self.processor, self.store = model, processor, store
         self.places, self.taken, self.running = concurrency + queue, 0, 0
         self.requests, self.disconnects = Counter(), 0
@@ -240,16 +287,23 @@ class AnswerService:
         # Before anything is tokenized, which takes its time: not even the longest tokens could spell it
         if characters > context * self._longest_token:
             raise too_long(f"about {characters:,} characters", f"{context} tokens")
-        session = self._start_chat(system)
-        prompt_tokens = session.tokenize(rounds).shape[1]
-        name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-        wished = getattr(asked, name)
+        vocabulary = self.model.config.text_config.vocab_size
+        unknown = [token for token in asked.logit_bias if not 0 <= token < vocabulary]
+        if unknown:
+            message = f"logit_bias: there is no token {unknown[0]!s:.40}, the model has {vocabulary}"
+            raise RequestError(message, "logit_bias", "invalid_value")
+        session = self.model.start_chat(self.processor, store=self.store, system=system)
+        input_ids = session.tokenize(rounds)
+        start, prompt_tokens = session.find_answer(rounds, input_ids), input_ids.shape[1]
+        name, wished = asked.new_tokens
         if wished is not None and wished > limits.new_tokens:
             message = f"{name}: this server answers with up to {limits.new_tokens} tokens, got {wished}"
             raise RequestError(message, name, "invalid_value")
         if prompt_tokens + (wished or 1) > context:
             raise too_long(f"{prompt_tokens} tokens and the answer up to {wished or 1}", str(context))
-        return Conversation(system, rounds, prompt_tokens, wished or min(limits.new_tokens, context - prompt_tokens))
+        default = self.model.generation_config.max_new_tokens or limits.new_tokens
+        fitting = min(default, limits.new_tokens, context - prompt_tokens)
+        return Conversation(session, rounds, start, prompt_tokens, wished or fitting)
 
     def begin(self, asked: ChatRequest, conversation: Conversation, receive: Receive) -> Answer:
         """Queues an answer, which will leave the request's place."""
@@ -270,32 +324,26 @@ class AnswerService:
             answer.cancel()
         self._pool.shutdown()
 
-    def generate(self, answer: Answer) -> Iterator[str]:
-        """The pieces of an answer."""
-        conversation = answer.conversation
-        session = self._start_chat(conversation.system)
-        *session.rounds, asked = conversation.rounds
-        return session.send(
-            asked.text,
-            asked.images,
-            stream=True,
-            max_new_tokens=conversation.max_new_tokens,
-            num_beams=1,
-            do_sample=False,
-            logits_processor=self._sampling(answer.asked),
-            stopping_criteria=[answer],
-        )
-
-    def _start_chat(self, system: str | None) -> ChatSession:
-        return self.model.start_chat(self.processor, store=self.store, system=system)
-
-    def _sampling(self, asked: ChatRequest) -> list[Sampling]:
-        defaults = self.model.generation_config
-        samples = asked.temperature != 0 if asked.temperature is not None else defaults.do_sample or asked.top_p is not None
-        if not samples:
-            return []
-        temperature = asked.temperature or defaults.temperature or 1.0
-        return [Sampling(self.model.device, temperature, asked.top_p or defaults.top_p or 1.0, asked.seed)]
+    def generate(self, choice: Choice) -> Iterator[str]:
+        """The pieces of a choice, by the model's `generation_config` in all that the request leaves open."""
+        asked, conversation = choice.answer.asked, choice.conversation
+        session, question = conversation.session, conversation.rounds[-1]
+        settings = {
+            "stream": True,
+            "begin_with": question.answer,
+            "max_new_tokens": conversation.max_new_tokens,
+            "num_return_sequences": 1,
+            "do_sample": False,  # `make_warpers` has read it
+            "prompt_lookup_num_tokens": None,  # it changes no answer, but has several tokens at once
+            "logits_processor": choice.processors,
+            "stopping_criteria": [choice],
+        }
+        if asked.repetition_penalty is not None:
+            settings["repetition_penalty"] = asked.repetition_penalty
+        if choice.index > 0:
+            return session.edit(len(session.rounds) - 1, question.text, **settings)
+        session.rounds = conversation.rounds[:-1]
+        return session.send(question.text, question.images, **settings)
 
     @contextmanager
     def count_running(self) -> Iterator[None]:

@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse
 from huggingface_hub.utils import httpx
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from modeling_visualchat.chat_visualchat import Round
+from modeling_visualchat.chat_visualchat import Round, cut_section
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
-from modeling_visualchat.processing_visualchat import check_conversation
 
 
 # Pillow reads many more, some of them by programs of the system
@@ -47,6 +47,7 @@ class Limits:
         body_bytes (`int`): Of a request.
         body_seconds (`float`): For which a request may be under way.
         images (`int`): In a conversation.
+        choices (`int`): Answers to a request.
         image_bytes (`int`): Of each encoded picture.
         image_pixels (`int`): Of each picture.
         fetch_seconds (`float`): For each picture from an allowed host.
@@ -57,6 +58,7 @@ class Limits:
     body_bytes: int = 32_000_000
     body_seconds: float = 60
     images: int = 16
+    choices: int = 8
     image_bytes: int = 10_000_000
     image_pixels: int = 25_000_000
     fetch_seconds: float = 10
@@ -74,66 +76,148 @@ class Checked(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+def whole(value: Any) -> Any:
+    """JSON has one kind of number: 8.0 is 8."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def only(*allowed: Any, because: str) -> BeforeValidator:
+    """Of a field for what this server does not do: it takes the values that ask for nothing. Null is always one."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise PydanticCustomError("unsupported_value", because)
+        return value
+
+    return BeforeValidator(check)
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
+NO_TOOLS = "this server calls no tools, leave it out"
+
+
 class ImageUrl(Checked):
     url: str
-    detail: str | None = None
+    # Of no consequence: the vision tower has one resolution
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class Part(Checked):
     type: Literal["text", "image_url"]
     text: str | None = None
-    image_url: ImageUrl | None = None
+    image_url: Annotated[
+        ImageUrl | None, BeforeValidator(lambda image: {"url": image} if isinstance(image, str) else image)
+    ] = None
+    # Of no consequence: what was read before is remembered anyway
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
 
     @model_validator(mode="after")
     def has_what_it_says(self) -> "Part":
-        if getattr(self, self.type) is None:
-            raise ValueError(f"a part of the type {self.type!r} needs the field {self.type!r}")
+        for field in ("text", "image_url"):
+            if (getattr(self, field) is not None) != (field == self.type):
+                raise ValueError(f"a part of the type {self.type!r} needs the field {self.type!r} and no other")
         return self
 
 
 class Message(Checked):
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        only(
+            *("system", "developer", "user", "assistant"),
+            because="this server calls no tools: use 'system', 'developer', 'user' or 'assistant'",
+        ),
+    ]
+    # Those of answers, as clients give them back
+    tool_calls: Annotated[Any, only([], because=NO_TOOLS)] = None
+    function_call: Annotated[Any, only(because=NO_TOOLS)] = None
+    audio: Annotated[Any, only(because="this server knows text and pictures only")] = None
+    refusal: Annotated[Any, only("", because="this server knows no refusals: give what was said as `content`")] = None
+    # Of no consequence for the answer
+    name: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    annotations: Any = None
+    cache_control: Any = None
+    # Last: a message without it is first told what else is wrong
     content: Annotated[
         list[Part],
         BeforeValidator(lambda content: [Part(type="text", text=content)] if isinstance(content, str) else content),
     ]
-    name: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [part.text for part in self.content if part.type == "text"]
 
 
 class StreamOptions(Checked):
     include_usage: bool = False
+    # Of no consequence: whoever reads the connection's lengths reads those of the answer
     include_obfuscation: bool | None = None
 
 
 class ChatRequest(Checked):
-    """The fields of a chat completion that this server follows. What would change the answer if ignored is refused."""
+    """
+    The fields of a chat completion, in the order of `docs/serving.md`. What would change the answer if ignored is refused,
+    unless its value asks for nothing.
+    """
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
         Field(max_length=4),
         BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     ] = []
-    # Followed by doing nothing
-    n: Literal[1] = 1
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
-    logprobs: Literal[False] = False
+    n: Whole = Field(1, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float = Field(0, ge=-2, le=2)
+    frequency_penalty: float = Field(0, ge=-2, le=2)
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=1024),
+    ] = {}
+    logprobs: bool = False
+    top_logprobs: Whole = Field(0, ge=0, le=20)
+    # Not OpenAI's, but those of other servers of open models
+    top_k: Whole | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    # Refused, unless they ask for nothing
+    response_format: Annotated[Any, only({"type": "text"}, because="this server answers with plain text only")] = None
+    tools: Annotated[Any, only([], because=NO_TOOLS)] = None
+    tool_choice: Annotated[Any, only("none", "auto", because=NO_TOOLS)] = None
+    functions: Annotated[Any, only([], because=NO_TOOLS)] = None
+    function_call: Annotated[Any, only("none", "auto", because=NO_TOOLS)] = None
+    modalities: Annotated[Any, only(["text"], because="this server answers with text only")] = None
+    audio: Annotated[Any, only(because="this server answers with text only")] = None
+    moderation: Annotated[Any, only(because="this server moderates nothing")] = None
+    prediction: Annotated[Any, only(because="this server predicts nothing")] = None
+    reasoning_effort: Annotated[Any, only("none", because="this model answers at once")] = None
+    service_tier: Annotated[Any, only("auto", "default", because="this server has one tier")] = None
+    store: Annotated[Any, only(False, because="this server stores nothing")] = None
+    verbosity: Annotated[Any, only("medium", because="say in words how long the answer is to be")] = None
+    web_search_options: Annotated[Any, only(because="this server searches nothing")] = None
     # Of no consequence for the answer
     user: Any = None
     metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def new_tokens(self) -> tuple[str, int | None]:
+        """The name of the field that says how long the answer may be, and what it says."""
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return name, getattr(self, name)
 
     @property
     def images(self) -> list[tuple[str, str]]:
@@ -193,9 +277,12 @@ def parse_request(body: bytes) -> ChatRequest:
         RequestError: Naming the field at fault.
     """
     try:
-        return ChatRequest.model_validate_json(body)
+        asked = ChatRequest.model_validate_json(body)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
+    else:
+        check_together(asked)
+        return asked
     param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in error["loc"]).lstrip(".") or None
     if error["type"] == "json_invalid":
         raise RequestError(f"The body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
@@ -204,16 +291,37 @@ def parse_request(body: bytes) -> ChatRequest:
     if error["type"] == "missing":
         raise RequestError(f"{param}: it is required", param, "missing_required_parameter")
     problem = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    raise RequestError(f"{param or 'The body'}: {problem}, got {error['input']!r:.80}", param, "invalid_value")
+    code = "unsupported_value" if error["type"] == "unsupported_value" else "invalid_value"
+    raise RequestError(f"{param or 'The body'}: {problem}, got {error['input']!r:.80}", param, code)
 
 
-def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Round]]:
+def check_together(asked: ChatRequest) -> None:
     """
-    The system message and the rounds, of which the last is to be answered. Their pictures come later.
+    Raises:
+        RequestError: If fields contradict each other.
+    """
+    lengths = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    if len(lengths) > 1:
+        message = (
+            f"max_tokens is {asked.max_tokens}, but max_completion_tokens {asked.max_completion_tokens}: give one of them"
+        )
+        raise RequestError(message, "max_tokens", "invalid_value")
+    if asked.top_logprobs and not asked.logprobs:
+        message = f"top_logprobs: {asked.top_logprobs} are asked for, but logprobs is not true"
+        raise RequestError(message, "top_logprobs", "invalid_value")
+
+
+def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Round], list[int]]:
+    """
+    The system message; the rounds, of which the last is to be answered, and may have the beginning of an answer; and how
+    many images each brings, which come later. Messages of the user that follow each other are one, as those before them of
+    the system and developer are.
 
     Raises:
         RequestError: If there are too many images, from elsewhere than allowed, or if roles or parts are wrong.
     """
+    if asked.n > limits.choices:
+        raise RequestError(f"n: this server gives up to {limits.choices} answers, got {asked.n}", "n", "invalid_value")
     images = asked.images
     if len(images) > limits.images:
         raise RequestError(
@@ -223,19 +331,42 @@ def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Ro
         )
     for param, url in images:
         check_url(url, param, limits)
-    messages = [
-        {"role": message.role, "content": [{"type": part.type, "text": part.text} for part in message.content]}
-        for message in asked.messages
-    ]
-    try:
-        check_conversation(messages)
-        if messages[-1]["role"] != "user":
-            raise ValueError(f"message {len(messages) - 1} has the role 'assistant': the last one must be a question")
-    except ValueError as error:
-        raise RequestError(str(error), "messages", "invalid_value") from error
-    texts = ["\n".join(part.text for part in message.content if part.type == "text") for message in asked.messages]
-    system = texts.pop(0) if asked.messages[0].role == "system" else None
-    return system, [Round(question, answer=answer) for question, answer in zip(texts[::2], [*texts[1::2], ""])]
+    systems: list[str] = []
+    questions: list[list[str]] = []
+    answers: list[list[str]] = []
+    counts: list[int] = []
+    previous = None
+    for index, message in enumerate(asked.messages):
+        where, role = f"messages[{index}]", message.role
+        num_images = sum(part.type == "image_url" for part in message.content)
+        if num_images and role != "user":
+            raise wrong_message(where, f"it holds a picture, but has the role {role!r}: only the user brings pictures")
+        if role == "user":
+            if previous != "user":
+                questions.append([])
+                answers.append([])
+                counts.append(0)
+            questions[-1] += message.texts
+            counts[-1] += num_images
+        elif role == "assistant":
+            if previous != "user":
+                raise wrong_message(where, "it has the role 'assistant', but answers no message of the user")
+            answers[-1] = message.texts
+        elif questions:
+            raise wrong_message(where, f"it has the role {role!r}, which only messages before the user's first may have")
+        else:
+            systems += message.texts
+        previous = role
+    if not questions:
+        raise RequestError("messages: there are only system messages, and none of the user", "messages", "invalid_value")
+    rounds = [Round("\n".join(question), answer="\n".join(answer)) for question, answer in zip(questions, answers)]
+    if cut_section(rounds[-1].answer) != rounds[-1].answer:
+        raise wrong_message(where, "it holds a section line of the prompt, after which an answer cannot go on")
+    return "\n".join(systems) if systems else None, rounds, counts
+
+
+def wrong_message(where: str, problem: str) -> RequestError:
+    return RequestError(f"{where}: {problem}", where, "invalid_value")
 
 
 def check_url(url: str, param: str, limits: Limits) -> None:

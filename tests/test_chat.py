@@ -14,8 +14,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
-from transformers import GenerationConfig, StoppingCriteriaList
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as models_of_tokens
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 
+from modeling_visualchat import VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
@@ -601,6 +604,84 @@ def test_oldest_rounds_are_dropped_with_their_images(model, caplog):
     with pytest.raises(TypeError, match="streamer"):
         chat.send("z" * 500, streamer=None, **GREEDY)
     assert chat.dropped_rounds == 3
+
+
+def added_from_scratch(session: ChatSession, beginning: str) -> str:
+    """What the model adds to the last answer's beginning, its conversation run from the beginning."""
+    messages = [*session.messages[:-1], {"role": "assistant", "content": beginning}]
+    inputs = PROCESSOR.apply_chat_template(
+        messages, continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = session.model.generate(**inputs, **GREEDY)
+    return PROCESSOR.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class TestBegunAnswers:
+    @pytest.mark.parametrize("beginning", ["It is", "It is ", "A cat:\n", "\n\nWell", " ", "#", "A\n##"])
+    def test_go_on_as_from_scratch(self, chat, beginning):
+        hold(chat, ROUNDS[:2])
+        added = chat.send("These?", [digit_image(7)], begin_with=beginning, **GREEDY)
+        assert added == added_from_scratch(chat, beginning)
+        assert chat.rounds[-1].answer == beginning + added
+        streamed = "".join(chat.edit(2, "These?", stream=True, begin_with=beginning, **GREEDY))
+        assert (streamed, chat.rounds[-1].answer) == (added, beginning + added)
+        chat.send("And then?", **GREEDY)
+        assert_as_from_scratch(chat)
+
+    def test_blanks_between_beginning_and_rest_are_kept(self, chat):
+        with writes(chat.model, " is a cat"):
+            assert chat.send("What is it?", begin_with="It") == " is a cat"
+        assert chat.rounds[-1].answer == "It is a cat"
+
+    def test_a_tokenizer_that_strips_the_first_blank(self):
+        """LLaMA's: an answer that is decoded alone loses the blank before its first word, one that goes on must not."""
+        backend = Tokenizer(models_of_tokens.BPE(unk_token="<unk>", byte_fallback=True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        strip = decoders.Strip(" ", left=1)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+        backend.train_from_iterator(["### Question:\nWhat is it?\n### Answer:\nIt is a cat."], trainer)
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        processor = VisualChatProcessor(PROCESSOR.image_processor, tokenizer, TOKENS_PER_IMAGE)
+        chat = make_model(image_token_id=processor.image_token_id).start_chat(processor)
+        ids = [*tokenizer.encode("a cat", add_special_tokens=False), tokenizer.eos_token_id]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "a cat"
+
+        def write(input_ids, scores):
+            wanted = torch.full_like(scores, -torch.inf)
+            wanted[:, ids[input_ids.shape[1] - len(prompt[0])]] = 0.0
+            return wanted
+
+        for beginning, added in (("", "a cat"), ("It is", " a cat"), ("It is\n", " a cat")):
+            prompt = chat.tokenize([*chat.rounds, Round("What is it?", answer=beginning)])
+            assert chat.send("What is it?", begin_with=beginning, logits_processor=[write]) == added
+            assert chat.rounds[-1].answer == beginning + added
+
+    def test_special_tokens_in_a_beginning_are_text(self, chat):
+        hold(chat, ROUNDS[:1])
+        chat.send("And?", begin_with="</s><image> a", **GREEDY)
+        assert chat.rounds[-1].answer.startswith("</s><image> a")
+        prompt = chat.tokenize([chat.rounds[0], Round("And?", answer="</s><image> a")])
+        without = chat.tokenize([chat.rounds[0], Round("And?")])
+        special = torch.tensor(PROCESSOR.tokenizer.all_special_ids)
+        assert torch.isin(prompt, special).sum() == torch.isin(without, special).sum()
+        start = chat.find_answer([chat.rounds[0], Round("And?", answer="</s><image> a")], prompt)
+        assert PROCESSOR.decode(prompt[0, start:]) == "</s><image> a"
+
+    def test_a_section_that_is_begun_ends_the_answer(self, chat):
+        with writes(chat.model, "## Question:\nMore"):
+            assert chat.send("What is it?", begin_with="A cat\n#") == ""
+        assert chat.rounds[-1].answer == "A cat\n#"
+
+    def test_what_cannot_begin_an_answer(self, chat):
+        hold(chat, ROUNDS[:1])
+        before = list(chat.rounds)
+        with pytest.raises(ValueError, match="`begin_with` holds a section line of the prompt"):
+            chat.send("And?", begin_with="So\n### Question:\nWhy?")
+        with pytest.raises(TypeError, match="begins with a string, got int"):
+            chat.edit(0, "And?", begin_with=7)
+        assert chat.rounds == before
 
 
 def test_more_images_than_numbers(chat):

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import http.server
 import importlib
+import inspect
 import io
 import json
 import socket
@@ -20,14 +21,18 @@ import torch
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.resources.chat import Completions
 from PIL import Image
 from tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
+from tokenizers import Tokenizer, decoders, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 
 ROOT = Path(__file__).parents[1]
 PATH = "/v1/chat/completions"
+KNOWN_FIELDS = inspect.signature(Completions.create).parameters
 
 
 def load_script(folder, name):
@@ -40,6 +45,7 @@ def load_script(folder, name):
 serve = load_script("examples", "serve")
 serve_answers = load_script("examples", "serve_answers")
 serve_requests = load_script("examples", "serve_requests")
+serve_sampling = load_script("examples", "serve_sampling")
 Limits = serve_requests.Limits
 
 
@@ -87,10 +93,11 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
     def ask(self, *content, messages=None, **fields):
-        """With the OpenAI client."""
-        messages = messages or [{"role": "user", "content": list(content)}]
+        """With the OpenAI client, also what it does not know."""
+        messages = [{"role": "user", "content": list(content)}] if messages is None else messages
         fields = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 12, **fields}
-        return self.client.chat.completions.create(**fields)
+        others = {name: fields.pop(name) for name in [*fields] if name not in KNOWN_FIELDS}
+        return self.client.chat.completions.create(**fields, extra_body=others)
 
     def post(self, body, headers=()):
         """Status, headers and JSON."""
@@ -109,10 +116,10 @@ class Server:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
     def generate(self, messages, max_new_tokens=12):
-        """What the model answers without a server."""
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        """What the model answers, or adds to an answer that is begun, without a server."""
+        begun = messages[-1]["role"] == "assistant"
+        ending = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
+        inputs = self.processor.apply_chat_template(messages, **ending, tokenize=True, return_dict=True, return_tensors="pt")
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -164,6 +171,10 @@ def text(words="What is this?"):
 
 def body(*content, role="user", **fields):
     return {"model": "tiny", "messages": [{"role": role, "content": list(content)}], "max_tokens": 4, **fields}
+
+
+def request(**fields):
+    return serve_requests.parse_request(json.dumps(body(text(), **fields)).encode())
 
 
 def read_stream(stream):
@@ -285,11 +296,234 @@ class TestAnswers:
             answers = list(answers)
         assert answers[:4] == answers[4:] and len(set(answers)) == 4
 
+    def test_several_answers_cost_one_prefill(self, server):
+        rows = []
+        layer = server.model.model.language_model.layers[0]
+        handle = layer.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[1]))
+        pictures = [picture(digit_image(k)) for k in (30, 31)]
+        server.ask(*pictures, text(), max_tokens=1)  # remembers them
+        calls = len(server.tower_calls)
+        rows.clear()
+        one = server.ask(*pictures, text(), temperature=1.5, max_tokens=5)
+        rows_of_one = sum(rows)
+        rows.clear()
+        three = server.ask(*pictures, text(), temperature=1.5, max_tokens=5, n=3)
+        handle.remove()
+        assert len(server.tower_calls) == calls
+        assert sum(rows) == rows_of_one + 2 * 5 < 2 * rows_of_one
+        assert three.usage.prompt_tokens == one.usage.prompt_tokens and three.usage.completion_tokens == 15
+        assert len({choice.message.content for choice in three.choices}) == 3
+
+    def test_a_seed_fixes_several_answers_beside_others(self):
+        with Server(concurrency=4) as server, ThreadPoolExecutor(4) as pool:
+            answers = pool.map(lambda seed: server.ask(text(), temperature=1.5, seed=seed, n=3).choices, [1, 2, 1, 2])
+            first, second, *again = [[choice.message.content for choice in choices] for choices in answers]
+        assert [first, second] == again and len({*first, *second}) == 6
+
+    def test_the_first_of_several_answers_is_the_only_one_of_its_seed(self, server):
+        one, three = (server.ask(text(), temperature=1.5, seed=5, n=n).choices for n in (1, 3))
+        assert one[0].message == three[0].message
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_each_of_several_answers_ends_at_stop_strings(self, server, stream):
+        sampling = {"temperature": 1.5, "seed": 2, "n": 3, "max_tokens": 40}
+        whole = [choice.message.content for choice in server.ask(text(), **sampling).choices]
+        stop = [one[k : k + 2] for one, k in zip(whole, (5, 9, 13))]
+        places = [min((one.find(end) for end in stop if end in one), default=len(one)) for one in whole]
+        answer = server.ask(text(), **sampling, stop=stop, stream=stream)
+        texts, reasons = ["", "", ""], [None] * 3
+        if stream:
+            for choice in (chunk.choices[0] for chunk in answer):
+                assert reasons[choice.index] is None
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = choice.finish_reason
+        else:
+            texts, reasons = zip(*[(choice.message.content, choice.finish_reason) for choice in answer.choices])
+        assert list(texts) == [one[:place] for one, place in zip(whole, places)] and set(reasons) == {"stop"}
+
+    def test_an_answer_goes_on_from_its_beginning(self, server):
+        image = digit_image(8)
+        for beginning in ("It is", "Sure:\n", " ", "\n\n", "a </s> b"):
+            answer = {"role": "assistant", "content": beginning}
+            remote = [{"role": "user", "content": [picture(image), text()]}, answer]
+            if "</s>" not in beginning:
+                local = [{"role": "user", "content": [{"type": "image", "image": image}, text()]}, answer]
+                added = server.generate(local)
+            else:
+                added = server.ask(messages=remote).choices[0].message.content
+            assert added != server.ask(messages=remote[:1]).choices[0].message.content
+            given = server.ask(messages=remote, n=2, logprobs=True)
+            assert [choice.message.content for choice in given.choices] == [added, added]
+            assert given.usage.completion_tokens == 24
+            for choice in given.choices:
+                spelled = bytes(byte for token in choice.logprobs.content for byte in token.bytes)
+                assert spelled.decode(errors="replace") == added
+            assert read_stream(server.ask(messages=remote, stream=True)) == (added, "length", None)
+            stop = added[4:6]
+            stopped = server.ask(messages=remote, stop=[stop, beginning]).choices[0]
+            assert (stopped.message.content, stopped.finish_reason) == (added.split(stop)[0], "stop")
+
+    def test_the_clients_own_reading_of_a_stream(self, server):
+        fields = {"temperature": 1.5, "seed": 4, "n": 2, "logprobs": True, "top_logprobs": 2, "max_tokens": 20}
+        messages = [{"role": "user", "content": "What is this?"}]
+        # It takes no answer that ended for lack of tokens
+        fields["stop"] = [choice.message.content[9:11] for choice in server.ask(messages=messages, **fields).choices]
+        with server.client.chat.completions.stream(model="tiny", messages=messages, **fields) as stream:
+            read = stream.get_final_completion()
+        answer = server.ask(messages=messages, **fields)
+        for one, other in zip(read.choices, answer.choices, strict=True):
+            assert (one.index, one.message.content, one.finish_reason) == (other.index, other.message.content, "stop")
+            assert one.logprobs.content == other.logprobs.content
+
+    def test_tokens_of_an_answer_that_is_cut(self, server):
+        whole = server.ask(text(), max_tokens=40, logprobs=True).choices[0]
+        assert any(token.token.startswith("bytes:") for token in whole.logprobs.content)
+        stop = whole.message.content[12:15]
+        cut = server.ask(text(), max_tokens=40, logprobs=True, stop=stop).choices[0]
+        tokens = cut.logprobs.content
+        assert tokens == whole.logprobs.content[: len(tokens)]
+        lengths = [
+            len(bytes(b for t in tokens[:k] for b in t.bytes).decode(errors="replace")) for k in range(len(tokens) + 1)
+        ]
+        assert lengths[-2] <= len(cut.message.content) <= lengths[-1]
+
+
+class TestGenerationConfig:
+    """What the model's `generation_config` says, unless a request says otherwise."""
+
+    @pytest.fixture
+    def configure(self, server, monkeypatch):
+        def configure(**settings):
+            for name, value in settings.items():
+                monkeypatch.setattr(server.model.generation_config, name, value)
+
+        return configure
+
+    def test_sampling(self, server, configure):
+        def sample(**fields):
+            fields = {"temperature": openai.omit, **fields}
+            return {server.ask(text(), **fields).choices[0].message.content for _ in range(4)}
+
+        greedy = sample(temperature=0)
+        configure(do_sample=True, temperature=3.0, top_k=1)
+        assert sample() == sample(temperature=2) == sample(top_p=0.9) == greedy
+        assert len(sample(top_k=0)) == len(sample(top_k=-1)) == len(sample(top_k=40)) == 4
+        configure(top_k=None, top_p=1e-6)
+        assert sample() == greedy != sample(top_p=1)
+        configure(temperature=1e-6, top_p=None)
+        assert sample() == greedy != sample(temperature=2)
+        configure(temperature=3.0)
+        assert len(sample()) == 4 and sample(temperature=0) == greedy
+
+    SETTINGS = (
+        {},
+        {"temperature": 0.6},
+        {"top_k": 3},
+        {"top_k": 0},
+        {"top_p": 0.4},
+        {"top_h": 0.5},
+        {"min_p": 0.2},
+        {"typical_p": 0.3},
+        {"epsilon_cutoff": 0.02},
+        {"eta_cutoff": 0.05},
+        {"temperature": 1.7, "top_k": 30, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 0.8, "top_h": 0.9, "top_k": 40, "top_p": 0.9, "typical_p": 0.95, "epsilon_cutoff": 1e-3},
+    )
+
+    @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+    def test_scores_are_narrowed_as_generate_does(self, server, configure, settings):
+        def narrow(asked):
+            warpers = serve_sampling.make_warpers(asked, server.model.generation_config, output.scores[0].device)
+            return serve_sampling.LogitsProcessorList(warpers)(inputs["input_ids"], allowed)
+
+        inputs = server.processor.tokenizer("What is this?", return_tensors="pt")
+        configure(do_sample=True, **settings)
+        output = server.model.generate(
+            **inputs, max_new_tokens=1, output_scores=True, output_logits=True, return_dict_in_generate=True
+        )
+        allowed = output.logits[0].clone()
+        allowed[:, server.processor.image_token_id] = -torch.inf
+        torch.testing.assert_close(narrow(request()), output.scores[0])
+        named = {name: settings[name] for name in settings if name in serve_requests.ChatRequest.model_fields}
+        # The same by the request, against what the model says
+        configure(**{name: value for name, value in (("temperature", 9.0), ("top_k", 2), ("top_p", 0.1)) if name in named})
+        torch.testing.assert_close(narrow(request(**named)), output.scores[0])
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"repetition_penalty": 5.0},
+            {"no_repeat_ngram_size": 1},
+            {"suppress_tokens": [*range(40, 300)]},
+            {"sequence_bias": {(70,): 50.0}},
+            {"stop_strings": ["n"]},
+            {"max_new_tokens": 3},
+            {"eos_token_id": 70, "min_new_tokens": 5, "sequence_bias": {(70,): 50.0}},
+        ],
+        ids=", ".join,
+    )
+    def test_the_rest_is_as_in_a_chat(self, server, configure, settings):
+        length = {} if "max_new_tokens" in settings else {"max_new_tokens": 12}
+        plain = server.model.start_chat(server.processor).send("What is this?", max_new_tokens=12)
+        configure(**settings)
+        expected = server.model.start_chat(server.processor).send("What is this?", **length)
+        fields = {"max_tokens": openai.omit} if "max_new_tokens" in settings else {}
+        answer = server.ask(text(), temperature=openai.omit, **fields)
+        assert answer.choices[0].message.content == expected != plain
+
+    def test_a_request_may_ask_for_more_than_the_model_does_by_itself(self, server, configure):
+        configure(max_new_tokens=3, repetition_penalty=5.0)
+        greedy = server.generate([{"role": "user", "content": [text()]}])
+        assert server.ask(text(), max_tokens=9).usage.completion_tokens == 9
+        assert server.ask(text()).choices[0].message.content == greedy
+        assert server.ask(text(), repetition_penalty=1).choices[0].message.content != greedy
+
+    def test_prompt_lookup_changes_nothing(self, server, configure):
+        expected = server.ask(text(), logprobs=True).choices
+        configure(prompt_lookup_num_tokens=3)
+        assert server.ask(text(), logprobs=True).choices == expected
+
+    def test_beam_search_is_refused_at_the_start(self, tmp_path):
+        model = make_model()
+        model.generation_config.num_beams = 3
+        model.save_pretrained(tmp_path)
+        make_processor().save_pretrained(tmp_path)
+        with pytest.raises(SystemExit, match=r"cannot serve .*num_beams=3.*set num_beams to 1"):
+            serve.main([str(tmp_path)])
+
+
+class TestSpelling:
+    def test_of_byte_level_tokens(self):
+        tokenizer = make_processor().tokenizer
+        ids = tokenizer(" a€𝄞b", add_special_tokens=False)["input_ids"]
+        spelled = [serve_sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
+        assert b"".join(spelling for _, spelling in spelled).decode() == " a€𝄞b"
+        assert spelled[0][0] == " a" and spelled[-1] == ("b", b"b")
+        assert (r"bytes:\xe2", b"\xe2") in spelled
+        assert serve_sampling.spell(tokenizer, ids, tokenizer.eos_token_id) == ("</s>", None)
+
+    def test_of_tokens_with_blanks_and_bytes(self):
+        """As LLaMA's tokenizer writes them: ▁ for a blank, stripped at a beginning, and <0x..> for what has no token."""
+        vocabulary = ["<unk>", "▁a", "b", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
+        model = models.BPE({token: k for k, token in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>")
+        tokenizer = Tokenizer(model)
+        replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", left=1)
+        tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+        names = ["▁a", "▁a", "<0xE2>", "<0x82>", "<0xAC>", "b", "<0xE2>", "é"]
+        ids = tokenizer.convert_tokens_to_ids(names)
+        spelled = [serve_sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
+        texts = ["a", " a", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "b", r"bytes:\xe2", "é"]
+        assert [one for one, _ in spelled] == texts
+        assert b"".join(spelling for _, spelling in spelled) == "a a€b".encode() + b"\xe2" + "é".encode()
+
 
 def test_sampling_follows_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.5, -1.0, -torch.inf]]).repeat(40_000, 1)
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.8)):
-        sampling = serve_answers.Sampling(scores.device, temperature, top_p, seed=0)
+        asked = request(temperature=temperature, top_p=top_p)
+        warpers = serve_sampling.make_warpers(asked, GenerationConfig(), scores.device)
+        sampling = serve_sampling.Sampling(scores.device, warpers, seed=0)
         drawn = sampling(None, scores).argmax(-1).bincount(minlength=5) / len(scores)
         expected = (scores[0] / temperature).softmax(-1)
         kept = expected.cumsum(-1) - expected < top_p
@@ -320,20 +554,16 @@ WRONG = {
     "no messages": ({"model": "tiny"}, 400, "messages", "required"),
     "empty messages": ({"model": "tiny", "messages": []}, 400, "messages", "at least 1"),
     "messages of text": ({"model": "tiny", "messages": "hi"}, 400, "messages", "array"),
-    "role": (body(text(), role="tool"), 400, "messages[0].role", "'system', 'user' or 'assistant'"),
-    "assistant first": (body(text(), role="assistant"), 400, "messages", "message 0 has the role 'assistant'"),
-    "system alone": (body(text(), role="system"), 400, "messages", "only a system message"),
-    "no question at the end": (
-        {"model": "tiny", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "role": (body(text(), role="tool"), 400, "messages[0].role", "'system', 'developer', 'user' or 'assistant'"),
+    "unknown role": (body(text(), role="bot"), 400, "messages[0].role", "got 'bot'"),
+    "assistant first": (body(text(), role="assistant"), 400, "messages[0]", "answers no message"),
+    "system alone": (body(text(), role="system"), 400, "messages", "only system messages"),
+    "picture of the assistant": (body(picture(b"x"), role="assistant"), 400, "messages[0]", "only the user brings pictures"),
+    "message without content": (
+        {"model": "tiny", "messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]},
         400,
-        "messages",
-        "message 1 has the role 'assistant'",
-    ),
-    "picture of the assistant": (
-        body(picture(b"x"), role="assistant"),
-        400,
-        "messages",
-        "message 0",
+        "messages[1].content",
+        "required",
     ),
     "no content": ({"model": "tiny", "messages": [{"role": "user"}]}, 400, "messages[0].content", "required"),
     "content of a number": (
@@ -344,7 +574,25 @@ WRONG = {
     ),
     "kind of part": (body({"type": "input_audio"}), 400, "messages[0].content[0].type", "'text' or 'image_url'"),
     "part without text": (body(text(), {"type": "text"}), 400, "messages[0].content[1]", "needs the field 'text'"),
-    "image_url of text": (body({"type": "image_url", "image_url": "x"}), 400, "messages[0].content[0].image_url", "object"),
+    "part with both": (body({**text(), **picture("x"), "type": "text"}), 400, "messages[0].content[0]", "and no other"),
+    "image_url of a number": (
+        body({"type": "image_url", "image_url": 7}),
+        400,
+        "messages[0].content[0].image_url",
+        "object",
+    ),
+    "plain image_url": (
+        body({"type": "image_url", "image_url": "x"}),
+        400,
+        "messages[0].content[0].image_url.url",
+        "data URLs",
+    ),
+    "detail": (
+        body({"type": "image_url", "image_url": {"url": "x", "detail": "best"}}),
+        400,
+        "messages[0].content[0].image_url.detail",
+        "'high'",
+    ),
     "half a character": (body(text("\ud800")), 400, None, "not valid JSON"),
     "max_tokens of text": (body(text(), max_tokens="many"), 400, "max_tokens", "integer, got 'many'"),
     "max_tokens of a fraction": (body(text(), max_tokens=1.5), 400, "max_tokens", "integer"),
@@ -360,8 +608,21 @@ WRONG = {
     "five stop strings": (body(text(), stop=["a"] * 5), 400, "stop", "at most 4"),
     "empty stop string": (body(text(), stop=["a", ""]), 400, "stop[1]", "at least 1"),
     "stream": (body(text(), stream="yes"), 400, "stream", "boolean"),
-    "two answers": (body(text(), n=2), 400, "n", "1"),
-    "tools": (body(text(), tools=[{}]), 400, "tools", "does not support"),
+    "no answers": (body(text(), n=0), 400, "n", "greater than or equal to 1"),
+    "nine answers": (body(text(), n=9), 400, "n", "up to 8 answers, got 9"),
+    "half an answer": (body(text(), n=0.5), 400, "n", "integer"),
+    "two lengths": (body(text(), max_completion_tokens=5), 400, "max_tokens", "max_completion_tokens 5"),
+    "penalty": (body(text(), presence_penalty=3), 400, "presence_penalty", "less than or equal to 2"),
+    "penalty NaN": (body(text(), frequency_penalty=float("nan")), 400, "frequency_penalty", ""),
+    "bias": (body(text(), logit_bias={"7": 101}), 400, "logit_bias.7", "less than or equal to 100"),
+    "bias of a word": (body(text(), logit_bias={"a": 1}), 400, "logit_bias.a.[key]", "integer"),
+    "bias of no token": (body(text(), logit_bias={"100000": 1}), 400, "logit_bias", "no token 100000, the model has"),
+    "bias of a negative token": (body(text(), logit_bias={"-1": 1}), 400, "logit_bias", "no token -1"),
+    "logprobs of a number": (body(text(), logprobs=5), 400, "logprobs", "boolean"),
+    "top_logprobs alone": (body(text(), top_logprobs=5), 400, "top_logprobs", "logprobs is not true"),
+    "top_logprobs": (body(text(), logprobs=True, top_logprobs=21), 400, "top_logprobs", "less than or equal to 20"),
+    "stream_options": (body(text(), stream_options={"a": 1}), 400, "stream_options.a", "does not support"),
+    "tools": (body(text(), tools=[{}]), 400, "tools", "calls no tools"),
     "unknown field": (body(text(), temprature=1), 400, "temprature", "does not support"),
     "too long": (body(text("word " * 400), max_tokens=400), 400, "messages", "context holds 1024"),
     "far too long": (body(text("a" * 1_000_000)), 400, "messages", "1,000,0"),
@@ -560,9 +821,9 @@ class TestQueue:
             server.slow.set()
             yield server
 
-    @pytest.mark.parametrize("stream", [False, True])
-    def test_a_client_that_leaves_frees_its_slot(self, busy, stream):
-        leaving = send_and_leave(busy, body(text(), max_tokens=500, stream=stream))
+    @pytest.mark.parametrize("stream, fields", [(False, {}), (True, {}), (True, {"n": 8, "logprobs": True})])
+    def test_a_client_that_leaves_frees_its_slot(self, busy, stream, fields):
+        leaving = send_and_leave(busy, body(text(), **{"max_tokens": 500, "stream": stream, **fields}))
         wait_until(lambda: busy.service.generated_tokens >= 3)
         leaving.close()
         wait_until(lambda: busy.service.taken == 0, seconds=4)
@@ -661,13 +922,14 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     built.clear()
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
-    arguments += " --max-images 3 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
+    arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
     serve.main([folder, *arguments.split()])
     service, name, limits = built
     assert (name, service.places, service.model.dtype) == ("m", 5, torch.bfloat16)
     assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
     hosts = frozenset({"a.org", "b.org:81"})
-    assert limits == Limits(1_000_000, images=3, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=hosts)
+    expected = Limits(1_000_000, images=3, choices=4, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=hosts)
+    assert limits == expected
     assert run[1]["host"] == "::1" and run[1]["port"] == 7
 
 

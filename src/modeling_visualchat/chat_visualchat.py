@@ -11,7 +11,7 @@ import re
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -114,7 +114,12 @@ class ChatSession:
         self._unfinished, self._turn = lambda: None, object()
 
     def send(
-        self, text: str, images: ImageSource | list[ImageSource] = (), stream: bool = False, **generation
+        self,
+        text: str,
+        images: ImageSource | list[ImageSource] = (),
+        stream: bool = False,
+        begin_with: str = "",
+        **generation,
     ) -> str | Iterator[str]:
         """
         Asks, and adds the question and its answer to the conversation.
@@ -125,17 +130,20 @@ class ChatSession:
             stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made;
                 reading begins the answer. The conversation holds it when it ends. Closing the iterator, Ctrl-C, or asking
                 something else meanwhile ends the answer where it is. Beam search has but one piece.
+            begin_with (`str`, *optional*): The beginning of the answer, from which the model goes on. What it adds is
+                returned; the conversation holds both.
             generation: As for `model.generate`. Unless it or the model's `generation_config` says otherwise, up to 512 new
                 tokens, or a quarter of the model's context if that is less.
 
         Raises:
-            ValueError: If a picture cannot be read, or if the conversation does not fit the model's context. The
-                conversation is as before, as after any other error.
+            ValueError: If a picture cannot be read, if `begin_with` holds a section of the prompt, or if the conversation
+                does not fit the model's context. The conversation is as before, as after any other error.
         """
         if not isinstance(text, str):
             raise TypeError(f"A question is a string, got {type(text).__name__}")
         images = [images] if isinstance(images, ImageSource) else images
-        asked = Round(text, [_load(image, f"image {number}") for number, image in enumerate(images, 1)])
+        images = [_load(image, f"image {number}") for number, image in enumerate(images, 1)]
+        asked = Round(text, images, answer=_check_beginning(begin_with))
         self._take_turn()
         return self._ask([*self.rounds, asked], stream, generation)
 
@@ -151,14 +159,14 @@ class ChatSession:
             raise IndexError("There is nothing to take back: the conversation has no rounds")
         return self.rounds.pop()
 
-    def edit(self, index: int, text: str, stream: bool = False, **generation) -> str | Iterator[str]:
+    def edit(self, index: int, text: str, stream: bool = False, begin_with: str = "", **generation) -> str | Iterator[str]:
         """
         Asks another question in place of an earlier one, about the same pictures. The rounds after it are dropped.
 
         Args:
             index (`int`): The round, from 0.
             text (`str`): The new question.
-            stream, generation: As for [`~ChatSession.send`].
+            stream, begin_with, generation: As for [`~ChatSession.send`].
 
         Raises:
             IndexError: If there is no such round.
@@ -168,7 +176,8 @@ class ChatSession:
             raise IndexError(f"There is no round {index}: the conversation has {len(self.rounds)}")
         if not isinstance(text, str):
             raise TypeError(f"A question is a string, got {type(text).__name__}")
-        asked = Round(text, self.rounds[index].images, pixel_values=self.rounds[index].pixel_values)
+        one = self.rounds[index]
+        asked = Round(text, one.images, answer=_check_beginning(begin_with), pixel_values=one.pixel_values)
         return self._ask([*self.rounds[:index], asked], stream, generation)
 
     def clear(self) -> None:
@@ -241,25 +250,38 @@ class ChatSession:
         return messages
 
     def tokenize(self, rounds: list[Round]) -> torch.LongTensor:
-        """The prompt for the last round's answer, of shape `(1, tokens)`."""
+        """The prompt for the last round's answer, or for the rest of it if it has a beginning, of shape `(1, tokens)`."""
         processor, tokenizer = self.processor, self.processor.tokenizer
-        messages = self._messages_of(rounds)[:-1]
+        messages, ending = self._messages_of(rounds), {"continue_final_message": True}
+        if not rounds[-1].answer:
+            messages, ending = messages[:-1], {"add_generation_prompt": True}
         texts = [self.system or "", *(text for one in rounds for text in (one.text, one.answer))]
         if any(token in text for token in tokenizer.get_added_vocab() for text in texts):
             input_ids = tokenizer.apply_chat_template(
                 messages,
                 chat_template=processor.chat_template,
-                add_generation_prompt=True,
+                **ending,
                 sanitize_control_tokens=True,
                 write_bos_token=True,
                 return_dict=False,
                 return_tensors="pt",
             )
         else:
-            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            prompt = processor.apply_chat_template(messages, **ending)
             input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         repeats = torch.where(input_ids[0] == processor.image_token_id, processor.image_seq_length, 1)
         return input_ids.repeat_interleave(repeats, dim=1)
+
+    def find_answer(self, rounds: list[Round], input_ids: torch.LongTensor) -> int:
+        """
+        Where the last round's answer begins in its prompt, of shape `(1, tokens)`: at its end, unless the answer has a
+        beginning. A token that holds characters of both sides counts as the answer's.
+        """
+        if not rounds[-1].answer:
+            return input_ids.shape[1]
+        without = self.tokenize([*rounds[:-1], replace(rounds[-1], answer="")])
+        length = min(without.shape[1], input_ids.shape[1])
+        return _shared_length(without[0, :length], input_ids[0, :length])
 
     def _ask(self, rounds: list[Round], stream: bool, generation: dict) -> str | Iterator[str]:
         if (self._setting(generation, "num_return_sequences") or 1) > 1:
@@ -323,7 +345,8 @@ class ChatSession:
             "attention_mask": torch.ones_like(input_ids, device=self.model.device),  # no token of an answer is padding
             "past_key_values": cache,
         }
-        reader = AnswerReader(self.processor.tokenizer, input_ids.shape[1])
+        begin_with, start = rounds[-1].answer, self.find_answer(rounds, input_ids)
+        reader = AnswerReader(self.processor.tokenizer, start)
         generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
         outcome = {}
 
@@ -342,7 +365,7 @@ class ChatSession:
                 reader.end()
 
         worker = threading.Thread(target=run, daemon=True)
-        answer = shown = ""
+        beginning = answer = shown = reader.decode(input_ids[0, start:])
         try:
             worker.start()
             for text in reader:
@@ -356,8 +379,8 @@ class ChatSession:
             worker.join()
             if "ids" in outcome:
                 ids = outcome["ids"]
-                answer = cut_section(reader.decode(ids[input_ids.shape[1] :]))
-                rounds[-1].answer = answer
+                answer = cut_section(reader.decode(ids[start:]))
+                rounds[-1].answer = begin_with + answer[len(beginning) :]
                 self.rounds = rounds
                 if dropped:
                     self.dropped_rounds += dropped
@@ -388,8 +411,7 @@ class ChatSession:
         per_image = self.processor.image_seq_length
         placeholders = (input_ids == self.processor.image_token_id).nonzero()[:, 0]
         length = min(len(computed.input_ids), len(input_ids) - 1)  # one token at least is to be computed
-        differs = (computed.input_ids[:length] != input_ids[:length]).nonzero()
-        length = int(differs[0]) if len(differs) else length
+        length = _shared_length(computed.input_ids[:length], input_ids[:length])
         same = 0
         for known, picture in zip(computed.pictures, pictures):
             if known is not picture:
@@ -434,7 +456,7 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Decodes.
-        prompt_length (`int`): Tokens before the answer.
+        prompt_length (`int`): Tokens before the answer, without the beginning that it was given.
     """
 
     def __init__(self, tokenizer, prompt_length: int):
@@ -474,6 +496,20 @@ def _load(source: ImageSource, name: str) -> Image.Image:
         return image.copy()
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name}: the picture is broken: {error}") from error
+
+
+def _shared_length(a: torch.LongTensor, b: torch.LongTensor) -> int:
+    """How many tokens two prompts of one shape `(tokens,)` share from their beginning on."""
+    differs = (a != b).nonzero()
+    return int(differs[0]) if len(differs) else len(a)
+
+
+def _check_beginning(answer: str) -> str:
+    if not isinstance(answer, str):
+        raise TypeError(f"An answer begins with a string, got {type(answer).__name__}")
+    if cut_section(answer) != answer:
+        raise ValueError(f"`begin_with` holds a section line of the prompt, which would end the answer: {answer!r:.80}")
+    return answer
 
 
 def cut_section(answer: str) -> str:
