@@ -1,7 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """What can be wrong with a row, raw or of `messages` and `images`, and the checks that find it before training does."""
 
-import base64
 import functools
 import json
 from collections import Counter
@@ -9,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_visualchat.image_loading_visualchat import load_image
+from modeling_visualchat.image_loading_visualchat import decode_base64, load_image
 from modeling_visualchat.processing_visualchat import PART_KEYS
 
 
@@ -172,7 +171,7 @@ def read_picture(path: str, span: tuple[int, int] | None) -> bytes:
             return file.read()
         file.seek(span[0])
         text = json.loads(file.read(span[1] - span[0]))
-    return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)  # data URLs have a head and a comma
+    return decode_base64(text)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -4,6 +4,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from PIL import Image
 from training_data import count_images, load_rows
 
 from modeling_visualchat.data_collator_visualchat import fill_images
-from modeling_visualchat.image_loading_visualchat import ImageSource, load_image
+from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image
 from modeling_visualchat.processing_visualchat import PART_KEYS
 
 
@@ -75,8 +76,11 @@ class Dialogue:
                 messages.append({"role": "assistant", "content": answers[k] if question.label is None else question.label})
         return fill_images({"messages": messages, "images": pictures[: count_images(messages)]}, self.where)
 
-    def open_pictures(self) -> tuple[list[Image.Image], int, str]:
+    def open_pictures(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
         """
+        Args:
+            image_processor (*optional*): Of the model, which cannot take pictures that are too thin.
+
         Returns:
             The pictures up to the first that cannot be read; how many rounds can be asked with them; and what is wrong
             with the next, or "".
@@ -85,10 +89,16 @@ class Dialogue:
         sources = iter(self.sources())
         for number, question in enumerate(self.questions, 1):
             for _ in range(count_images([{"content": question.content}])):
+                where = f"{self.where}, round {number}"
                 try:
-                    pictures.append(load_image(next(sources), f"{self.where}, round {number}"))
-                except (OSError, TypeError, ValueError) as error:  # what load_image raises
+                    picture = load_image(next(sources), where)
+                except (OSError, TypeError, ValueError) as error:
                     return pictures, number - 1, str(error)
+                try:
+                    check_not_too_thin(picture.size, image_processor)
+                except ValueError as error:
+                    return pictures, number - 1, f"{where}: {error}"
+                pictures.append(picture)
         return pictures, len(self.questions), ""
 
     @property
@@ -153,7 +163,7 @@ def _read_test(name: str, rounds: list, path: Path, root: Path) -> Dialogue:
         paths = one[1].split() if len(one) == 2 else []
         content = [{"type": "image"}] * len(paths) + [{"type": "text", "text": one[0]}]
         questions.append(Question(content, " ".join(paths)))
-        sources += [one if "://" in one else root / one for one in paths]
+        sources += [one if "://" in one or DATA_URL.match(one) else root / os.path.expanduser(one) for one in paths]
     return Dialogue(name, where, questions, lambda: sources, fault=f"{where}: {fault}" if fault else "")
 
 
