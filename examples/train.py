@@ -39,6 +39,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
+from modeling_visualchat.modeling_visualchat import check_parts
 
 
 logger = logging.getLogger("train")
@@ -132,11 +133,24 @@ def check_arguments(
 
 
 def load_processor(model_args: ModelArguments) -> VisualChatProcessor:
-    """The model's, or one made of the parts'."""
+    """
+    The model's, or one made of the parts'.
+
+    Raises:
+        ValueError: If neither is given, or the model is no VisualChat.
+        TypeError: If the parts are of families that cannot be joined.
+    """
     if model_args.model_name_or_path:
-        return AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+        if type(processor).__name__ != VisualChatProcessor.__name__:  # which may come with the model
+            raise ValueError(
+                f"{model_args.model_name_or_path} has no processor of a VisualChat, but a {type(processor).__name__}: to"
+                " join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
+            )
+        return processor
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
     return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
 

@@ -678,6 +678,25 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
     assert trained.config.image_token_id == 320
 
 
+def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
+    from train import main
+    from transformers import LlamaForCausalLM
+
+    model = make_model()
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "decoder")
+    make_processor().tokenizer.save_pretrained(tmp_path / "decoder")
+    words = arguments(
+        parts, tmp_path / "run", vision_name_or_path=tmp_path / "decoder", text_name_or_path=tmp_path / "tower"
+    )
+    where = words.index("--model_name_or_path")
+    with pytest.raises(TypeError, match="`vision`: .*decoder has the model_type 'llama', but the vision tower must be of"):
+        main([*words[:where], *words[where + 2 :]])
+    assert not (tmp_path / "run" / "joined").exists()
+    with pytest.raises(ValueError, match="decoder has no processor of a VisualChat, but a .*: to join"):
+        main(arguments(parts, tmp_path / "run", model_name_or_path=tmp_path / "decoder"))
+
+
 def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
     import make_tiny
     from train import main
