@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 import yaml
+from data_checks import Needs
 from push_to_hub import check_access, is_hub_id, push
 from training_card import write_card
 from training_data import TrainingCollator, prepare_rows, report_rows
@@ -84,7 +85,7 @@ class DataArguments:
     max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set --max_steps."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that measure rows."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Go on when a picture cannot be read; it is counted."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Go on past bad rows and pictures; they are counted."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
 
 
@@ -292,6 +293,7 @@ def main(argv: list[str]) -> dict[str, float]:
             data_args.streaming,
             data_args.num_proc,
             training_args.seed,
+            data_args.skip_broken_images,
         )
     table = ""
     if data_args.streaming:
@@ -316,7 +318,13 @@ def main(argv: list[str]) -> dict[str, float]:
         args=training_args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=TrainingCollator(processor, data_args.skip_broken_images),
+        data_collator=TrainingCollator(
+            processor,
+            data_args.skip_broken_images,
+            Needs.of(processor, model.config),
+            broken_rows=sum(prepared.faulty.values()),
+            stand_ins=train_rows,
+        ),
         processing_class=processor,
         callbacks=[EpochOrder()],
     )

@@ -21,6 +21,7 @@ from raw_data import EXAMPLES, load_example
 from tiny import assistant, digit_image, make_model, make_processor, text_part
 
 from modeling_visualchat import VisualChatDataCollator
+from modeling_visualchat.data_collator_visualchat import fill_images
 
 
 evaluate = load_example("evaluate")
@@ -373,7 +374,6 @@ class TestLabelled:
         rows = [make_row(k, images=k % 3, rounds=1 + k % 3) for k in range(9)]
         found = by_round(journal(labelled))
         assert len(found) == sum(len(row["task"]) for row in rows)
-        fill_images = load_example("training_loop").fill_images
         for row in rows:
             messages = fill_images(row, "row")
             for number in range(1, len(row["task"]) + 1):

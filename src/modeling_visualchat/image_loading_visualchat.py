@@ -237,24 +237,32 @@ def clip_side(image_processor) -> int | None:
     return side if is_usual else None
 
 
-def check_not_too_thin(size: tuple[int, int], image_processor) -> None:
+def shorter_edge(image_processor) -> int | None:
     """
-    Resizing the shorter edge of a thin picture to a square's makes an enormous one of it.
+    The pixels to which CLIP's image processor resizes the shorter edge of a picture, whatever the other one becomes. `None`
+    if it bounds both, and for other image processors.
+    """
+    if not isinstance(image_processor, CLIPImageProcessorPil) or not image_processor.do_resize:
+        return None
+    return image_processor.size.shortest_edge if image_processor.size.longest_edge is None else None
+
+
+def check_not_too_thin(size: tuple[int, int], edge: int | None) -> None:
+    """
+    Resizing the shorter edge of a thin picture makes an enormous one of it.
 
     Args:
         size (`tuple[int, int]`): Width and height of the picture.
+        edge (`int`, *optional*): See [`shorter_edge`].
 
     Raises:
         ValueError: If it would have more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, which the image processor would fill in
             memory.
     """
-    if not isinstance(image_processor, CLIPImageProcessorPil) or not image_processor.do_resize:
-        return
-    side = image_processor.size.shortest_edge if image_processor.size.longest_edge is None else None
-    pixels = side**2 * max(size) // min(size) if side else 0
+    pixels = edge**2 * max(size) // min(size) if edge else 0
     if pixels > (limit := Image.MAX_IMAGE_PIXELS or pixels):
         raise ValueError(
-            f"A picture of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {side} it would have"
+            f"A picture of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {edge} it would have"
             f" {pixels} pixels, more than Pillow's limit of {limit}"
         )
 
@@ -267,7 +275,7 @@ def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
     Raises:
         ValueError: See [`check_not_too_thin`].
     """
-    check_not_too_thin(image.size, image_processor)
+    check_not_too_thin(image.size, shorter_edge(image_processor))
     side = clip_side(image_processor)
     if side is None or image.size == (side, side):
         return image
