@@ -117,10 +117,7 @@ class Terminal:
     def attach(self, *paths: str) -> None:
         if not paths:
             raise ValueError("Say which pictures: /image first.png 'second picture.png'")
-        # All of them or none
-        is_url = [path.startswith(("http://", "https://")) for path in paths]
-        sources = [path if url else Path(path).expanduser() for path, url in zip(paths, is_url)]
-        self.attached += [load_image(source, path) for source, path in zip(sources, paths)]
+        self.attached += [load_image(path, path) for path in paths]  # all of them or none
         first = sum(len(one.images) for one in self.session.rounds) + len(self.attached) - len(paths) + 1
         for number, path in enumerate(paths, first):
             tell(f"[image {number}: {path}]")

@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The parallel step of `prepare_data.py`: pictures are decoded, and rows written in shards, each whole or not there."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,15 +14,19 @@ from pathlib import Path
 
 import datasets
 from data_checks import (
-    BadRow,
+    Needs,
     Picture,
     Problem,
-    check_conversation,
-    inspect_data,
+    inspect,
     inspect_picture,
+    judge_size,
+    open_row,
     read_picture,
 )
 from data_rows import Sample
+from PIL import Image
+
+from modeling_visualchat.image_loading_visualchat import find_path, load_image
 
 
 FEATURES = datasets.Features(
@@ -76,6 +81,7 @@ class Shard:
     Args:
         name (`str`): Of the source or dataset.
         rows (`list[list[Sample]]` or `datasets.Dataset`): What rows are made of: the samples that each joins, or rows.
+        needs ([`Needs`]): Of the model that is to be trained.
         embed_images (`bool`): Whether rows hold the bytes of all pictures, or paths of those that are files.
         parquet (`Path`, *optional*): Where to write. Without it, rows are only checked.
         report (`Path`, *optional*): Where to write what became of the shard, once the shard is there.
@@ -83,6 +89,7 @@ class Shard:
 
     name: str
     rows: list[list[Sample]] | datasets.Dataset
+    needs: Needs = field(default=Needs(), kw_only=True)
     embed_images: bool = field(default=False, kw_only=True)
     parquet: Path | None = field(default=None, kw_only=True)
     report: Path | None = field(default=None, kw_only=True)
@@ -112,7 +119,9 @@ class SourceShard(Shard):
         is_good = True
         for picture in (picture for one in sample.rounds for picture in one.pictures):
             size, kind, detail = inspect_picture(Path(picture.path), picture.span)
-            if size is None:
+            if size is not None:
+                kind, detail = judge_size(size, self.needs)
+            if kind:
                 report.problems.append(Problem(kind, sample.file, sample.row, picture.field, detail))
                 is_good = False
             elif min(size) < self.min_side and is_good:
@@ -150,16 +159,8 @@ class DatasetShard(Shard):
         if number in self.repeated:
             detail = f"{row['id']!r} is the id of row {self.repeated[number]} too"
             problems.append(Problem("duplicate id", self.name, str(number), "id", detail))
-        try:
-            pictures = check_conversation(row)
-        except BadRow as bad:
-            problems.append(Problem(bad.kind, self.name, str(number), bad.field, bad.detail))
-            pictures = []
-        for place, picture in pictures:
-            inspect = inspect_picture if isinstance(picture, str) else inspect_data
-            size, kind, detail = inspect(picture)
-            if size is None:
-                problems.append(Problem(kind, self.name, str(number), place, detail))
+        _, faults = open_row(row, self.needs, inspect)
+        problems += [Problem(fault.kind, self.name, str(number), fault.field, fault.detail) for fault in faults]
         report.problems += problems
         return not problems
 
@@ -200,9 +201,18 @@ def make_row(samples: list[Sample], source: str, embed_images: bool) -> dict:
 def make_cell(picture: Picture, embed_images: bool) -> dict:
     if picture.span is not None:
         return {"bytes": read_picture(picture.path, picture.span), "path": None}
+    path = find_path(picture.path)
+    if path is None or not os.path.isfile(path):  # a URL, or base64: datasets writes no path that it cannot open
+        return {"bytes": encode_png(load_image(picture.path)), "path": None}
     if embed_images:
-        return {"bytes": read_picture(picture.path, None), "path": os.path.basename(picture.path)}
-    return {"bytes": None, "path": picture.path}
+        return {"bytes": read_picture(path, None), "path": os.path.basename(path)}
+    return {"bytes": None, "path": path}
+
+
+def encode_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def run_shards(shards: list[SourceShard | DatasetShard], num_proc: int) -> Iterator[Report]:

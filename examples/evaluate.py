@@ -117,7 +117,7 @@ class Evaluation:
                     continue
                 pictures = {}
                 for k in batch:
-                    pictures[k], readable, error = self.dialogues[k].open_pictures()
+                    pictures[k], readable, error = self.dialogues[k].open_pictures(self.processor.image_processor)
                     if error:
                         self.failures[k] = (readable + 1, error)
                 for number in range(1, max(len(self.dialogues[k].questions) for k in batch) + 1):

@@ -4,20 +4,20 @@
 import functools
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from answers import text_of
-from data_checks import BadRow, check_conversation
+from data_checks import IMAGE_TYPES, BadRow, check_conversation, find_source
 from datasets.exceptions import DatasetsError
 from PIL import Image
 from training_data import count_images, load_rows
 
 from modeling_visualchat.data_collator_visualchat import fill_images
-from modeling_visualchat.image_loading_visualchat import ImageSource, load_image
-from modeling_visualchat.processing_visualchat import PART_KEYS
+from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image, shorter_edge
 
 
 @dataclass
@@ -75,8 +75,11 @@ class Dialogue:
                 messages.append({"role": "assistant", "content": answers[k] if question.label is None else question.label})
         return fill_images({"messages": messages, "images": pictures[: count_images(messages)]}, self.where)
 
-    def open_pictures(self) -> tuple[list[Image.Image], int, str]:
+    def open_pictures(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
         """
+        Args:
+            image_processor (*optional*): Of the model, which cannot take pictures that are too thin.
+
         Returns:
             The pictures up to the first that cannot be read; how many rounds can be asked with them; and what is wrong
             with the next, or "".
@@ -85,10 +88,16 @@ class Dialogue:
         sources = iter(self.sources())
         for number, question in enumerate(self.questions, 1):
             for _ in range(count_images([{"content": question.content}])):
+                where = f"{self.where}, round {number}"
                 try:
-                    pictures.append(load_image(next(sources), f"{self.where}, round {number}"))
-                except (OSError, TypeError, ValueError) as error:  # what load_image raises
+                    picture = load_image(next(sources), where)
+                except (OSError, TypeError, ValueError) as error:
                     return pictures, number - 1, str(error)
+                try:
+                    check_not_too_thin(picture.size, shorter_edge(image_processor))
+                except ValueError as error:
+                    return pictures, number - 1, f"{where}: {error}"
+                pictures.append(picture)
         return pictures, len(self.questions), ""
 
     @property
@@ -153,7 +162,7 @@ def _read_test(name: str, rounds: list, path: Path, root: Path) -> Dialogue:
         paths = one[1].split() if len(one) == 2 else []
         content = [{"type": "image"}] * len(paths) + [{"type": "text", "text": one[0]}]
         questions.append(Question(content, " ".join(paths)))
-        sources += [one if "://" in one else root / one for one in paths]
+        sources += [one if "://" in one or DATA_URL.match(one) else root / os.path.expanduser(one) for one in paths]
     return Dialogue(name, where, questions, lambda: sources, fault=f"{where}: {fault}" if fault else "")
 
 
@@ -204,11 +213,11 @@ def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[Image
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         names, bare = [], []
         for part in parts:
-            if part["type"] == "image":
-                own = _own_source(part)
+            if part["type"] in IMAGE_TYPES:
+                _, own = find_source(part)
                 own = next(paths) if own is None else own
                 names.append(own if isinstance(own, str) and len(own) < 256 else "")
-            bare.append({"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]})
+            bare.append({"type": "image"} if part["type"] in IMAGE_TYPES else {"type": "text", "text": part["text"]})
         task = str(row["source"] if task is None else task)
         dialogue.questions.append(Question(bare, " ".join(filter(None, names)), text_of(answer["content"]), task))
     return dialogue
@@ -217,8 +226,4 @@ def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[Image
 def _row_sources(rows, index: int) -> list[ImageSource]:
     messages = fill_images(rows[index], f"row {index}")
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    return [_own_source(part) for part in parts if part["type"] == "image"]
-
-
-def _own_source(part: dict) -> ImageSource | None:
-    return next((part[key] for key in PART_KEYS["image"] if part.get(key) is not None), None)
+    return [find_source(part)[1] for part in parts if part["type"] in IMAGE_TYPES]

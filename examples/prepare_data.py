@@ -6,7 +6,7 @@ also those of any dataset that has the schema already, named as for `train.py`:
     python examples/prepare_data.py --list
     python examples/prepare_data.py --source llava --data-root data --check
     python examples/prepare_data.py --source llava llava_dial --data-root data --output prepared
-    python examples/prepare_data.py --dataset rows.jsonl --check
+    python examples/prepare_data.py --dataset rows.jsonl --check --model openai/clip-vit-large-patch14-336
     python examples/prepare_data.py --dataset rows.jsonl --output prepared --skip-bad
 
 The raw files are downloaded by you; `--list` shows which ones a source needs. All texts are read and checked first, then the
@@ -14,6 +14,9 @@ pictures of the rows are decoded in parallel. `OUTPUT/NAME` appears once every r
 `datasets.load_dataset("parquet", data_files="OUTPUT/NAME/*.parquet")`, `prepared.json` with the settings and counts,
 `problems.jsonl` with every problem, and a dataset card. Until then the work lies in `OUTPUT/NAME.partial`. A run that was
 killed goes on there when it is started again: finished shards are not made anew.
+
+`--model` names what is to be trained, a VisualChat or its tower: which pictures are too thin, and how many images a
+conversation may hold, depends on it. By default it is a CLIP tower for 224 pixels.
 
 If a row is bad, the run ends with exit status 1 and presents nothing. Mend the data and run again: only the shards that had
 problems are made anew. Or pass `--skip-bad`: bad rows are dropped and counted. With one seed the result is the same whatever
@@ -32,7 +35,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from data_checks import Problem, summarize
+from data_checks import Needs, Problem, summarize
 from data_rows import Context, Sample
 from data_shards import DatasetShard, Report, SourceShard, run_shards, write_whole
 from data_sources import SOURCES, open_source
@@ -40,6 +43,12 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from training_data import load_rows
+from transformers import AutoProcessor, PreTrainedConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modeling_visualchat import VisualChatConfig
+from modeling_visualchat.image_loading_visualchat import shorter_edge
+from modeling_visualchat.modeling_visualchat import check_parts
 
 
 CARD = """\
@@ -62,6 +71,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write DIR/NAME to")
     parser.add_argument("--check", action="store_true", help="only look for problems; with --output, list them all there")
     parser.add_argument("--skip-bad", action="store_true", help="drop and count bad rows instead of stopping")
+    parser.add_argument("--model", metavar="NAME", help="what is to be trained: a VisualChat or its tower")
     parser.add_argument(
         "--max-samples", type=int, metavar="N", help="at most so many rows, drawn at random; texts are all read"
     )
@@ -110,6 +120,25 @@ class Plan:
     left_out: Counter = field(default_factory=Counter)
 
 
+def load_needs(model: str | None) -> Needs:
+    """
+    What a VisualChat, or one that is made of a tower, asks of rows.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if model is None:
+        return Needs()
+    config, _ = PreTrainedConfig.get_config_dict(model)
+    if config.get("model_type") != VisualChatConfig.model_type:
+        try:
+            check_parts(model, None)
+        except TypeError as error:
+            raise ValueError(f"--model takes a VisualChat or its tower: {error}") from error
+        return Needs(shorter_edge=shorter_edge(CLIPImageProcessorPil.from_pretrained(model)))
+    return Needs.of(AutoProcessor.from_pretrained(model), VisualChatConfig.from_dict(config))
+
+
 def plan_source(name: str, options: argparse.Namespace) -> Plan:
     """Reads and checks the texts of a source."""
     context = open_source(name, options.data_root, options.seed)
@@ -117,7 +146,10 @@ def plan_source(name: str, options: argparse.Namespace) -> Plan:
     size = options.rows_per_shard
     return Plan(
         name,
-        [SourceShard(name, rows[k : k + size], context.source.min_side) for k in range(0, len(rows), size)],
+        [
+            SourceShard(name, rows[k : k + size], context.source.min_side, needs=options.needs)
+            for k in range(0, len(rows), size)
+        ],
         {
             "source": name,
             "data_root": str(context.root),
@@ -150,7 +182,9 @@ def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
     return Plan(
         path.stem if path.suffix in (".parquet", ".json", ".jsonl") else path.name,
         [
-            DatasetShard(name, rows.select(group), group, {k: repeated[k] for k in group if k in repeated})
+            DatasetShard(
+                name, rows.select(group), group, {k: repeated[k] for k in group if k in repeated}, needs=options.needs
+            )
             for group in groups
         ],
         {"dataset": name, "bytes of the rows": rows.data.nbytes},
@@ -193,6 +227,7 @@ def describe_settings(plan: Plan, options: argparse.Namespace) -> dict:
         "max_samples": options.max_samples,
         "rows_per_shard": options.rows_per_shard,
         "embed_images": options.embed_images,
+        **({"needs": asdict(options.needs)} if options.model else {}),
         "sha256 of the planned rows": digest.hexdigest(),
     }
 
@@ -325,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
         list_sources()
         return 0
     try:
+        options.needs = load_needs(options.model)
         statuses = []
         for plan_one, names in ((plan_source, options.source), (plan_dataset, options.dataset)):
             for name in names or []:

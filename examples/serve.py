@@ -46,6 +46,7 @@ from starlette.requests import ClientDisconnect
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
+from modeling_visualchat.image_loading_visualchat import DATA_URL
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 
@@ -157,7 +158,7 @@ async def prepare(asked: ChatRequest, service: AnswerService, limits: Limits) ->
     system, rounds, counts = read_rounds(asked, limits)
     pictures = []
     for param, url in asked.images:
-        if url.startswith("data:"):
+        if DATA_URL.match(url):
             data = await run_sync(decode_data_url, url, param, limits)
         else:
             data = await fetch_picture(url, param, limits)

@@ -1,8 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """From the body of a chat completion request to a checked conversation. After this, what strangers send is safe."""
 
-import base64
-import binascii
 import io
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from modeling_visualchat.chat_visualchat import Round, cut_section
-from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
+from modeling_visualchat.image_loading_visualchat import DATA_URL, crop_for_clip, decode_base64, load_image
 
 
 # Pillow reads many more, some of them by programs of the system
@@ -374,7 +372,7 @@ def check_url(url: str, param: str, limits: Limits) -> None:
     Raises:
         RequestError: If it is neither a data URL nor that of an allowed host.
     """
-    if url.startswith("data:"):
+    if DATA_URL.match(url):
         return
     try:
         parsed = httpx.URL(url)
@@ -433,7 +431,7 @@ def decode_data_url(url: str, param: str, limits: Limits) -> bytes:
         RequestError: If it does not hold base64, or too much of it.
     """
     head, _, encoded = url.partition(",")
-    if not head.endswith(";base64"):
+    if not head.lower().endswith(";base64"):
         raise RequestError(
             f"{param}: a data URL must begin with data:image/png;base64, or the like, got {url!r:.80}",
             param,
@@ -441,8 +439,8 @@ def decode_data_url(url: str, param: str, limits: Limits) -> bytes:
         )
     check_size(len(encoded) * 3 // 4 - 2, param, limits)
     try:
-        return base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decode_base64(url)
+    except ValueError as error:  # binascii's among them
         raise RequestError(f"{param}: broken base64: {error}", param, "invalid_base64") from error
 
 

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 import yaml
+from data_checks import Needs
 from push_to_hub import check_access, is_hub_id, push
 from training_card import write_card
 from training_data import TrainingCollator, prepare_rows, report_rows
@@ -39,6 +40,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
+from modeling_visualchat.modeling_visualchat import check_parts
 
 
 logger = logging.getLogger("train")
@@ -83,7 +85,7 @@ class DataArguments:
     max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set --max_steps."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that measure rows."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Go on when a picture cannot be read; it is counted."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Go on past bad rows and pictures; they are counted."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
 
 
@@ -132,11 +134,24 @@ def check_arguments(
 
 
 def load_processor(model_args: ModelArguments) -> VisualChatProcessor:
-    """The model's, or one made of the parts'."""
+    """
+    The model's, or one made of the parts'.
+
+    Raises:
+        ValueError: If neither is given, or the model is no VisualChat.
+        TypeError: If the parts are of families that cannot be joined.
+    """
     if model_args.model_name_or_path:
-        return AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+        if type(processor).__name__ != VisualChatProcessor.__name__:  # which may come with the model
+            raise ValueError(
+                f"{model_args.model_name_or_path} has no processor of a VisualChat, but a {type(processor).__name__}: to"
+                " join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
+            )
+        return processor
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
     return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
 
@@ -278,6 +293,7 @@ def main(argv: list[str]) -> dict[str, float]:
             data_args.streaming,
             data_args.num_proc,
             training_args.seed,
+            data_args.skip_broken_images,
         )
     table = ""
     if data_args.streaming:
@@ -302,7 +318,13 @@ def main(argv: list[str]) -> dict[str, float]:
         args=training_args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=TrainingCollator(processor, data_args.skip_broken_images),
+        data_collator=TrainingCollator(
+            processor,
+            data_args.skip_broken_images,
+            Needs.of(processor, model.config),
+            broken_rows=sum(prepared.faulty.values()),
+            stand_ins=train_rows,
+        ),
         processing_class=processor,
         callbacks=[EpochOrder()],
     )

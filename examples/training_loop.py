@@ -21,8 +21,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from modeling_visualchat.data_collator_visualchat import fill_images
-
 
 logger = logging.getLogger(__name__)
 
@@ -107,31 +105,43 @@ class VisualChatTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        count = min(self.args.generation_samples, len(rows))
-        if count:
-            accuracy = self.exact_answers(rows.select(range(count)))
+        if conversations := self.read_rows(rows, self.args.generation_samples):
+            accuracy = self.exact_answers(conversations)
             metrics[f"{metric_key_prefix}_exact_answers"] = accuracy
             self.log({f"{metric_key_prefix}_exact_answers": accuracy})
         return metrics
 
+    def read_rows(self, rows, count: int) -> list[list[dict]]:
+        """The conversations of the first `count` rows that can be used, or of all. Others are named with the loss."""
+        conversations = []
+        for row in rows:
+            if len(conversations) == count:
+                break
+            try:
+                conversations.append(self.data_collator.read(row))
+            except ValueError:
+                if not self.data_collator.skip_broken_images:
+                    raise
+        return conversations
+
     @torch.no_grad()
-    def exact_answers(self, rows) -> float:
-        """Share of rows whose last answer is generated word for word. Every process takes its share of the rows."""
+    def exact_answers(self, conversations: list[list[dict]]) -> float:
+        """Share of conversations whose last answer is generated word for word. Every process takes its share of them."""
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         model.eval()
         settings = {"max_new_tokens": self.args.generation_max_new_tokens, "do_sample": False}
         settings["synced_gpus"] = self.args.world_size > 1
         # The same number of turns on every rank: under ZeRO-3 all of them generate together
-        turns = -(-len(rows) // self.args.world_size)
+        turns = -(-len(conversations) // self.args.world_size)
         right = 0
         for turn in range(turns):
             index = turn * self.args.world_size + self.args.process_index
-            messages = fill_images(rows[index % len(rows)], f"evaluation row {index}")
+            messages = conversations[index % len(conversations)]
             last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
             answer = generate_answers(model, self.processing_class, [messages[:last]], **settings)[0]
-            right += index < len(rows) and is_exact(answer, text_of(messages[last]["content"]))
+            right += index < len(conversations) and is_exact(answer, text_of(messages[last]["content"]))
         total = self.accelerator.reduce(torch.tensor(float(right), device=self.args.device))
-        return float(total) / len(rows)
+        return float(total) / len(conversations)
 
 
 def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) -> list[dict]:

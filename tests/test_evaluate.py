@@ -21,6 +21,7 @@ from raw_data import EXAMPLES, load_example
 from tiny import assistant, digit_image, make_model, make_processor, text_part
 
 from modeling_visualchat import VisualChatDataCollator
+from modeling_visualchat.data_collator_visualchat import fill_images
 
 
 evaluate = load_example("evaluate")
@@ -330,6 +331,27 @@ class TestBroken:
         assert run(root, tmp_path / "out", data=("--conversations", tmp_path / "eval.json")) == 2
         assert (tmp_path / "out" / "report.html").exists()
 
+    def test_a_picture_that_is_too_thin_is_named(self, root, tmp_path):
+        make_model(image_number_keys=True).save_pretrained(tmp_path / "model")
+        make_processor({"shortest_edge": 16}).save_pretrained(tmp_path / "model")
+        Image.new("L", (400_000, 1)).save(tmp_path / "thin.png")
+        (tmp_path / "eval.json").write_text(json.dumps({"thin": [["1"], ["And this?", "thin.png"]], "short": [["1"]]}))
+        paths = {"data": ("--conversations", tmp_path / "eval.json"), "model": ("--model", tmp_path / "model")}
+        assert run(root, tmp_path / "out", **paths) == 1
+        (failure,) = results(tmp_path / "out", root, tmp_path / "model")["failures"]
+        assert (failure["test_name"], failure["round"]) == ("thin", 2)
+        assert "thin, round 2: A picture of 400000×1 pixels is too thin" in failure["error"]
+
+    def test_pictures_of_the_home_directory_and_of_urls(self, root, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(root))
+        picture = (root / "pictures" / "0.png").read_bytes()
+        sources = ["~/pictures/0.png", (root / "pictures" / "0.png").as_uri()]
+        sources.append("DATA:image/png;base64," + base64.b64encode(picture).decode())
+        tests = {str(k): [["What is this?", source]] for k, source in enumerate(sources)}
+        (tmp_path / "eval.json").write_text(json.dumps(tests))
+        assert run(root, tmp_path / "out", data=("--conversations", tmp_path / "eval.json")) == 0
+        assert len({one["answer"] for one in journal(tmp_path / "out")}) == 1
+
     def test_a_bad_row_of_a_labelled_set(self, root, tmp_path):
         rows = [make_row(k, images=1, rounds=2) for k in range(4)]
         rows[1]["images"][0]["bytes"] = b"no picture"
@@ -352,7 +374,6 @@ class TestLabelled:
         rows = [make_row(k, images=k % 3, rounds=1 + k % 3) for k in range(9)]
         found = by_round(journal(labelled))
         assert len(found) == sum(len(row["task"]) for row in rows)
-        fill_images = load_example("training_loop").fill_images
         for row in rows:
             messages = fill_images(row, "row")
             for number in range(1, len(row["task"]) + 1):

@@ -344,3 +344,35 @@ def test_beams_go_on_from_a_cache(given):
         "memory of new": {"image_memory": model.encode_images(new_pixels)},
     }[given]
     assert torch.equal(model.generate(**inputs, **images, past_key_values=cache, **NEW, num_beams=3), expected)
+
+
+class TestGuidance:
+    NEGATIVE = torch.tensor([[5, 6, 7]])
+
+    def test_a_negative_prompt_of_text(self, mmca):
+        """By hand: what each prompt says of the next token, the difference weighed."""
+        inputs = make_inputs(["titit"], mmca)
+        scale, ids, negative = 1.5, inputs["input_ids"], self.NEGATIVE
+        with torch.no_grad():
+            for _ in range(4):
+                logits = mmca(ids, pixel_values=inputs["pixel_values"]).logits[:, -1].log_softmax(-1)
+                without = mmca(negative).logits[:, -1].log_softmax(-1)
+                scores = scale * (logits - without) + without
+                scores[:, mmca.config.image_token_id] = -torch.inf
+                ids, negative = (torch.cat([one, scores.argmax(-1)[:, None]], -1) for one in (ids, negative))
+        settings = {**NEW, "max_new_tokens": 4, "guidance_scale": scale}
+        assert torch.equal(mmca.generate(**inputs, **settings, negative_prompt_ids=self.NEGATIVE), ids)
+        assert mmca.generate(**inputs, **settings).shape == ids.shape  # the last token by default
+
+    def test_a_negative_prompt_with_placeholders_is_refused_with_what_to_give(self, mmca):
+        inputs = make_inputs(["tit"], mmca)
+        message = f"`negative_prompt_ids` holds {TOKENS_PER_IMAGE} image placeholder .* Give `negative_prompt_ids` of text"
+        with pytest.raises(ValueError, match=message):
+            mmca.generate(**inputs, **NEW, guidance_scale=2.0, negative_prompt_ids=inputs["input_ids"])
+        config = GenerationConfig(**NEW, guidance_scale=2.0)
+        with pytest.raises(ValueError, match=message):
+            mmca.generate(**inputs, generation_config=config, negative_prompt_ids=inputs["input_ids"])
+        with pytest.raises(ValueError, match=r"the prompt's last token, its negative prompt by default, holds 1 image"):
+            mmca.generate(**make_inputs(["ti"], mmca), **NEW, guidance_scale=2.0)
+        unused = mmca.generate(**inputs, **NEW, guidance_scale=1.0, negative_prompt_ids=inputs["input_ids"])
+        assert torch.equal(unused, mmca.generate(**inputs, **NEW))

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from tiny import make_processor, text_part
 from transformers import CLIPImageProcessorPil
+from transformers.image_utils import load_image as fetch_image
 
 from modeling_visualchat.image_loading_visualchat import clip_pixel_values, clip_side, crop_for_clip, load_image
 
@@ -50,13 +53,115 @@ class TestSources:
         }[kind]
         assert np.array_equal(load_image(source), array)
 
-    def test_an_http_url(self, monkeypatch):
-        monkeypatch.setattr("modeling_visualchat.image_loading_visualchat.fetch_image", lambda url: PHOTOGRAPH)
-        assert np.array_equal(load_image("https://example.com/a.png"), PHOTOGRAPH)
+    @pytest.mark.parametrize("scheme", ["https", "HTTPS"])
+    def test_an_http_url(self, scheme, monkeypatch):
+        pictures = {"https://example.com/a.png": PHOTOGRAPH}
+        monkeypatch.setattr("modeling_visualchat.image_loading_visualchat.fetch_image", pictures.__getitem__)
+        assert np.array_equal(load_image(f"{scheme}://example.com/a.png"), PHOTOGRAPH)
 
     def test_a_url_that_fails_is_named(self):
         with pytest.raises(ValueError, match=r"image 2: cannot fetch http://127.0.0.1:9/a.png"):
             load_image("http://127.0.0.1:9/a.png", name="image 2")
+
+    @pytest.mark.parametrize("make", ["{}", "data:image/png;base64,{}", "DATA:Image/PNG;BASE64,{}", "data:,{}"])
+    @pytest.mark.parametrize("wrap", [base64.encodebytes, base64.b64encode], ids=["lines", "one line"])
+    def test_base64_as_mail_and_pages_write_it(self, make, wrap, png):
+        assert np.array_equal(load_image(make.format(wrap(png).decode())), PHOTOGRAPH)
+
+    def test_base64_shorter_than_a_path(self):
+        text = base64.b64encode(encode(Image.new("RGB", (1, 1), "red"), "PNG")).decode()
+        assert len(text) < 255
+        assert np.array_equal(load_image(text), load_image("data:image/png;base64," + text))
+        assert np.array_equal(load_image(text), [[[255, 0, 0]]])
+        assert np.array_equal(load_image(text), fetch_image(text))  # as transformers takes it
+
+    def test_file_urls_and_the_home_directory(self, png, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = tmp_path / "näch & 100%25.png"
+        path.write_bytes(png)
+        for source in (
+            path.as_uri(),
+            path.as_uri().replace("file://", "FILE://localhost"),
+            "~/" + path.name,
+            Path("~") / path.name,
+        ):
+            assert np.array_equal(load_image(source), PHOTOGRAPH), source
+
+    def test_a_file_whose_name_looks_like_something_else(self, png, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("~", "data:image", "QUFB"):
+            Path(name).write_bytes(png)
+            assert np.array_equal(load_image(name), PHOTOGRAPH), name
+
+    @pytest.mark.parametrize(
+        ("source", "error", "message"),
+        [
+            ("file:///nowhere.png", FileNotFoundError, "image 1: there is no file /nowhere.png"),
+            ("file://server/share/a.png", ValueError, "image 1: file://server/share/a.png is not a file of this machine"),
+            ("file://", ValueError, "image 1: file:// is not a file of this machine"),
+            ("s3://bucket/a.png", ValueError, "image 1: s3://bucket/a.png: nothing is read from s3 URLs"),
+            ("~/nowhere.png", FileNotFoundError, "image 1: there is no file {home}/nowhere.png"),
+            ("nowhere", FileNotFoundError, "image 1: there is no file nowhere"),  # valid base64, but of no picture
+        ],
+    )
+    def test_what_is_not_read_is_named(self, source, error, message, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(error, match=re.escape(message.format(home=tmp_path))):
+            load_image(source, "image 1")
+
+
+class TestArrays:
+    CHW = torch.from_numpy(np.moveaxis(np.asarray(PHOTOGRAPH), -1, 0).copy())
+
+    @pytest.mark.parametrize(
+        ("dtype", "bits"), [(torch.bfloat16, 7), (torch.float16, 8), (torch.float32, 8), (torch.float64, 8)], ids=str
+    )
+    def test_tensors_of_any_float(self, dtype, bits):
+        loaded = np.asarray(load_image((self.CHW.double() / 255).to(dtype))).astype(int)
+        assert np.abs(loaded - np.asarray(PHOTOGRAPH)).max() <= (2 ** (8 - bits)) - 1
+
+    def test_a_tensor_that_requires_grad(self):
+        tensor = (self.CHW / 255).requires_grad_()
+        assert np.array_equal(load_image(tensor), PHOTOGRAPH)
+        assert np.array_equal(load_image(tensor * 1), PHOTOGRAPH)
+
+    @pytest.mark.parametrize("make", [lambda one: one[None], lambda one: one.permute(1, 2, 0).numpy()[None]])
+    def test_a_batch_of_one(self, make):
+        assert np.array_equal(load_image(make(self.CHW)), PHOTOGRAPH)
+
+    def test_a_batch_of_several(self):
+        processor = make_processor()
+        batch = torch.stack([self.CHW, 255 - self.CHW])
+        expected = processor(images=list(batch), return_tensors="pt")["pixel_values"]
+        assert torch.equal(processor(images=batch, return_tensors="pt")["pixel_values"], expected)
+        with pytest.raises(ValueError, match=r"got \(2, 3, 60, 80\); give the pictures of a batch one by one"):
+            load_image(batch)
+        content = [{"type": "image", "image": batch[:1]}, text_part("What?")]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        assert torch.equal(inputs["pixel_values"], expected[:1])
+
+    @pytest.mark.parametrize(
+        ("shape", "of_tensor", "of_array"),
+        [
+            ((3, 200, 1), (1, 200), (200, 3)),  # width and height
+            ((3, 200, 3), (3, 200), (200, 3)),
+            ((1, 200, 4), (4, 200), (200, 1)),
+            ((4, 5, 3), (3, 5), (5, 4)),
+            ((3, 200, 2), (2, 200), (2, 200)),  # where one order fits alone, it is taken
+            ((2, 200, 3), (200, 2), (200, 2)),
+        ],
+    )
+    def test_the_order_of_the_axes_where_both_fit(self, shape, of_tensor, of_array):
+        array = np.zeros(shape, dtype=np.uint8)
+        assert load_image(torch.from_numpy(array)).size == of_tensor
+        assert load_image(array).size == of_array
+        assert load_image(torch.from_numpy(array)[None]).size == of_tensor
+
+    def test_an_image_one_pixel_wide(self):
+        column = self.CHW[:, :, :1]
+        assert np.array_equal(load_image(column), PHOTOGRAPH.crop((0, 0, 1, 60)))
+        assert np.array_equal(load_image(column.permute(1, 2, 0).numpy()), PHOTOGRAPH.crop((0, 0, 1, 60)))
 
 
 class TestModes:
@@ -249,6 +354,14 @@ class TestPixelValues:
         thread = Image.new("RGB", (4_000_000, 1))
         with pytest.raises(ValueError, match="4000000×1 pixels is too thin"):
             crop_for_clip(thread, self.image_processor())
+
+    def test_other_steps_resize_thin_pictures_too(self):
+        thread = Image.new("RGB", (4_000_000, 1))
+        for options in ({"size": {"shortest_edge": 48}}, {"do_center_crop": False}):
+            with pytest.raises(ValueError, match="4000000×1 pixels is too thin"):
+                crop_for_clip(thread, self.image_processor(**options))
+        for options in ({"size": {"height": 32, "width": 32}}, {"size": {"shortest_edge": 32, "longest_edge": 36}}):
+            assert crop_for_clip(thread, self.image_processor(**options)).width in (32, thread.width)
 
     def test_text_that_is_no_base64_at_all_is_named(self):
         with pytest.raises(ValueError, match="image 3: neither a path nor valid base64"):

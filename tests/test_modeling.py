@@ -6,9 +6,29 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, CLIPVisionModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from modeling_visualchat import VisualChatForCausalLM
+
+
+TINY_TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY_DECODER = {**TINY_TOWER, "num_key_value_heads": 2, "vocab_size": 9}
 
 
 def loss_and_gradients(model, inputs):
@@ -215,6 +235,32 @@ class TestParts:
         config = make_config()
         with pytest.raises(TypeError, match="`vision` must be a CLIPVisionModel, got LlamaForCausalLM"):
             VisualChatForCausalLM.from_vision_text_pretrained(LlamaForCausalLM(config.text_config), CLIPVisionModel)
+
+    @pytest.mark.parametrize(
+        ("part", "make", "model_type"),
+        [
+            ("text", lambda: MistralForCausalLM(MistralConfig(**TINY_DECODER)), "mistral"),
+            ("text", lambda: Qwen2ForCausalLM(Qwen2Config(**TINY_DECODER)), "qwen2"),  # with biases
+            ("text", lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)), "gpt2"),
+            ("text", lambda: make_model(), "visualchat"),
+            ("vision", lambda: SiglipVisionModel(SiglipVisionConfig(**TINY_TOWER)), "siglip_vision_model"),
+            ("vision", lambda: CLIPTextModel(CLIPTextConfig(vocab_size=9, **TINY_TOWER)), "clip_text_model"),
+            ("vision", lambda: LlamaForCausalLM(make_config().text_config), "llama"),
+        ],
+        ids=lambda one: one if isinstance(one, str) else "",
+    )
+    def test_folders_of_other_families_are_refused_before_weights_are_read(self, part, make, model_type, tmp_path):
+        config = make_config()
+        parts = {"vision": CLIPVisionModel(config.vision_config), "text": LlamaForCausalLM(config.text_config)}
+        for name, model in {**parts, part: make()}.items():
+            model.save_pretrained(tmp_path / name)
+        for weights in (tmp_path / part).glob("*.safetensors"):
+            weights.unlink()
+        message = f"`{part}`: {tmp_path / part} has the model_type '{model_type}', but the .* must be of '(clip|llama)"
+        with pytest.raises(TypeError, match=message):
+            VisualChatForCausalLM.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
+        with pytest.raises(OSError, match="nowhere"):
+            VisualChatForCausalLM.from_vision_text_pretrained(str(tmp_path / "nowhere"), str(tmp_path / "text"))
 
     def test_tied_embeddings(self, tmp_path):
         model = make_model(text={"tie_word_embeddings": True})

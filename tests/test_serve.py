@@ -216,6 +216,13 @@ class TestAnswers:
             # As the client gives it back, with fields that are null
             remote.append(answer.choices[0].message.model_dump())
 
+    def test_data_urls_as_clients_write_them(self, server):
+        image = encode(digit_image(3))
+        expected = server.ask(picture(image), text()).choices[0].message.content
+        lines = base64.encodebytes(image).decode()
+        for url in (data_url(image).replace("data:image", "DATA:Image"), f"data:image/png;BASE64,{lines}"):
+            assert server.ask(picture(url), text()).choices[0].message.content == expected
+
     def test_with_curl(self, server, tmp_path):
         image = digit_image(3)
         expected = server.generate([{"role": "user", "content": [{"type": "image", "image": image}, text()]}], 4)
@@ -627,7 +634,19 @@ WRONG = {
     "too long": (body(text("word " * 400), max_tokens=400), 400, "messages", "context holds 1024"),
     "far too long": (body(text("a" * 1_000_000)), 400, "messages", "1,000,0"),
     "path": (body(picture("/etc/passwd")), 400, "messages[0].content[0].image_url.url", "reads no files"),
-    "file URL": (body(picture("file:///etc/passwd")), 400, "messages[0].content[0].image_url.url", "reads no files"),
+    **{
+        url: (body(picture(url)), 400, "messages[0].content[0].image_url.url", "reads no files")
+        for url in (
+            "file:///etc/passwd",
+            "FILE:///etc/passwd",
+            "file://localhost/etc/passwd",
+            "file:/etc/passwd",
+            "~/.ssh/id_rsa",
+            "~root/.ssh/id_rsa",
+            "ftp://127.0.0.1/a.png",
+        )
+    },
+    "host in capitals": (body(picture("HTTP://A.ORG/b.png")), 400, "messages[0].content[0].image_url.url", "'a.org'"),
     "host": (body(text(), picture("https://a.org/b.png")), 400, "messages[0].content[1].image_url.url", "'a.org'"),
     "own machine": (body(picture("http://127.0.0.1:1/")), 400, "messages[0].content[0].image_url.url", "--allow-host"),
     "no URL": (body(picture("http://a:b/c.png")), 400, "messages[0].content[0].image_url.url", "data URLs"),

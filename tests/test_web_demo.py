@@ -144,6 +144,14 @@ class TestRefusals:
         assert box_of(shown)["value"] == {"text": text, "files": [str(tmp_path / "new.png")]}
         assert numbers(ask(page, "second", files[1:2], conversation)[-1][1]) == [[1], [2]]
 
+    def test_a_file_is_read_as_it_is_named_alone(self, page, files, warnings, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        conversation = ask(page, "first", files[:1])[-1][0]
+        for source in (Path(files[1]).as_uri(), f"~/{Path(files[1]).name}"):
+            ask(page, "second", [source], conversation)
+        assert len(warnings) == 2 and all("is no longer kept: add it again" in one for one in warnings)
+        assert len(conversation.rounds) == 1
+
     def test_too_many_pictures(self, page, files, warnings):
         conversation = ask(page, "first", files)[-1][0]
         ask(page, "second", files[:2], conversation)

@@ -41,10 +41,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor() -> VisualChatProcessor:
-    image_processor = CLIPImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
+def make_processor(size: dict | None = None) -> VisualChatProcessor:
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessorPil(size=size or square, crop_size=square)
     return VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=TOKENS_PER_IMAGE)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .image_loading_visualchat import ImageSource
 from .processing_visualchat import VisualChatProcessor, check_conversation, list_images
 
 
@@ -112,7 +113,7 @@ def fill_images(row: dict, name: str) -> list[dict]:
     The messages of a row, with its images put into the image parts that carry none, in reading order. An image may be what
     datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
     """
-    images = [_undecoded(image) for image in row.get("images") or []]
+    images = [undecoded(image) for image in row.get("images") or []]
     given = len(images)
     empty = 0
     messages = []
@@ -132,7 +133,8 @@ def fill_images(row: dict, name: str) -> list[dict]:
     return messages
 
 
-def _undecoded(image):
+def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
+    """An image of a row, or what is in it if it is what datasets' undecoded Image feature holds."""
     if isinstance(image, dict):
-        return image["bytes"] if image["bytes"] is not None else image["path"]
+        return image["path"] if image.get("bytes") is None else image["bytes"]
     return image

@@ -31,6 +31,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         for name in ("pixel_values", "image_memory"):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
+        self._check_guidance(**{**kwargs, "input_ids": input_ids})
         if "image_memory" in kwargs:
             self._check_generation_with_memory(**{**kwargs, "input_ids": input_ids})
             memories = kwargs["image_memory"]
@@ -58,6 +59,23 @@ class VisualChatGenerationMixin(GenerationMixin):
             if len(kwargs[name]) == 0:
                 kwargs.pop(name)
         return super().generate(inputs, *args, **kwargs)
+
+    def _check_guidance(self, input_ids=None, negative_prompt_ids=None, **kwargs):
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("guidance_scale", generation_config.guidance_scale) in (None, 1):
+            return
+        if negative_prompt_ids is not None:
+            name, negative = "`negative_prompt_ids`", negative_prompt_ids
+        elif input_ids is not None:  # transformers takes the last token of the prompt
+            name, negative = "the prompt's last token, its negative prompt by default,", input_ids[:, -1:]
+        else:
+            return
+        if count := int((negative == self.config.image_token_id).sum()):
+            raise ValueError(
+                f"`guidance_scale`: transformers hands no pictures to the negative prompt, but {name} holds {count} image"
+                " placeholder tokens. Give `negative_prompt_ids` of text alone, such as those of the prompt without its"
+                " images"
+            )
 
     def _check_generation_with_memory(self, input_ids, image_memory, pixel_values=None, **kwargs):
         if input_ids is None:

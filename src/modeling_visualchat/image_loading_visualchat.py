@@ -6,6 +6,7 @@ Pictures of any kind, as people see them: upright, 8-bit RGB, transparent parts 
 import base64
 import io
 import os
+import re
 import warnings
 
 import numpy as np
@@ -16,18 +17,28 @@ from transformers.image_utils import SizeDict
 from transformers.image_utils import load_image as fetch_image
 
 
+NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 ORIENTATION = 0x0112  # the EXIF tag
+LONGEST_PATH = 255  # characters: a longer string that is no file's path is taken for base64
+# The names of schemes may be written in capitals
+DATA_URL = re.compile(r"data:", re.IGNORECASE)
+HTTP_URL = re.compile(r"(https?)(://.*)", re.IGNORECASE | re.DOTALL)
+FILE_URL = re.compile(r"file://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
+QUOTED = re.compile(rb"%([0-9a-f]{2})", re.IGNORECASE)
+OTHER_URL = re.compile(r"[a-z][a-z0-9+.-]+(?=://)", re.IGNORECASE)  # no single letter, which is a drive of Windows
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 def load_image(source: ImageSource, name: str = "image") -> Image.Image:
     """
-    Opens a picture.
+    Opens a picture: whatever `transformers.image_utils.load_image` takes, and more.
 
     Args:
-        source: A path, an http(s) URL, a data URL, a base64 string, encoded bytes, a PIL image, or an array of shape
-            `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, with 1, 3 or 4 channels: 8-bit or
-            16-bit unsigned integers, or floats from 0 to 1.
+        source: A path (`~` is the home directory), an http(s), file or data URL, a base64 string (line breaks do not
+            matter), encoded bytes, a PIL image, or an array of shape `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)`, with 1, 3 or 4 channels, or a batch of one of these two: 8-bit or 16-bit unsigned
+            integers, or floats from 0 to 1. Where both orders fit, such as `(3, 200, 1)`, a tensor of torch has its channels
+            first and an array of NumPy has them last, as is the custom of each.
         name (`str`): What errors call the picture.
 
     Returns:
@@ -38,13 +49,18 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
         FileNotFoundError: If the path does not exist.
         TypeError: If `source` is something else.
     """
-    if isinstance(source, np.ndarray | torch.Tensor):
-        return to_rgb(_from_array(np.asarray(source), name), name)
+    if isinstance(source, torch.Tensor):
+        tensor = source.detach().cpu()
+        if tensor.is_floating_point() and tensor.dtype not in NUMPY_FLOATS:
+            tensor = tensor.float()
+        return to_rgb(_from_array(tensor.numpy(), name, channels_first=True), name)
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source, name, channels_first=False), name)
     if isinstance(source, Image.Image):
         image = source
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+    elif isinstance(source, str) and (url := HTTP_URL.match(source)):
         try:
-            image = fetch_image(source)
+            image = fetch_image(url[1].lower() + url[2])
         except Exception as error:  # whatever the network library of the day raises
             raise ValueError(f"{name}: cannot fetch {source}: {error}") from error
     elif isinstance(source, str | os.PathLike | bytes):
@@ -61,28 +77,74 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
     return to_rgb(image, name)
 
 
+def find_path(source: str | os.PathLike) -> str | None:
+    """
+    The path that `source` names, `~` and file URLs resolved: whether or not there is such a file, but none for what can only
+    be another URL, or base64.
+
+    Raises:
+        ValueError: If it is a URL of another machine's file, or of a scheme that is not read.
+    """
+    path = os.fspath(source)
+    if os.path.isfile(path):  # whatever its name looks like
+        return path
+    if not isinstance(source, str):
+        return os.path.expanduser(path)
+    if DATA_URL.match(path) or HTTP_URL.match(path):
+        return None
+    if url := FILE_URL.match(path):
+        host, rooted = url[1], url[2]
+        if host.lower() not in ("", "localhost") or not rooted:
+            raise ValueError(
+                f"{path:.200} is not a file of this machine: a file URL is file:///path, its path from the root"
+            )
+        return os.fsdecode(QUOTED.sub(lambda found: bytes.fromhex(found[1].decode()), os.fsencode(rooted)))
+    if scheme := OTHER_URL.match(path):
+        raise ValueError(
+            f"{path:.200}: nothing is read from {scheme[0]} URLs: give a path, or an http, https, file or data URL"
+        )
+    return os.path.expanduser(path) if len(path) <= LONGEST_PATH else None
+
+
+def decode_base64(text: str) -> bytes:
+    """
+    What a data URL or a bare base64 string holds. Blanks and line breaks in it do not matter.
+
+    Raises:
+        ValueError: If it is not base64.
+    """
+    encoded = text.partition(",")[2] if DATA_URL.match(text) else text
+    return base64.b64decode("".join(encoded.split()), validate=True)
+
+
 def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
     if isinstance(source, bytes):
         described, data = f"{len(source)} bytes", source
-    elif os.path.isfile(source):
-        described, data = str(source), None
-        if os.path.getsize(source) == 0:
-            raise ValueError(f"{name}: {described} is empty")
-    elif isinstance(source, str) and (source.startswith("data:image/") or len(source) > 255):
-        described = "a base64 string"
-        try:
-            data = base64.b64decode(source.split(",", 1)[-1], validate=True)
-        except ValueError as error:  # binascii's among them
-            raise ValueError(f"{name}: neither a path nor valid base64 ({error}): {source[:60]}…") from error
     else:
-        raise FileNotFoundError(f"{name}: there is no file {source}")
+        try:
+            path = find_path(source)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        described, data = str(path), None
+        if path is None:
+            described = "a base64 string"
+            try:
+                data = decode_base64(source)
+            except ValueError as error:  # binascii's among them
+                raise ValueError(f"{name}: neither a path nor valid base64 ({error}): {source[:60]}…") from error
+        elif not os.path.isfile(path):
+            described, data = "a base64 string", _decode_small_picture(source)
+            if data is None:
+                raise FileNotFoundError(f"{name}: there is no file {path}")
+        elif os.path.getsize(path) == 0:
+            raise ValueError(f"{name}: {described} is empty")
     if data == b"":
         raise ValueError(f"{name}: {described}: the picture is empty")
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data) if data is not None else source)
+            image = Image.open(io.BytesIO(data) if data is not None else path)
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
@@ -96,16 +158,30 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
     return image
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _decode_small_picture(text: str | os.PathLike) -> bytes | None:
+    """A base64 string as short as a path may be: a picture if it begins as one, since most names are valid base64."""
+    try:
+        data = decode_base64(os.fspath(text))
+        Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return data
+
+
+def _from_array(array: np.ndarray, name: str, channels_first: bool) -> Image.Image:
     shape = array.shape
-    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
+    if array.ndim == 4 and shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3:
+        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+        if first and (channels_first or not last):
+            array = np.moveaxis(array, 0, -1)
+        if array.shape[2] == 1:
+            array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
             f"{name}: an array must have the shape (height, width), (height, width, channels) or (channels, height,"
-            f" width) with 1, 3 or 4 channels, got {shape}"
+            f" width) with 1, 3 or 4 channels, got {shape}; give the pictures of a batch one by one"
         )
     if 0 in shape:
         raise ValueError(f"{name}: the picture has no pixels, its shape is {shape}")
@@ -161,22 +237,51 @@ def clip_side(image_processor) -> int | None:
     return side if is_usual else None
 
 
+def shorter_edge(image_processor) -> int | None:
+    """
+    The pixels to which CLIP's image processor resizes the shorter edge of a picture, whatever the other one becomes. `None`
+    if it bounds both, and for other image processors.
+    """
+    if not isinstance(image_processor, CLIPImageProcessorPil) or not image_processor.do_resize:
+        return None
+    return image_processor.size.shortest_edge if image_processor.size.longest_edge is None else None
+
+
+def check_not_too_thin(size: tuple[int, int], edge: int | None) -> None:
+    """
+    Resizing the shorter edge of a thin picture makes an enormous one of it.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the picture.
+        edge (`int`, *optional*): See [`shorter_edge`].
+
+    Raises:
+        ValueError: If it would have more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, which the image processor would fill in
+            memory.
+    """
+    pixels = edge**2 * max(size) // min(size) if edge else 0
+    if pixels > (limit := Image.MAX_IMAGE_PIXELS or pixels):
+        raise ValueError(
+            f"A picture of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {edge} it would have"
+            f" {pixels} pixels, more than Pillow's limit of {limit}"
+        )
+
+
 def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
     """
     The part of an RGB picture that CLIP's image processor keeps, resized: to the bit what it computes, and what it would
     leave as it is. Pictures for other image processors are returned unchanged; see [`clip_side`].
+
+    Raises:
+        ValueError: See [`check_not_too_thin`].
     """
+    check_not_too_thin(image.size, shorter_edge(image_processor))
     side = clip_side(image_processor)
     if side is None or image.size == (side, side):
         return image
     width = height = side
     if image_processor.size.shortest_edge:
         width, height = (int(side * edge / min(image.size)) for edge in image.size)
-    if width * height > (limit := Image.MAX_IMAGE_PIXELS or width * height):
-        raise ValueError(
-            f"A picture of {image.width}×{image.height} pixels is too thin: with a shorter side of {side} it would have"
-            f" {width * height} pixels, more than Pillow's limit of {limit}"
-        )
     if width > side:  # Pillow resizes the width of such a picture first: what is cut off there needs no second pass
         left = (width - side) // 2
         image = image.resize((width, image.height), image_processor.resample).crop((left, 0, left + side, image.height))

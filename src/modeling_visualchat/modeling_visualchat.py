@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -32,6 +32,11 @@ from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_d
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
+
+
+# Of a CLIP the vision tower is taken
+VISION_TYPES = (CLIPVisionModel.config_class.model_type, CLIPModel.config_class.model_type)
+TEXT_TYPES = (LlamaForCausalLM.config_class.model_type,)
 
 
 @dataclass
@@ -501,8 +506,10 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
                 [`VisualChatProcessor`] assigns it.
 
         Raises:
-            TypeError: If one of the parts is another kind of model.
+            TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
+                weights are loaded; see [`check_parts`].
         """
+        check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
         if isinstance(vision, str):
             vision = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
         elif isinstance(vision, CLIPModel):
@@ -671,6 +678,29 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
             settings: See [`ChatSession`].
         """
         return ChatSession(self, processor, **settings)
+
+
+def check_parts(vision: str | None, text: str | None) -> None:
+    """
+    Checks by their configs alone that a tower and a decoder can be joined.
+
+    Args:
+        vision (`str`, *optional*), text (`str`, *optional*): Hub ids or folders.
+
+    Raises:
+        TypeError: If one is of another family. It is named, with its `model_type` and those that can be joined.
+        OSError: If there is no config.
+    """
+    for name, source, allowed in (("vision", vision, VISION_TYPES), ("text", text, TEXT_TYPES)):
+        if source is None:
+            continue
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if model_type not in allowed:
+            kind = "vision tower" if name == "vision" else "decoder"
+            raise TypeError(
+                f"`{name}`: {source} has the model_type {model_type!r}, but the {kind} must be of"
+                f" {' or '.join(map(repr, allowed))}"
+            )
 
 
 def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:

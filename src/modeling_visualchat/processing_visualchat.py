@@ -4,6 +4,8 @@ Processor of VisualChat: messages with text and images in, model inputs out. `CH
 that assembles a prompt.
 """
 
+import numpy as np
+import torch
 from transformers import AddedToken
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
@@ -151,6 +153,8 @@ class VisualChatProcessor(ProcessorMixin):
         given = {*kwargs, *kwargs.get("common_kwargs", {}), *kwargs.get("images_kwargs", {})}
         has_options = not given.isdisjoint(IMAGE_OPTIONS)
         counter = iter(range(1, 1_000_000_000))
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+            images = list(images)  # a batch
 
         def load(source):
             if isinstance(source, list | tuple):
