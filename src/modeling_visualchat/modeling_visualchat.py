@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -27,7 +27,7 @@ from .decoder_visualchat import VisualChatTextModel, check_values
 from .generation_visualchat import VisualChatGenerationMixin
 from .image_memory_visualchat import ImageMemory, ModelWeights, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
-from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_defects
+from .released_visualchat import VisualChatReleasedPerceiverProjector, released_positions, warn_of_defects
 
 
 if torch.distributed.is_available():
@@ -82,6 +82,8 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Folders converted before the released perceiver's positions were a weight lack them: as initialized, they are the same
+    _keys_to_ignore_on_load_missing = [r"multi_modal_projector\.positions$"]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -121,6 +123,9 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VisualChatPerceiverProjector):
             nn.init.normal_(module.query, std=self.config.text_config.initializer_range)
+        if isinstance(module, VisualChatReleasedPerceiverProjector):
+            table = released_positions(*module.positions.shape, device=module.positions.device)
+            initialization.copy_(module.positions, table)
 
 
 class VisualChatModel(VisualChatPreTrainedModel):
