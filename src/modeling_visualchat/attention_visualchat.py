@@ -274,7 +274,7 @@ class VisualChatAttention(LlamaAttention):
         key_states = self.k_proj(hidden_states)
         if number_states_NC is not None:
             number_keys = nn.functional.pad(self.k_proj(number_states_NC), (0, 0, 1, 0))  # row 0, text: nothing added
-            key_states = key_states + number_keys[image_numbers_BQ]
+            key_states = key_states + number_keys[image_numbers_BQ.long()]  # ONNX takes no other index
 
         q_BHQD = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
         k_BGQD = key_states.view(heads_shape).transpose(1, 2)

@@ -170,7 +170,7 @@ def place_in_reverse(image_states: torch.Tensor, is_image: torch.Tensor, image_s
     last_B = is_image.sum(-1).div(image_seq_length, rounding_mode="floor").cumsum(0) - 1
     # The k-th of a sample whose pictures are first to last is the one at first + last - k
     place_N = torch.arange(len(pictures), device=is_image.device)
-    sample_N = torch.searchsorted(last_B, place_N)
+    sample_N = (last_B < place_N[:, None]).sum(-1)  # ONNX has no searchsorted
     first_B = nn.functional.pad(last_B + 1, (1, 0))
     return pictures[first_B[sample_N] + last_B[sample_N] - place_N].flatten(0, 1)
 
