@@ -22,7 +22,6 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.released_visualchat import released_positions
 
 
 PROJECTORS = {"baseline": "linear", "vit": "vit", "perceiver": "perceiver_released"}
@@ -42,6 +41,7 @@ PROJECTOR_PARTS = {
     "perceiver_released": {
         "query_norm.": "ln_q.",
         "query": "query",
+        "positions": "pos_embed",
         "kv_proj.": "kv_proj.",
         "kv_norm.": "ln_kv.",
         "q_proj.": "attn.in_proj_",
@@ -53,7 +53,6 @@ PROJECTOR_PARTS = {
     },
 }
 UNUSED = ("lang_decoder.model.embed_tokens.weight",)  # was not trained, and embeds generated tokens only
-POSITIONS = "projection.pos_embed"  # computed, not learned
 COMPUTED = ("embeddings.position_ids", "rotary_emb.inv_freq")  # saved by older versions of transformers
 LORA_FACTORS = ("lora_right_weight", "lora_left_weight")
 
@@ -142,15 +141,13 @@ def convert_weights(weights: dict[str, torch.Tensor], config: VisualChatConfig) 
         expected = VisualChatForCausalLM._from_config(shapes).state_dict()
     names = {name: released_name(name, config.projector) for name in expected}
     weights = {name: weight for name, weight in weights.items() if not name.endswith(COMPUTED)}
-    needed = {*names.values(), *UNUSED} | ({POSITIONS} if config.projector == "perceiver_released" else set())
+    needed = {*names.values(), *UNUSED}
     missing, left_over = sorted(needed - set(weights)), sorted(set(weights) - needed)
     if missing or left_over:
         raise ValueError(
             f"Of {len(needed)} weights the checkpoint lacks {len(missing)}{_named(missing)} and has {len(left_over)} that"
             f" have no place in this model{_named(left_over)}: check `projector`, `vision_config` and `text_config`"
         )
-    if config.projector == "perceiver_released":
-        _check_positions(weights[POSITIONS])
     converted = {}
     for name, theirs in names.items():
         weight = weights[theirs]
@@ -164,13 +161,6 @@ def convert_weights(weights: dict[str, torch.Tensor], config: VisualChatConfig) 
             )
         converted[name] = weight
     return converted
-
-
-def _check_positions(positions: torch.Tensor) -> None:
-    difference = (positions.float() - released_positions(*positions.shape)).abs().max().item()
-    allowed = 1e-4 if positions.dtype == torch.float32 else 1e-2
-    if difference > allowed:
-        raise ValueError(f"{POSITIONS} is not the sine-cosine table of the released code: it differs by {difference:.2g}")
 
 
 def _listed(names: list[str]) -> str:

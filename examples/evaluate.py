@@ -36,7 +36,7 @@ from transformers import AutoModel, AutoProcessor, BatchFeature
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.image_memory_visualchat import fingerprint_weights
+from modeling_visualchat.image_memory_visualchat import ModelWeights, fingerprint_weights
 
 
 class Journal:
@@ -278,9 +278,11 @@ def load_model(name: str, dtype: str, device: str | None) -> VisualChatForCausal
 def describe(args: argparse.Namespace, name: str, model: VisualChatForCausalLM, digest: str) -> dict:
     """What answers depend on. Seed and batch size are part of it only where answers are drawn."""
     is_drawn = args.temperature > 0
+    weights = ModelWeights(model)
+    weights.check("Keeping answers")
     return {
         "model": name,
-        "weights": fingerprint_weights(dict(model.named_parameters()), {}),
+        "weights": fingerprint_weights(weights, {}),
         "dtype": str(model.dtype),
         "data": [str(one) for one in args.labelled or [args.conversations]],
         "data_sha256": digest,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TOKENS_PER_IMAGE, make_inputs, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
-from modeling_visualchat.image_memory_visualchat import ImageMemory, ImageMemoryStore
+from modeling_visualchat.image_memory_visualchat import ImageMemory, ImageMemoryStore, ModelWeights, fingerprint_weights
 
 
 NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -53,6 +53,14 @@ def tower_rows(mmca):
     hook = tower.register_forward_hook(lambda module, args, kwargs, output: rows.append(len(output[0])), with_kwargs=True)
     yield rows
     hook.remove()
+
+
+@torch.no_grad()
+def fill_by_counting(model):
+    """Weights that no random generator makes, the same on every machine."""
+    for number, (_, weight) in enumerate(sorted(model.named_parameters())):
+        counted = (torch.arange(weight.numel()) * 7 + number) % 251 - 125
+        weight.copy_(counted.reshape(weight.shape) / 1024)
 
 
 def logits_of(model, inputs, **kwargs):
@@ -653,6 +661,31 @@ class TestFingerprint:
         with rescale_adapter_scale(adapted, 0.1):
             assert adapted.image_fingerprint() != before
         assert adapted.image_fingerprint() == before
+
+    @pytest.mark.parametrize(
+        ("dtype", "changes", "expected"),
+        [
+            ("float32", {"image_number_keys": True}, "91e8fddbcacd6196dc8f170db4d975574193413a2ea7d58005a777a8734e18d8"),
+            ("bfloat16", {}, "ddba75f096793fb594244435b7b8d6bf5007431984f642ed80f7d4fe83392cc8"),
+            ("float32", {"projector": "perceiver"}, "51ab2c72c5f38b6d1139f2605daa8fab81dc2a2489acebcc65cbac3f1c056eab"),
+            ("float32", {"adapter": True}, "1fd0b5da02f294e4c9158467b13bd695413e492b7e95416f3f5cb5b38fe91916"),
+        ],
+    )
+    def test_files_that_were_written_before_stay_valid(self, dtype, changes, expected):
+        """What the code before quantized layers counted (commit 8e454b0) gave to these weights."""
+        changes = dict(changes)
+        has_adapter = changes.pop("adapter", False)
+        model = make_model(**changes)
+        if has_adapter:
+            get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+        fill_by_counting(model)
+        assert model.to(getattr(torch, dtype)).image_fingerprint() == expected
+
+    def test_kept_answers_that_were_written_before_stay_valid(self):
+        model = make_model()
+        fill_by_counting(model)
+        expected = "821c2b7da5ea7160264bae22b3ad8870d10bfa15c5b6bc89d9b6b81981b067dd"
+        assert fingerprint_weights(ModelWeights(model), {}) == expected
 
     def test_buffers_that_are_saved_count(self, own):
         """Quantized layers keep their weights in them."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from raw_data import load_example
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_reload import run_elsewhere
 from tiny import copy_llama_weights, digit_image, make_config, make_inputs, make_model, make_tokenizer, user
 from torch import nn
@@ -26,7 +26,9 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import logging as transformers_logging
 
+from modeling_visualchat import VisualChatForCausalLM
 from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
 from modeling_visualchat.released_visualchat import create_released_mask, place_in_reverse
 
@@ -256,7 +258,10 @@ class ReleasedVit(nn.Module):
 
 
 class ReleasedPerceiver(nn.Module):
-    """The names of the released `perceiver` projector: 16 × 16 queries, one head for 128 features."""
+    """
+    The names of the released `perceiver` projector: 16 × 16 queries, one head for 128 features. Its table of positions is
+    frozen when it is made, and trained all the same: the script makes the whole projector trainable afterwards.
+    """
 
     def __init__(self, vision_config, hidden_size):
         super().__init__()
@@ -276,11 +281,22 @@ class ReleasedPerceiver(nn.Module):
         patches = self.ln_kv(self.kv_proj(features[:, 1:]))
         side, positions = round(patches.shape[1] ** 0.5), self.pos_embed
         if side != 16:
-            grid = positions.reshape(1, 16, 16, -1).permute(0, 3, 1, 2)
+            grid = positions.float().reshape(1, 16, 16, -1).permute(0, 3, 1, 2)
             grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-            positions = grid.permute(0, 2, 3, 1).reshape(side * side, -1)
+            positions = grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(self.pos_embed)
         queries = (self.ln_q(self.query) + self.pos_embed).expand(len(features), -1, -1)
         return self.projection(self.attn(queries, patches + positions, patches)[0])
+
+
+def train_released(projection, features, steps: int = 4) -> None:
+    """As the released script does: whatever was frozen in the projector is trained."""
+    projection.requires_grad_(True)
+    optimizer = torch.optim.Adam(projection.parameters(), lr=0.01)
+    target = torch.randn_like(projection(features))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(projection(features), target).backward()
+        optimizer.step()
 
 
 class ReleasedCheckpoint:
@@ -309,6 +325,8 @@ class ReleasedCheckpoint:
         for parameter in self.projection.parameters():
             if parameter.dim() == 1:  # norms and biases, which start at one and zero
                 nn.init.normal_(parameter)
+        if projector == "perceiver":
+            train_released(self.projection, torch.randn(2, 1 + (image_size // patch_size) ** 2, 32))
         self.weights = {
             **{f"vis_encoder.vision_model.{name}": weight for name, weight in self.tower.state_dict().items()},
             **{f"lang_decoder.{name}": weight for name, weight in self.decoder.state_dict().items()},
@@ -328,6 +346,73 @@ class ReleasedCheckpoint:
         given = [part for name, path in paths.items() for part in (f"--{name}", str(self.folder / path))]
         converter.main([*given, *map(str, arguments)])
         return AutoModel.from_pretrained(self.folder / "converted").eval()
+
+
+class TestPositions:
+    """The table of positions of the released perceiver: a weight, which begins as sines and cosines."""
+
+    def make(self, patch_size=8):
+        settings = {"projector": "perceiver_released", "num_query_tokens": 4}
+        return make_model(**settings, vision={"image_size": 16, "patch_size": patch_size})
+
+    def pictures(self):
+        return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def table(self, side: int, hidden_size: int) -> torch.Tensor:
+        """By its definition, number by number."""
+        quarter = hidden_size // 4
+        frequencies = [10000 ** (-k / quarter) for k in range(quarter)]
+        rows = [
+            [
+                wave(place * frequency)
+                for place in (column, row)
+                for wave in (math.sin, math.cos)
+                for frequency in frequencies
+            ]
+            for row in range(side)
+            for column in range(side)
+        ]
+        return torch.tensor(rows)
+
+    def test_a_new_model_begins_with_the_table(self, tmp_path):
+        torch.testing.assert_close(self.make().model.multi_modal_projector.positions.detach(), self.table(2, 64))
+        released = ReleasedCheckpoint(tmp_path, hidden_size=128)
+        tower, decoder = released.tower, released.decoder
+        joined = VisualChatForCausalLM.from_vision_text_pretrained(tower, decoder, projector="perceiver_released")
+        positions = joined.model.multi_modal_projector.positions
+        torch.testing.assert_close(positions.detach(), self.table(16, 128), atol=1e-5, rtol=0)
+        assert positions.requires_grad
+
+    @pytest.mark.parametrize("patch_size", [8, 4], ids=["of the queries' grid", "of another grid"])
+    def test_a_folder_without_one_computes_as_before_and_warns_of_nothing(self, patch_size, tmp_path, caplog):
+        model = self.make(patch_size)
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        torch.testing.assert_close(weights.pop("model.multi_modal_projector.positions"), self.table(2, 64))
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        transformers_logging.enable_propagation()
+        try:
+            with caplog.at_level(logging.WARNING):
+                old, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+        finally:
+            transformers_logging.disable_propagation()
+        assert caplog.messages == [] and not any(report.values())
+        with torch.no_grad():
+            found, expected = (one.get_image_features(self.pictures()).pooler_output for one in (old, model))
+        torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=0, rtol=0)
+
+    def test_what_is_trained_is_saved_and_loaded(self, tmp_path):
+        model = self.make(patch_size=4)
+        model.freeze_for_alignment()
+        projector = model.model.multi_modal_projector
+        before = projector.positions.detach().clone()
+        optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
+        torch.stack(model.get_image_features(self.pictures()).pooler_output).square().sum().backward()
+        optimizer.step()
+        assert not torch.isclose(projector.positions, before, atol=1e-4).any(-1).all()
+        model.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(again.model.multi_modal_projector.positions, projector.positions)
 
 
 @pytest.fixture
@@ -423,10 +508,25 @@ class TestConverter:
         with pytest.raises(ValueError, match=rf"lang_embed.weight has the shape \({rows - 1}, 64\), but .* \({rows}, 64\)"):
             checkpoint.convert()
 
-    def test_other_positions_are_refused(self, tmp_path):
+    @pytest.mark.parametrize("distance", [1e-3, 1.0], ids=["near the table", "far from it"])
+    def test_half_precision_keeps_the_positions_that_were_learned(self, distance, tmp_path):
         released = ReleasedCheckpoint(tmp_path, "perceiver", hidden_size=128)
-        released.weights["projection.pos_embed"] = released.weights["projection.pos_embed"].flip(0)
-        with pytest.raises(ValueError, match=r"projection\.pos_embed is not the sine-cosine table"):
+        table = ReleasedPerceiver(released.tower.config, 128).pos_embed.detach()
+        released.weights["projection.pos_embed"] = table + distance * torch.randn_like(table)
+        released.weights = {name: weight.half() for name, weight in released.weights.items()}
+        projector = released.convert().model.multi_modal_projector
+        assert torch.equal(projector.positions, released.weights["projection.pos_embed"])
+        released.projection.load_state_dict(
+            {name.removeprefix("projection."): one for name, one in released.weights.items() if "projection." in name}
+        )
+        features = torch.randn(2, 17, 32)
+        expected = released.projection(features)
+        torch.testing.assert_close(projector.float()(features), expected, atol=2e-5, rtol=1e-5)
+
+    def test_a_table_of_another_grid_is_named_with_both_shapes(self, tmp_path):
+        released = ReleasedCheckpoint(tmp_path, "perceiver", hidden_size=128)
+        released.weights["projection.pos_embed"] = torch.zeros(64, 128)
+        with pytest.raises(ValueError, match=r"projection.pos_embed has the shape \(64, 128\), but .* \(256, 128\)"):
             released.convert()
 
     @pytest.mark.parametrize(

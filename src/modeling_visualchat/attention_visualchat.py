@@ -307,7 +307,8 @@ class VisualChatAttention(LlamaAttention):
         heads_shape = (*input_shape, -1, self.head_dim)
         key_states = self.k_proj(hidden_states)
         if number_states_NC is not None:
-            key_states = key_states + self._project_numbers(number_states_NC)[image_numbers_BQ]
+            number_keys = self._project_numbers(number_states_NC)
+            key_states = key_states + number_keys[image_numbers_BQ.long()]  # ONNX takes no other index
 
         q_BHQD = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
         k_BGQD = key_states.view(heads_shape).transpose(1, 2)

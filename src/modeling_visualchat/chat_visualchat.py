@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache_visualchat import copy_cache
 from .image_loading_visualchat import ImageSource, load_image
-from .image_memory_visualchat import ImageMemoryStore, describe_state, own_part
+from .image_memory_visualchat import ImageMemoryStore, ModelWeights, describe_state
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ChatSession:
         processor (`VisualChatProcessor`): The model's.
         store (`ImageMemoryStore`, *optional*): Remembers pictures, also across sessions that share it. By default the
             session has one of its own, of up to `max_store_bytes`. Without image memory, which needs `mmca` or
-            `mmca_merged`, `sdpa` and all weights in memory, it is not used.
+            `mmca_merged`, `sdpa` and all weights in memory in a form that can be read, it is not used.
         system (`str`, *optional*): In place of the prompt's first line.
         drop_oldest (`bool`, *optional*, defaults to `False`): What to do when the conversation and the answer do not fit the
             model's context: drop the oldest rounds with their images, or raise. The images that stay are numbered anew.
@@ -428,14 +428,16 @@ class ChatSession:
         return Computed(computed.cache, input_ids[:length], pictures[:kept])
 
     def _describe_model(self) -> tuple:
-        """What a cache depends on, of what is in memory."""
-        own = {name: own_part(weight) for name, weight in self.model.named_parameters()}
-        in_memory = {name: weight for name, weight in own.items() if not weight.is_meta and weight.numel() > 0}
-        return describe_state(self.model, in_memory), self.model.config.text_config._attn_implementation
+        """What a cache depends on, of what can be read of the weights."""
+        return describe_state(self.model, ModelWeights(self.model)), self.model.config.text_config._attn_implementation
 
     def _can_remember(self) -> bool:
-        is_offloaded = any(parameter.is_meta for parameter in self.model.parameters())
-        return self.model.model.language_model.can_sort_rows(None) and not is_offloaded
+        if not self.model.model.language_model.can_sort_rows(None):
+            return False
+        for unreadable in ModelWeights(self.model).unreadable.values():
+            logger.warning_once(f"Conversations go on without image memory, which {unreadable.reason}")
+            return False
+        return True
 
     def _new_images(self, rounds: list[Round], known: int, remembers: bool) -> dict:
         """The images after the first `known` ones, as inputs of `generate`."""

@@ -38,7 +38,7 @@ class VisualChatConfig(PreTrainedConfig):
         projector (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: Linear + LayerNorm. `"vit"`: one CLIP encoder layer, then the same. `"perceiver"`: `num_query_tokens`
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
-            the biases and positions of the released code.
+            the biases and the learned positions of the released code.
         num_query_tokens (`int`, *optional*, defaults to 256):
             Learned queries of the perceiver projector, and so the tokens of an image there. A square number.
         vision_feature_layer (`int`, *optional*, defaults to -1):

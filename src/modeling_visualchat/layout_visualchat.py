@@ -139,7 +139,7 @@ class ModalityLayout:
         if is_image_BQ is None:
             text_rows, image_rows = rows_R, rows_R[:0]
         elif self.is_traced:
-            order_R = is_image_BQ.flatten().byte().argsort(stable=True)
+            order_R = (rows_R + is_image_BQ.flatten() * len(rows_R)).argsort()  # no two are equal: ONNX has no stable sort
             num_text = len(rows_R) - num_placeholders
             text_rows, image_rows = order_R[:num_text], order_R[num_text:]
         else:

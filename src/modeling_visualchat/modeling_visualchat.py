@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -25,9 +33,9 @@ from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel, check_values
 from .generation_visualchat import VisualChatGenerationMixin
-from .image_memory_visualchat import ImageMemory, describe_state, fingerprint_weights, own_part
+from .image_memory_visualchat import ImageMemory, ModelWeights, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
-from .released_visualchat import VisualChatReleasedPerceiverProjector, warn_of_defects
+from .released_visualchat import VisualChatReleasedPerceiverProjector, released_positions, warn_of_defects
 
 
 if torch.distributed.is_available():
@@ -87,6 +95,8 @@ class VisualChatPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Folders converted before the released perceiver's positions were a weight lack them: as initialized, they are the same
+    _keys_to_ignore_on_load_missing = [r"multi_modal_projector\.positions$"]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -126,6 +136,9 @@ class VisualChatPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VisualChatPerceiverProjector):
             nn.init.normal_(module.query, std=self.config.text_config.initializer_range)
+        if isinstance(module, VisualChatReleasedPerceiverProjector):
+            table = released_positions(*module.positions.shape, device=module.positions.device)
+            initialization.copy_(module.positions, table)
 
 
 class VisualChatModel(VisualChatPreTrainedModel):
@@ -288,25 +301,28 @@ class VisualChatModel(VisualChatPreTrainedModel):
         self._check_memory([])
         if len(pixel_values) == 0:
             return self.encode_images(self.blank_picture())[:0]
-        fingerprint = self.image_fingerprint()
+        self.image_fingerprint()  # before any work: raises if there is none
         with torch.no_grad():
             features, picture_of = _stack_different(self.get_image_features(pixel_values, return_dict=True).pooler_output)
             embedding = self.get_input_embeddings().weight
             keys, values = self.language_model.encode_images(features.to(embedding.device, embedding.dtype))
-        memory = ImageMemory(keys, values, fingerprint)
+        # Only now: bitsandbytes' layers bring their biases to another dtype in their first pass
+        memory = ImageMemory(keys, values, self.image_fingerprint())
         return memory if len(memory) == len(picture_of) else memory[picture_of]
 
     def image_fingerprint(self) -> str:
         """
-        What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters and the
-        buffers of quantized layers included, and how they are joined. It is computed again when something has changed. Under
+        What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters and what
+        quantized layers hold included, and how they are joined. It is computed again when something has changed. Under
         tensor parallelism each process has its own heads, and so its own memory and hash.
+
+        Raises:
+            ValueError: If a weight is not in memory, as under offload or ZeRO-3, or in a form that cannot be read.
         """
         # Neither the token embedding nor the last norm has a part in an image's keys and values
         without = ("language_model.embed_tokens.", "language_model.norm.")
-        weights = {name: own_part(weight) for name, weight in self.named_parameters() if not name.startswith(without)}
-        not_saved = dict(self.named_non_persistent_buffers())
-        weights |= {name: one for name, one in self.named_buffers() if name not in not_saved and one.numel() > 0}
+        weights = ModelWeights(self, without)
+        weights.check("Image memory")
         vision, text, config = self.config.vision_config, self.config.text_config, self.config
         joined = {
             "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],

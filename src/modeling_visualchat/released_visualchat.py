@@ -177,15 +177,16 @@ def place_in_reverse(image_states: torch.Tensor, is_image: torch.Tensor, image_s
     last_B = is_image.sum(-1).div(image_seq_length, rounding_mode="floor").cumsum(0) - 1
     # The k-th of a sample whose pictures are first to last is the one at first + last - k
     place_N = torch.arange(len(pictures), device=is_image.device)
-    sample_N = torch.searchsorted(last_B, place_N)
+    sample_N = (last_B < place_N[:, None]).sum(-1)  # ONNX has no searchsorted
     first_B = nn.functional.pad(last_B + 1, (1, 0))
     return pictures[first_B[sample_N] + last_B[sample_N] - place_N].flatten(0, 1)
 
 
 class VisualChatReleasedPerceiverProjector(VisualChatPerceiverProjector):
     """
-    The released perceiver: both linear maps have a bias, and positions are those of the queries' grid in whole cells,
-    columns before rows, resized to the patches' grid.
+    The released perceiver: both linear maps have a bias, and the positions are a weight. It begins as a sine-cosine table of
+    the queries' grid in whole cells, columns before rows, and is trained with the rest. The patches' positions are the same
+    ones, resized to the patches' grid where it is another.
     """
 
     def __init__(self, config: VisualChatConfig):
@@ -193,21 +194,21 @@ class VisualChatReleasedPerceiverProjector(VisualChatPerceiverProjector):
         hidden_size = config.text_config.hidden_size
         self.kv_proj = nn.Linear(config.vision_config.hidden_size, hidden_size)
         self.linear = nn.Linear(hidden_size, hidden_size)
+        self.positions = nn.Parameter(torch.empty(config.num_query_tokens, hidden_size))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See [`VisualChatPerceiverProjector.forward`]."""
         patches = self.kv_norm(self.kv_proj(features[:, 1:]))
         queries = self.query_norm(self.query)
-        positions = released_positions(*queries.shape, device=queries.device)
         side = int(patches.shape[1] ** 0.5)
         if side * side != patches.shape[1]:
             raise ValueError(f"The perceiver projector needs a square grid of patches, got {patches.shape[1]} patches")
-        patch_positions = positions
-        if patches.shape[1] != len(positions):
-            grid = positions.T.unflatten(1, (round(len(positions) ** 0.5), -1))[None]
+        patch_positions = self.positions
+        if patches.shape[1] != len(self.positions):
+            grid = self.positions.float().T.unflatten(1, (round(len(self.positions) ** 0.5), -1))[None]
             resized = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
             patch_positions = resized[0].flatten(1).T
-        query_states = self.q_proj(queries + positions.to(queries.dtype))
+        query_states = self.q_proj(queries + self.positions.to(queries.dtype))
         key_states = self.k_proj(patches + patch_positions.to(patches.dtype))
         attended = nn.functional.scaled_dot_product_attention(
             self._split_heads(query_states.expand(len(features), -1, -1)),
@@ -219,12 +220,14 @@ class VisualChatReleasedPerceiverProjector(VisualChatPerceiverProjector):
 
 def released_positions(length: int, hidden_size: int, device: torch.device | None = None) -> torch.Tensor:
     """
-    The 2-D sine-cosine positions that released perceiver checkpoints hold, of a square grid of `length` cells: half of the
+    The 2-D sine-cosine positions that the released perceiver begins with, of a square grid of `length` cells: half of the
     features encode the column, half the row.
 
     Returns:
         `torch.FloatTensor` of shape `(length, hidden_size)`.
     """
+    if hidden_size % 4:
+        raise ValueError(f"The perceiver projector needs a text hidden size divisible by 4, got {hidden_size}")
     quarter = hidden_size // 4
     cells = torch.arange(round(length**0.5), dtype=torch.float32, device=device)
     angles = cells[:, None] / 10000 ** (torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
