@@ -26,11 +26,23 @@ from .image_memory_visualchat import ImageMemoryStore, describe_state, own_part
 
 logger = logging.getLogger(__name__)
 
-# An answer ends where a line begins a new section of the prompt. Empty lines before it belong to the section
-SECTION = "\n### "
-SECTION_START = re.compile(rf"\A{SECTION.lstrip()}|\n*{SECTION}")
+# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section
+SECTION = r"(?:\A|\n+)### (?:Image \d+|Question|Answer):"
+SECTION_START = re.compile(SECTION + r"(?=\n)")
+# … and an answer that was broken off may be broken off there
+SECTION_START_OR_END = re.compile(SECTION + r"(?=\n|\Z)")
+
+
+def _beginning_of(text: str, rest: str = "") -> str:
+    """A pattern for the beginnings of a text, the empty one too, and for all of it with what follows."""
+    for character in reversed(text):
+        rest = f"(?:{re.escape(character)}{rest})?"
+    return rest
+
+
 # The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
-UNSURE = re.compile(r"(?:\A|\n+)#{0,3}\Z|\uFFFD+\Z")
+NAMES = (_beginning_of("Image ", r"(?:\d+:?)?"), _beginning_of("Question:"), _beginning_of("Answer:"))
+UNSURE = re.compile(rf"(?:\A|\n+){_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|\uFFFD+\Z")
 FILE_NAME = "conversation.json"
 MAX_NEW_TOKENS = 512
 
@@ -242,22 +254,11 @@ class ChatSession:
 
     def tokenize(self, rounds: list[Round]) -> torch.LongTensor:
         """The prompt for the last round's answer, of shape `(1, tokens)`."""
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        messages = self._messages_of(rounds)[:-1]
-        texts = [self.system or "", *(text for one in rounds for text in (one.text, one.answer))]
-        if any(token in text for token in tokenizer.get_added_vocab() for text in texts):
-            input_ids = tokenizer.apply_chat_template(
-                messages,
-                chat_template=processor.chat_template,
-                add_generation_prompt=True,
-                sanitize_control_tokens=True,
-                write_bos_token=True,
-                return_dict=False,
-                return_tensors="pt",
-            )
-        else:
-            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        processor = self.processor
+        prompt = processor.apply_chat_template(
+            self._messages_of(rounds)[:-1], add_generation_prompt=True, sanitize_control_tokens=True
+        )
+        input_ids = torch.tensor(processor.encode_prompts([prompt])["input_ids"])
         repeats = torch.where(input_ids[0] == processor.image_token_id, processor.image_seq_length, 1)
         return input_ids.repeat_interleave(repeats, dim=1)
 
@@ -323,7 +324,7 @@ class ChatSession:
             "attention_mask": torch.ones_like(input_ids, device=self.model.device),  # no token of an answer is padding
             "past_key_values": cache,
         }
-        reader = AnswerReader(self.processor.tokenizer, input_ids.shape[1])
+        reader = AnswerReader(self.processor.tokenizer, input_ids.shape[1], self._setting(generation, "eos_token_id"))
         generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
         outcome = {}
 
@@ -356,7 +357,7 @@ class ChatSession:
             worker.join()
             if "ids" in outcome:
                 ids = outcome["ids"]
-                answer = cut_section(reader.decode(ids[input_ids.shape[1] :]))
+                answer = reader.answer(ids)
                 rounds[-1].answer = answer
                 self.rounds = rounds
                 if dropped:
@@ -430,15 +431,17 @@ class ChatSession:
 class AnswerReader(BaseStreamer, StoppingCriteria):
     """
     Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where a
-    section begins or where it is asked to.
+    section of the prompt begins or where it is asked to.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Decodes.
         prompt_length (`int`): Tokens before the answer.
+        end_tokens (`int` or `list[int]`, *optional*): With which of them the model ends an answer itself.
     """
 
-    def __init__(self, tokenizer, prompt_length: int):
+    def __init__(self, tokenizer, prompt_length: int, end_tokens: int | list[int] | None):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
         self._stopped = threading.Event()
         self._tokens = queue.SimpleQueue()
 
@@ -453,6 +456,12 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
 
     def decode(self, ids: torch.LongTensor | list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def answer(self, ids: torch.LongTensor) -> str:
+        """The answer in what `generate` returned for one prompt, of shape `(tokens,)`: without the section behind it."""
+        new = ids[self.prompt_length :].tolist()
+        section = SECTION_START if self.end_tokens.intersection(new) else SECTION_START_OR_END
+        return section.split(self.decode(new), maxsplit=1)[0]
 
     def __iter__(self) -> Iterator[str]:
         tokens = []
@@ -476,14 +485,9 @@ def _load(source: ImageSource, name: str) -> Image.Image:
         raise ValueError(f"{name}: the picture is broken: {error}") from error
 
 
-def cut_section(answer: str) -> str:
-    """The answer up to a line that begins a new section of the prompt."""
-    return SECTION_START.split(answer, maxsplit=1)[0]
-
-
 def _sure_part(answer: str) -> str:
     """What is sure to stay of an unfinished answer."""
-    return UNSURE.split(cut_section(answer), maxsplit=1)[0]
+    return UNSURE.split(SECTION_START.split(answer, maxsplit=1)[0], maxsplit=1)[0]
 
 
 __all__ = ["ChatSession"]
