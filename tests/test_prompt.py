@@ -215,6 +215,18 @@ def test_the_template_of_a_tokenizer_that_begins_with_tokens_of_its_own():
         assert set(map(tuple, every_way(processor, conversation).values())) == {tuple(expected)}
 
 
+@pytest.mark.parametrize("ending", ["", " </s>"])
+def test_a_tokenizer_that_knows_no_words_yet(ending):
+    """As a tokenizer's training corpus is written with."""
+    backend = Tokenizer(models.BPE())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    names = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"<s> $A{ending}", "$A $B", names)
+    processor = VisualChatProcessor(make_processor().image_processor, tokenizer, TOKENS_PER_IMAGE)
+    assert processor.apply_chat_template([user("a"), assistant("b")]).startswith("<s>You are")
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
+
 def test_texts_of_which_some_begin_are_refused():
     with pytest.raises(ValueError, match="Text 1 begins with '<s>' and text 0 does not"):
         make_processor()(text=["a", "<s>a"])

@@ -124,7 +124,7 @@ class VisualChatProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         _take_out_marks(tokenizer)
-        self._begin = _begin_texts_only(tokenizer)
+        self._begin = _begin_texts_only(tokenizer, image_token)
         tokenizer.chat_template = chat_template or write_chat_template(tokenizer, self._begin)
         super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         # `save_pretrained` would add it: with it, a processor that was saved equals the one that is loaded
@@ -278,11 +278,11 @@ def write_chat_template(tokenizer, begin: str) -> str:
     return CHAT_TEMPLATE.replace(OPENING, opening)
 
 
-def _begin_texts_only(tokenizer) -> str:
-    """What a tokenizer puts before a text. What it puts behind one, it does no longer."""
+def _begin_texts_only(tokenizer, known: str) -> str:
+    """What a tokenizer puts before a text, such as a token that it knows. What it puts behind one, it does no longer."""
     from tokenizers import processors
 
-    bare, whole = (tokenizer(FIRST_LINE, add_special_tokens=special)["input_ids"] for special in (False, True))
+    bare, whole = (tokenizer(known, add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
     begin = tokenizer.convert_ids_to_tokens(whole[:start])
     if whole[start + len(bare) :]:
