@@ -7,7 +7,7 @@ import string
 import torch
 
 from modeling_visualchat import VisualChatProcessor
-from modeling_visualchat.chat_visualchat import AnswerReader, cut_section
+from modeling_visualchat.chat_visualchat import AnswerReader
 
 
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -20,40 +20,25 @@ def generate_answers(
     **generation,
 ) -> list[str]:
     """
-    Answers the last question of each conversation, all of them in one batch, as [`ChatSession`] answers one. Conversations
-    whose texts hold special tokens, which are taken as text, are a batch of their own.
+    Answers the last question of each conversation, all of them in one batch, as [`ChatSession`] answers one.
 
     Args:
         conversations (`list[list[dict]]`): Messages, of which the last is the user's.
         generation: As for `model.generate`.
     """
-    sanitize = [holds_special_token(messages, processor) for messages in conversations]
-    if len(set(sanitize)) > 1:
-        answers = {}
-        for kind in (False, True):
-            part = [k for k, one in enumerate(sanitize) if one is kind]
-            part_answers = generate_answers(model, processor, [conversations[k] for k in part], **generation)
-            answers |= dict(zip(part, part_answers))
-        return [answers[k] for k in range(len(conversations))]
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        sanitize_control_tokens=sanitize[0],
+        sanitize_control_tokens=True,
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(model.device)
-    reader = AnswerReader(processor.tokenizer, inputs["input_ids"].shape[1])
+    end_tokens = generation.get("eos_token_id", model.generation_config.eos_token_id)
+    reader = AnswerReader(processor.tokenizer, inputs["input_ids"].shape[1], end_tokens)
     tokens = model.generate(**inputs, **generation, stopping_criteria=[reader])
-    answers = [reader.decode(row) for row in tokens[:, reader.prompt_length :]]
-    return [cut_section(answer) for answer in answers]
-
-
-def holds_special_token(messages: list[dict], processor: VisualChatProcessor) -> bool:
-    """Whether a text holds what the tokenizer would take for a token of its own, such as `<image>`."""
-    tokens = processor.tokenizer.get_added_vocab()
-    return any(token in text_of(message["content"]) for message in messages for token in tokens)
+    return [reader.answer(row) for row in tokens]
 
 
 def text_of(content: str | list[dict]) -> str:

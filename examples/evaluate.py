@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from answers import generate_answers, holds_special_token
+from answers import generate_answers
 from evaluation_data import Dialogue, read_conversations, read_labelled
 from evaluation_report import describe_number, describe_share, write_csv, write_report
 from evaluation_scores import MATCHES, compare, score
@@ -173,8 +173,7 @@ class Evaluation:
 
     def _check_length(self, messages: list[dict], new_tokens: int) -> None:
         limit = self.model.config.text_config.max_position_embeddings
-        sanitize = holds_special_token(messages, self.processor)
-        length = count_tokens(messages, self.processor, new_tokens > 0, sanitize_control_tokens=sanitize)
+        length = count_tokens(messages, self.processor, new_tokens > 0, sanitize_control_tokens=True)
         if length + new_tokens > limit:
             raise ValueError(
                 f"the conversation has {length} tokens and the answer up to {new_tokens}, but the model's context"

@@ -6,6 +6,7 @@ Writes `hub_configs/`: for each model a Hub repository's root, less weights and 
 
 import argparse
 import shutil
+import string
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -240,11 +242,18 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_llama_tokenizer() -> LlamaTokenizer:
+    """LLaMA-2's but for its words, of which it has letters only: what the chat template of its folder is written for."""
+    tokens = [*SPECIAL_TOKENS, "\u2581", *string.ascii_letters]
+    return LlamaTokenizer(vocab={token: k for k, token in enumerate(tokens)}, add_bos_token=True)
+
+
 def make_processor(model: HubModel, image_seq_length: int) -> VisualChatProcessor:
-    """CLIP's image processor at the tower's size, with the tokenizer of the tiny model."""
+    """CLIP's image processor at the tower's size, with a tokenizer of the decoder's kind."""
     size = model.tower["image_size"]
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return VisualChatProcessor(image_processor, make_byte_tokenizer(), image_seq_length=image_seq_length)
+    tokenizer = make_llama_tokenizer() if model.base_models else make_byte_tokenizer()
+    return VisualChatProcessor(image_processor, tokenizer, image_seq_length=image_seq_length)
 
 
 def write_card(name: str, model: HubModel, joined: VisualChatForCausalLM) -> str:

@@ -169,13 +169,10 @@ def count_tokens(
     sanitize_control_tokens: bool = False,
 ) -> int:
     """Tokens of a conversation, those of its images included. The pictures are not opened."""
-    template = {"chat_template": processor.chat_template, "add_generation_prompt": add_generation_prompt}
-    if sanitize_control_tokens:  # special tokens in texts are text
-        ids = processor.tokenizer.apply_chat_template(
-            messages, **template, sanitize_control_tokens=True, write_bos_token=True, return_dict=False
-        )
-    else:
-        ids = processor.tokenizer(processor.apply_chat_template(messages, **template))["input_ids"]
+    prompt = processor.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, sanitize_control_tokens=sanitize_control_tokens
+    )
+    ids = processor.encode_prompts([prompt])["input_ids"][0]
     return len(ids) + count_images(messages) * (processor.image_seq_length - 1)
 
 

@@ -19,7 +19,7 @@ from tokenizers import models as models_of_tokens
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 
 from modeling_visualchat import VisualChatProcessor
-from modeling_visualchat.chat_visualchat import ChatSession, Round
+from modeling_visualchat.chat_visualchat import ChatSession, Round, _sure_part
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 
@@ -130,7 +130,7 @@ def test_six_rounds_answer_as_from_scratch_and_compute_what_is_new(models, varia
         assert answer == PROCESSOR.decode(expected)
 
         prompt = PROCESSOR.apply_chat_template(session.messages[:-1], add_generation_prompt=True)
-        length = len(PROCESSOR.tokenizer(prompt)["input_ids"]) + seen * (TOKENS_PER_IMAGE - 1)
+        length = len(PROCESSOR.tokenizer(prompt, add_special_tokens=False)["input_ids"]) + seen * (TOKENS_PER_IMAGE - 1)
         # The last token of an answer is read in the next round, its others are when they are made
         assert work == {"rows": length - cached + NEW_TOKENS - 1, "pictures": images}
         cached = length + NEW_TOKENS - 1
@@ -453,6 +453,16 @@ def test_default_length_of_an_answer(chat):
         ("A cat.\n\n### Question:\nWhat?", "A cat."),
         ("A cat.\n### Image 2:\n", "A cat."),
         ("### Question:\nWhat?", ""),
+        ("A cat.\n### Answer:\nA dog.", "A cat."),
+        ("A cat.\n\n\n### Image 12:\n", "A cat."),
+        # Headings of Markdown, and lines that only resemble the prompt's, are the model's own
+        ("A cat:\n\n### Size\nsmall\n### Color\nblack", "A cat:\n\n### Size\nsmall\n### Color\nblack"),
+        ("### Size\nsmall", "### Size\nsmall"),
+        ("### Question 1:\n#### Answer:\nx", "### Question 1:\n#### Answer:\nx"),
+        ("### Image:\n### Answer: yes\n", "### Image:\n### Answer: yes\n"),
+        # The model ended it itself
+        ("It asks\n### Question:", "It asks\n### Question:"),
+        ("It asks\n\n### Image 1:", "It asks\n\n### Image 1:"),
         ("a ### b", "a ### b"),
         ("a\n###b\n##\n\n", "a\n###b\n##\n\n"),
         ("a\n###", "a\n###"),
@@ -471,6 +481,31 @@ def test_an_answer_ends_where_a_section_begins(chat, written, answer, beams):
     assert chat.rounds[-1].answer == answer
     chat.send("And?", **GREEDY)
     assert_as_from_scratch(chat)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [("It is\n\n### Question:", "It is"), ("### Image 1:", ""), ("It is\n### Que", "It is\n### Que"), ("a\n\n", "a\n\n")],
+)
+def test_an_answer_that_is_broken_off_in_a_sections_line(chat, written, answer, beams):
+    """Of which it is not known yet whether it is one."""
+    length = len(PROCESSOR.tokenizer(written, add_special_tokens=False)["input_ids"])
+    with writes(chat.model, written):
+        assert chat.send("What?", max_new_tokens=length, num_beams=beams) == answer
+    if beams == 1:
+        with writes(chat.model, written):
+            assert "".join(chat.send("What?", max_new_tokens=length, stream=True)) == answer
+    chat.send("And?", **GREEDY)
+    assert_as_from_scratch(chat)
+
+
+def test_no_piece_shows_what_is_cut_later():
+    text = "A cat.\n\n### Image 12:\n### Question:\nx"
+    for end in range(len(text)):
+        assert "A cat.".startswith(_sure_part(text[:end]))
+    for line in ("### Size\n", "### Image x", "### Answers", "#### ", "###Q"):
+        assert _sure_part(f"a\n{line}") == f"a\n{line.rstrip(chr(10))}"
 
 
 def test_closing_the_iterator_ends_the_answer(chat):

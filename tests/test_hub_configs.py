@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from modeling_visualchat import VisualChatForCausalLM
-from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE
+from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE, OPENING, OPENING_WITH_BLANK
 
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,9 @@ def test_it_is_a_repository_less_weights_and_code(name, tmp_path):
     if name != "tiny":  # LLaMA-2's tokenizer is licensed
         expected -= {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (CONFIGS / name).iterdir()} == expected
-    assert (CONFIGS / name / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    template = (CONFIGS / name / "chat_template.jinja").read_text()
+    # LLaMA-2's tokenizer puts a blank before a text, but none behind `<s>`
+    assert template == (CHAT_TEMPLATE if name == "tiny" else CHAT_TEMPLATE.replace(OPENING, OPENING_WITH_BLANK))
 
 
 @pytest.mark.parametrize("name", NAMES)

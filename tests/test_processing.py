@@ -18,7 +18,7 @@ from modeling_visualchat.image_loading_visualchat import load_image
 
 # ../shared/DESIGN.md, section 3
 DESIGN_PROMPT = """\
-You are a powerful vision-language assistant.
+<s>You are a powerful vision-language assistant.
 
 ### Image 1:
 <image>
@@ -72,7 +72,7 @@ class TestPrompt:
             user("Why?"),
         ]
         assert processor.apply_chat_template(conversation, add_generation_prompt=True) == (
-            "You are a powerful vision-language assistant.\n\n### Question:\nHi\n\n### Answer:\nHello</s>\n"
+            "<s>You are a powerful vision-language assistant.\n\n### Question:\nHi\n\n### Answer:\nHello</s>\n"
             "### Image 1:\n<image>\n\n### Question:\nWho?\n\n### Answer:\nMe</s>\n"
             "\n### Question:\nWhy?\n\n### Answer:\n"
         )
@@ -226,7 +226,7 @@ class TestLabels:
         assert batch["attention_mask"][1, -1] == 0  # padded on the right, for training
         assert batch["labels"][1, -1] == -100
 
-    @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "stripping placeholder", "template with bos"])
+    @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "stripping placeholder", "template without bos"])
     def test_batches_equal_those_of_the_processor(self, cats, kind):
         """The collator sends one placeholder an image through the tokenizer, the processor all of them."""
         processor = make_processor()
@@ -243,8 +243,8 @@ class TestLabels:
             tokenizer.add_tokens([AddedToken("<picture>", lstrip=True, rstrip=True, special=True)], special_tokens=True)
             processor = VisualChatProcessor(processor.image_processor, tokenizer, 7, image_token="<picture>")
             processor.chat_template = processor.chat_template.replace("<image>", "<picture>")
-        elif kind == "template with bos":
-            processor.chat_template = processor.chat_template.replace("write_bos_token", "true")
+        elif kind == "template without bos":
+            processor.chat_template = processor.chat_template.replace("bos_token", "''")
         system = {"role": "system", "content": "Talk\u00a0about  pictures."}
         conversations = [
             [*cats, assistant("Their tails, naïvely \U0001f408.")],

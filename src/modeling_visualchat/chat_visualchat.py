@@ -26,11 +26,23 @@ from .image_memory_visualchat import ImageMemoryStore, ModelWeights, describe_st
 
 logger = logging.getLogger(__name__)
 
-# An answer ends where a line begins a new section of the prompt. Empty lines before it belong to the section
-SECTION = "\n### "
-SECTION_START = re.compile(rf"\A{SECTION.lstrip()}|\n*{SECTION}")
+# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section
+SECTION = r"(?:\A|\n+)### (?:Image \d+|Question|Answer):"
+SECTION_START = re.compile(SECTION + r"(?=\n)")
+# … and an answer that was broken off may be broken off there
+SECTION_START_OR_END = re.compile(SECTION + r"(?=\n|\Z)")
+
+
+def _beginning_of(text: str, rest: str = "") -> str:
+    """A pattern for the beginnings of a text, the empty one too, and for all of it with what follows."""
+    for character in reversed(text):
+        rest = f"(?:{re.escape(character)}{rest})?"
+    return rest
+
+
 # The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
-UNSURE = re.compile(r"(?:\A|\n+)#{0,3}\Z|\uFFFD+\Z")
+NAMES = (_beginning_of("Image ", r"(?:\d+:?)?"), _beginning_of("Question:"), _beginning_of("Answer:"))
+UNSURE = re.compile(rf"(?:\A|\n+){_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|\uFFFD+\Z")
 FILE_NAME = "conversation.json"
 MAX_NEW_TOKENS = 512
 
@@ -251,24 +263,12 @@ class ChatSession:
 
     def tokenize(self, rounds: list[Round]) -> torch.LongTensor:
         """The prompt for the last round's answer, or for the rest of it if it has a beginning, of shape `(1, tokens)`."""
-        processor, tokenizer = self.processor, self.processor.tokenizer
+        processor = self.processor
         messages, ending = self._messages_of(rounds), {"continue_final_message": True}
         if not rounds[-1].answer:
             messages, ending = messages[:-1], {"add_generation_prompt": True}
-        texts = [self.system or "", *(text for one in rounds for text in (one.text, one.answer))]
-        if any(token in text for token in tokenizer.get_added_vocab() for text in texts):
-            input_ids = tokenizer.apply_chat_template(
-                messages,
-                chat_template=processor.chat_template,
-                **ending,
-                sanitize_control_tokens=True,
-                write_bos_token=True,
-                return_dict=False,
-                return_tensors="pt",
-            )
-        else:
-            prompt = processor.apply_chat_template(messages, **ending)
-            input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        prompt = processor.apply_chat_template(messages, **ending, sanitize_control_tokens=True)
+        input_ids = torch.tensor(processor.encode_prompts([prompt])["input_ids"])
         repeats = torch.where(input_ids[0] == processor.image_token_id, processor.image_seq_length, 1)
         return input_ids.repeat_interleave(repeats, dim=1)
 
@@ -346,7 +346,7 @@ class ChatSession:
             "past_key_values": cache,
         }
         begin_with, start = rounds[-1].answer, self.find_answer(rounds, input_ids)
-        reader = AnswerReader(self.processor.tokenizer, start)
+        reader = AnswerReader(self.processor.tokenizer, start, self._setting(generation, "eos_token_id"))
         generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
         outcome = {}
 
@@ -379,7 +379,7 @@ class ChatSession:
             worker.join()
             if "ids" in outcome:
                 ids = outcome["ids"]
-                answer = cut_section(reader.decode(ids[start:]))
+                answer = reader.answer(ids)
                 rounds[-1].answer = begin_with + answer[len(beginning) :]
                 self.rounds = rounds
                 if dropped:
@@ -454,15 +454,17 @@ class ChatSession:
 class AnswerReader(BaseStreamer, StoppingCriteria):
     """
     Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where a
-    section begins or where it is asked to.
+    section of the prompt begins or where it is asked to.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Decodes.
         prompt_length (`int`): Tokens before the answer, without the beginning that it was given.
+        end_tokens (`int` or `list[int]`, *optional*): With which of them the model ends an answer itself.
     """
 
-    def __init__(self, tokenizer, prompt_length: int):
+    def __init__(self, tokenizer, prompt_length: int, end_tokens: int | list[int] | None):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
         self._stopped = threading.Event()
         self._tokens = queue.SimpleQueue()
 
@@ -477,6 +479,12 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
 
     def decode(self, ids: torch.LongTensor | list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def answer(self, ids: torch.LongTensor) -> str:
+        """The answer in what `generate` returned for one prompt, of shape `(tokens,)`: without the section behind it."""
+        new = ids[self.prompt_length :].tolist()
+        section = SECTION_START if self.end_tokens.intersection(new) else SECTION_START_OR_END
+        return section.split(self.decode(new), maxsplit=1)[0]
 
     def __iter__(self) -> Iterator[str]:
         tokens = []

@@ -86,12 +86,14 @@ class VisualChatDataCollator:
         Of each conversation the token ids, as [`VisualChatProcessor`] makes them but with one placeholder an image (the
         tokenizer takes its time for each), and which of them are an answer.
         """
-        tokenizer, template = self.processor.tokenizer, self.processor.chat_template
+        processor = self.processor
         prompts, answer_spans = render_jinja_template(
-            conversations, chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            [processor.mark_special_tokens(one, f"row {index}: ") for index, one in enumerate(conversations)],
+            chat_template=processor.chat_template,
+            return_assistant_tokens_mask=True,
+            **processor.tokenizer.special_tokens_map,
         )
-        writes_bos = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-        encoded = tokenizer(prompts, add_special_tokens=not writes_bos, return_offsets_mapping=True)
+        encoded = processor.encode_prompts(prompts)
         for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans):
             # Of a list of pairs, np.array takes twice as long
             starts, ends = np.fromiter(chain.from_iterable(offsets), int, 2 * len(ids)).reshape(-1, 2).T

@@ -1,12 +1,15 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 Processor of VisualChat: messages with text and images in, model inputs out. `CHAT_TEMPLATE` is the one place in the project
-that assembles a prompt.
+that assembles a prompt, and the processor the one place that decides what of it is a special token and what is text.
 """
+
+import re
+from functools import lru_cache
 
 import numpy as np
 import torch
-from transformers import AddedToken
+from transformers import AddedToken, BatchEncoding
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
@@ -14,9 +17,10 @@ from .image_loading_visualchat import ImageSource, clip_pixel_values, clip_side,
 
 
 # The paper's prompt (DeepSpeed-VisualChat, arXiv 2309.14327, section 4.2): plain text, images numbered through the whole
-# conversation and placed before the question of the turn that brings them. The generation block is what is learned.
+# conversation and placed before the question of the turn that brings them. The generation block is what is learned: it ends
+# with the end token, and the newline after it belongs to what follows, so that nothing after the end token is ever learned.
 CHAT_TEMPLATE = """\
-{%- set numbered = namespace(images=0, rounds=0) -%}
+{%- set numbered = namespace(images=0, rounds=0, gap='') -%}
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}
         {{- message['content'] -}}
@@ -26,11 +30,13 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{{- bos_token if write_bos_token else '' -}}
+{{- bos_token -}}
 {%- if messages[0]['role'] != 'system' -%}
     {{- 'You are a powerful vision-language assistant.\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
+    {{- numbered.gap -}}
+    {%- set numbered.gap = '' -%}
     {%- if message['role'] == 'system' -%}
         {{- text_of(message) + '\\n' -}}
     {%- elif message['role'] == 'user' -%}
@@ -46,15 +52,26 @@ CHAT_TEMPLATE = """\
     {%- elif message['role'] == 'assistant' -%}
         {{- '\\n### Answer:\\n' -}}
         {%- generation -%}{{- text_of(message) + eos_token -}}{%- endgeneration -%}
-        {{- '\\n' -}}
+        {%- set numbered.gap = '\\n' -%}
     {%- else -%}
         {{- raise_exception('Unknown role ' + message['role'] + ': use system, user or assistant') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '\\n### Answer:\\n' -}}
+    {{- numbered.gap + '\\n### Answer:\\n' -}}
 {%- endif -%}
 """
+# How the prompt begins, for tokenizers that begin a text with `<s>`, and for those (LLaMA's "first" prefix) that besides put
+# a blank before a text, but none before a text behind a token: there it is written, unless the text begins with one
+OPENING = "{{- bos_token -}}\n"
+OPENING_WITH_BLANK = """\
+{%- set begins_blank = messages[0]['role'] == 'system' and (text_of(messages[0]) + '\\n')[0] in ' \\u2581' -%}
+{{- bos_token + ('' if begins_blank else ' ') -}}
+"""
+FIRST_LINE = "You are a powerful vision-language assistant.\n"
+# Stands within a special token that people typed: the tokenizer finds none there, and its normalizer, which is asked later,
+# takes the mark out. A private character that no text holds; if one does, it is taken out as well.
+MARK = "\U000f0001"
 
 PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
 IMAGE_OPTIONS = ImagesKwargs.__annotations__.keys() - {"return_tensors"}
@@ -63,6 +80,10 @@ IMAGE_OPTIONS = ImagesKwargs.__annotations__.keys() - {"return_tensors"}
 class VisualChatProcessor(ProcessorMixin):
     r"""
     A CLIP image processor, a LLaMA tokenizer and the chat template in one.
+
+    The template writes every special token of a prompt: the one that the tokenizer begins a text with, `<image>` for
+    pictures, and the end token behind answers. Special tokens in messages are text: a mark within them, which the tokenizer
+    takes out again, stands in the prompt.
 
     ```python
     >>> messages = [
@@ -77,10 +98,14 @@ class VisualChatProcessor(ProcessorMixin):
     Args:
         image_processor (`CLIPImageProcessorPil` or another image processor): Makes `pixel_values`.
         tokenizer (`PreTrainedTokenizerFast`): The decoder's tokenizer. It is given the token `image_token` if it lacks it,
-            and a padding token (its unknown token, else its end token) if it has none.
+            and a padding token (its unknown token, else its end token) if it has none. It is given the chat template, and an
+            end token that it puts behind every text (`add_eos_token`) is taken from it: an open prompt does not end.
         image_seq_length (`int`, *optional*, defaults to 257): Tokens of one image: `model.config.image_seq_length`.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, as the chat template writes it.
         chat_template (`str`, *optional*): Jinja template. Defaults to the paper's prompt.
+
+    Raises:
+        ValueError: If the tokenizer is not one of the `tokenizers` library, whose offsets tell answers from questions.
     """
 
     def __init__(
@@ -91,6 +116,8 @@ class VisualChatProcessor(ProcessorMixin):
         image_token: str = "<image>",
         chat_template: str | None = None,
     ):
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of the `tokenizers` library: convert it to one")
         if image_token not in tokenizer.get_added_vocab():  # an ordinary token of this name becomes a special one
             tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
         if tokenizer.pad_token is None:
@@ -98,7 +125,10 @@ class VisualChatProcessor(ProcessorMixin):
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        _take_out_marks(tokenizer)
+        self._begin = _begin_texts_only(tokenizer, image_token)
+        tokenizer.chat_template = chat_template or write_chat_template(tokenizer, self._begin)
+        super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         # `save_pretrained` would add it: with it, a processor that was saved equals the one that is loaded
         self.auto_map = {"AutoProcessor": "processing_visualchat.VisualChatProcessor"}
 
@@ -116,9 +146,59 @@ class VisualChatProcessor(ProcessorMixin):
             numbers.append([token for token, (begin, stop) in spans if begin < end and stop > start])
         return numbers
 
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """As in transformers. A text that begins as the tokenizer begins a text is not given that beginning again."""
+        given = {*kwargs, *kwargs.get("common_kwargs", {}), *kwargs.get("text_kwargs", {})}
+        if text is not None and "add_special_tokens" not in given:
+            kwargs["add_special_tokens"] = self._needs_beginning([text] if isinstance(text, str) else text)
+        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def encode_prompts(self, prompts: list[str]) -> BatchEncoding:
+        """
+        Token ids and offsets of prompts that the chat template wrote, with one placeholder an image: but for that, what
+        [`~VisualChatProcessor.apply_chat_template`] gives. Nothing is padded.
+        """
+        return self.tokenizer(prompts, add_special_tokens=self._needs_beginning(prompts), return_offsets_mapping=True)
+
+    def _needs_beginning(self, texts: list[str]) -> bool:
+        """Templates that were saved earlier leave it to the tokenizer."""
+        begun = [text.startswith(self._begin) for text in texts]
+        if len(set(begun)) > 1:
+            raise ValueError(
+                f"Text {begun.index(True)} begins with {self._begin!r} and text {begun.index(False)} does not: write it in"
+                " all or in none"
+            )
+        return not all(begun)
+
+    def mark_special_tokens(self, conversation: list[dict], name: str = "") -> list[dict]:
+        """
+        A conversation that was checked, with special tokens in its texts marked, so that the tokenizer takes them as text.
+
+        Raises:
+            ValueError: If the tokenizer looks for one of them in text that it has normalized before.
+        """
+        return [
+            {**message, "content": self._mark_content(message["content"], f"{name}message {index}")}
+            for index, message in enumerate(conversation)
+        ]
+
+    def _mark_content(self, content: str | list[dict], where: str) -> str | list[dict]:
+        if not isinstance(content, str):
+            texts = [self._mark_content(part["text"], where) if part["type"] == "text" else None for part in content]
+            return [part if text is None else {**part, "text": text} for part, text in zip(content, texts)]
+        special = [token for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        for token in special:
+            if token.normalized and token.content in content:
+                raise ValueError(
+                    f"{where} holds the text {token.content!r}, which this tokenizer cannot take as text: make the token one"
+                    " with normalized=False, or leave it out"
+                )
+        return _starts_of(tuple(token.content for token in special)).sub(rf"\g<0>{MARK}", content)
+
     def apply_chat_template(self, conversation, *args, **kwargs):
         """
-        As in transformers, with every message checked first.
+        As in transformers, with every message checked first. Special tokens in texts are text; in a prompt that is not
+        tokenized, a mark within each sees to that.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): One conversation or a batch. A message has a `role` (`system`,
@@ -126,23 +206,24 @@ class VisualChatProcessor(ProcessorMixin):
                 `{"type": "text", "text": …}` and, for the user, `{"type": "image", "image" or "path" or "url": …}`. Text
                 parts are joined by newlines; images stand before the question of their turn, numbered through the
                 conversation.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `False`): Takes the placeholder `<image>` in a text as
+                text too, in place of an error.
 
         Raises:
             ValueError: Naming the conversation, message and part at fault.
         """
         conversation = getattr(conversation, "messages", conversation)
         is_batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
-        image_token = self.image_token
-        if kwargs.get("sanitize_control_tokens"):
-            image_token = None
-            kwargs["write_bos_token"] = True  # the tokenizer adds no special token of its own to sanitized text
+        image_token = None if kwargs.pop("sanitize_control_tokens", False) else self.image_token
+
+        def check(one, name=""):
+            checked = check_conversation(getattr(one, "messages", one), image_token=image_token, name=name)
+            return self.mark_special_tokens(checked, name)
+
         if is_batched:
-            conversation = [
-                check_conversation(getattr(one, "messages", one), image_token=image_token, name=f"conversation {index}: ")
-                for index, one in enumerate(conversation)
-            ]
+            conversation = [check(one, f"conversation {index}: ") for index, one in enumerate(conversation)]
         else:
-            conversation = check_conversation(conversation, image_token=image_token)
+            conversation = check(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def prepare_inputs_layout(self, images: ImageSource | list | None = None, **kwargs):
@@ -177,6 +258,66 @@ class VisualChatProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+
+def write_chat_template(tokenizer, begin: str) -> str:
+    """
+    The paper's prompt for a tokenizer: with what it begins a text with, and token for token as if it began the rest itself.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The decoder's.
+        begin (`str`): What it puts before a text.
+    """
+    if not begin:
+        return CHAT_TEMPLATE.replace(OPENING, "")
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    expected = tokenizer(FIRST_LINE)["input_ids"]
+    needs_blank = encode(begin + FIRST_LINE) != expected == encode(f"{begin} {FIRST_LINE}")
+    opening = OPENING_WITH_BLANK if needs_blank else OPENING
+    if begin != tokenizer.bos_token:
+        opening = opening.replace("bos_token", repr(begin))
+    return CHAT_TEMPLATE.replace(OPENING, opening)
+
+
+def _begin_texts_only(tokenizer, known: str) -> str:
+    """What a tokenizer puts before a text, such as a token that it knows. What it puts behind one, it does no longer."""
+    from tokenizers import processors
+
+    bare, whole = (tokenizer(known, add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+    begin = tokenizer.convert_ids_to_tokens(whole[:start])
+    if whole[start + len(bare) :]:
+        tokenizer.add_eos_token = False
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*begin, "$A"], pair=[*begin, "$A", *begin, "$B"], special_tokens=list(zip(begin, whole[:start]))
+        )
+    return "".join(begin)
+
+
+def _take_out_marks(tokenizer) -> None:
+    """Lets a tokenizer's normalizer take out marks."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None:
+        # What is looked for in normalized text is looked for before, so that no mark is gone by then. Nothing else changes
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.normalized]
+        options = [{"lstrip": one.lstrip, "rstrip": one.rstrip, "single_word": one.single_word} for one in special]
+        earlier = [AddedToken(one.content, normalized=False, special=True, **each) for one, each in zip(special, options)]
+        tokenizer.add_tokens(earlier, special_tokens=True)
+        backend.normalizer = normalizers.Replace(MARK, "")
+    elif MARK in backend.normalizer.normalize_str(MARK):
+        backend.normalizer = normalizers.Sequence([normalizers.Replace(MARK, ""), backend.normalizer])
+
+
+@lru_cache
+def _starts_of(tokens: tuple[str, ...]) -> re.Pattern:
+    """Matches the first character of each of these tokens, also where they overlap. One of one character has no inside."""
+    found = "|".join(re.escape(token) for token in tokens if len(token) > 1)
+    return re.compile(f"(?=(?:{found})).", flags=re.DOTALL)
 
 
 def check_conversation(conversation: list[dict], image_token: str | None = None, name: str = "") -> list[dict]:
