@@ -260,7 +260,8 @@ def test_forks_go_on_independently_and_share_tensors(models, variant):
     hold(session, ROUNDS[:3])
     fork = session.fork()
     for ours, theirs in zip(session._computed.cache.layers, fork._computed.cache.layers):
-        assert ours.keys.data_ptr() == theirs.keys.data_ptr()
+        for part, other in zip(*([layer.text, layer.images] if variant == "mmca" else [layer] for layer in (ours, theirs))):
+            assert part.keys.data_ptr() == other.keys.data_ptr()
     with count_work(fork.model) as work:
         fork.send("Left?", digit_image(7), **GREEDY)
     assert work["rows"] < 80
