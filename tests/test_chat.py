@@ -558,6 +558,26 @@ def test_ctrl_c_while_waiting(chat, beams):
     assert_as_from_scratch(chat)
 
 
+@pytest.mark.parametrize(("name", "value"), [("cache_implementation", "static"), ("prefill_chunk_size", 4)])
+def test_what_a_conversation_has_of_its_own_is_refused_by_name(chat, name, value):
+    hold(chat, ROUNDS[:1])
+    for images in ([], [digit_image(3)]):
+        with pytest.raises(ValueError, match=rf"^`{name}={value!r}`: a conversation keeps a dynamic cache of its own"):
+            chat.send("And?", images, **{name: value})
+    assert len(chat.rounds) == 1
+    assert_as_from_scratch(chat)
+    chat.send("And?", **{name: None}, **GREEDY)
+    assert_as_from_scratch(chat)
+
+
+def test_prompt_lookup_goes_on_from_what_was_computed(chat):
+    for question, images in ROUNDS[:4]:
+        with count_work(chat.model) as work:
+            chat.send(question, [digit_image(k) for k in range(images)], **GREEDY, prompt_lookup_num_tokens=3)
+        assert_as_from_scratch(chat)
+    assert work["rows"] < 80
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_in_generate_leaves_the_session_as_it_was(chat, stream):
     hold(chat, ROUNDS[:1])
