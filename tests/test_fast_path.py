@@ -16,12 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from modeling_visualchat import decoder_visualchat, kernels_visualchat, layout_visualchat, visibility_visualchat
-from modeling_visualchat.cache_visualchat import (
-    ModalitiesLayer,
-    PlacesLayer,
-    StaticModalitiesLayer,
-    StaticPlacesLayer,
-)
+from modeling_visualchat.cache_visualchat import ModalitiesLayer, StaticModalitiesLayer, get_places
 
 
 drawn = functools.partial(settings, deadline=None, derandomize=True)
@@ -375,13 +370,11 @@ class TestCache:
         length = inputs["input_ids"].shape[1]
 
         def lengths():
-            return [(layer.keys.shape[2], layer.images.keys.shape[2]) for layer in cache.layers[:layers]]
+            return [(layer.text.keys.shape[2], layer.images.keys.shape[2]) for layer in cache.layers]
 
-        assert len(cache.layers) == layers + 1
-        assert all(isinstance(layer, ModalitiesLayer) for layer in cache.layers[:layers])
-        assert isinstance(cache.layers[layers], PlacesLayer)
+        assert [type(layer) for layer in cache.layers] == [ModalitiesLayer] * layers
         assert lengths() == [(6, tokens)] * layers
-        assert all(cache.get_seq_length(k) == length for k in range(layers + 1))
+        assert all(cache.get_seq_length(k) == length for k in range(layers))
         of_images = cache.layers[0].images.keys.data_ptr()
         for step in range(1, 4):
             ones = torch.ones(2, length + step, dtype=torch.long)
@@ -390,7 +383,7 @@ class TestCache:
             assert lengths() == [(6 + step, tokens)] * layers
             assert cache.get_seq_length() == length + step
             assert cache.layers[0].images.keys.data_ptr() == of_images  # not even copied
-        places = cache.layers[layers]
+        places = get_places(cache)
         assert places.of_text[0].tolist() == [0, 1, 7, 8, 14, 15, 16, 17, 18]
         assert places.of_text[1, :3].tolist() == [13, 14, 15]
         assert places.of_images[0].tolist() == [*range(2, 7), *range(9, 14)]
@@ -519,7 +512,7 @@ class TestCache:
             conversations.say(["ts", "s"])
             assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * layers
             conversations.say(["sit", "tt"])
-            assert [type(layer).__name__ for layer in cache.layers] == ["ModalitiesLayer"] * layers + ["PlacesLayer"]
+            assert [type(layer).__name__ for layer in cache.layers] == ["ModalitiesLayer"] * layers
             outputs = forward(fast, {"input_ids": torch.tensor([[5], [6]])}, past_key_values=cache)
             assert outputs.past_key_values is cache
 
@@ -847,9 +840,9 @@ class TestGraphs:
         for layout, more in ((["titit"], 0), (["titit", "tit"], 0), (["titit", "tttttt"], 6)):
             cache = StaticCache(config=model.config.text_config, max_cache_len=40)
             forward(model, make_inputs(layout, model), past_key_values=cache)
-            assert [type(layer) for layer in cache.layers] == [StaticModalitiesLayer] * layers + [StaticPlacesLayer]
+            assert [type(layer) for layer in cache.layers] == [StaticModalitiesLayer] * layers
             # The longest text and the most images may be of different rows
-            assert cache.layers[0].keys.shape[2] == 40 + more
+            assert cache.layers[0].buffer.keys.shape[2] == 40 + more
             assert cache.is_compileable and cache.get_max_length() == 40
             with pytest.raises(NotImplementedError, match="use a dynamic one"):
                 cache.crop(-1)

@@ -1,6 +1,7 @@
 """`generate`, with every decoding mode and every cache."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.cache_utils import QuantoQuantizedLayer
+
+from modeling_visualchat.cache_visualchat import get_image_numbers
 
 
 NEW = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
@@ -121,6 +125,37 @@ def test_an_assistant_that_needs_images_says_what_to_use(mmca):
         mmca.generate(**make_inputs(["titit"], mmca), **NEW, assistant_model=assistant)
     text = make_inputs(["ttt"], mmca)
     assert torch.equal(mmca.generate(**text, **NEW, assistant_model=assistant), mmca.generate(**text, **NEW))
+
+
+@pytest.mark.parametrize("mode", ["prompt_lookup_num_tokens", "assistant_model"])
+@pytest.mark.parametrize("rounds", [["titit", "tit"], ["tttt", "ttt"], ["tit", "ttt"], ["ttt", "ti"]], ids=str)
+def test_assisted_decoding_goes_on_from_a_cache(model, mode, rounds):
+    assistant = copy_llama_weights(model, LlamaForCausalLM(model.config.text_config))
+    assisted = {mode: assistant if mode == "assistant_model" else 4}
+    first, second = (make_inputs([layout], model, seed) for seed, layout in enumerate(rounds))
+    past = DynamicCache(config=model.config)
+    answered = model.generate(**first, **NEW, past_key_values=past)
+    input_ids = torch.cat([answered, second["input_ids"]], dim=1)
+    whole = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    pictures = [one["pixel_values"] for one in (first, second) if "pixel_values" in one]
+    images = {"pixel_values": torch.cat(pictures)} if pictures else {}
+    expected = model.generate(**whole, **images, **NEW)
+    for given in (whole, {"input_ids": input_ids}):
+        ours = model.generate(**given, **images, **NEW, **assisted, past_key_values=copy.deepcopy(past))
+        assert torch.equal(ours, expected)
+    # The last token of an answer is not in its cache
+    new = {"input_ids": input_ids[:, past.get_seq_length() :], "attention_mask": whole["attention_mask"]}
+    new_images = {"pixel_values": second["pixel_values"]} if "pixel_values" in second else {}
+    ours = model.generate(**new, **new_images, **NEW, **assisted, past_key_values=copy.deepcopy(past))
+    assert torch.equal(ours[:, -NEW["max_new_tokens"] :], expected[:, -NEW["max_new_tokens"] :])
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=rf"`{name}` with `{mode}` and a filled `past_key_values`"):
+            model.generate(**whole, **images, **NEW, **assisted, **{name: True}, past_key_values=past)
+
+
+def test_early_exit_is_refused_by_name(mmca):
+    with pytest.raises(ValueError, match=r"`assistant_early_exit`.* use `prompt_lookup_num_tokens`"):
+        mmca.generate(**make_inputs(["tit"], mmca), **NEW, assistant_early_exit=2)
 
 
 def test_streamers(mmca):
@@ -247,7 +282,7 @@ def test_a_quantized_cache(model):
     # The prefill reads what it just computed
     torch.testing.assert_close(exact.logits[0], quantized.logits[0], atol=1e-5, rtol=1e-5)
     is_image = quantized.sequences[:, :-1] == model.config.image_token_id
-    numbers = quantized.past_key_values.layers[-1].keys[:, 0, :, 0]
+    numbers = get_image_numbers(quantized.past_key_values).keys[:, 0, :, 0]
     expected = torch.div(is_image.cumsum(-1) - 1, TOKENS_PER_IMAGE, rounding_mode="floor") + 1
     assert torch.equal(numbers, (expected * is_image).int())
     assert numbers.amax(-1).tolist() == [row.count("i") for row in LAYOUT]
@@ -257,6 +292,51 @@ def test_a_quantized_cache(model):
     text = make_inputs(["ttt", "t"], model)
     llama = copy_llama_weights(model, LlamaForCausalLM(model.config.text_config))
     assert torch.equal(model.generate(**text, **NEW, **fp8), llama.generate(**text, **NEW, **fp8))
+
+
+def test_a_quanto_cache_is_quantized_in_all_its_layers(model):
+    inputs = make_inputs(["titit", "ts"], model)
+    config = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}
+    quanto = {"cache_implementation": "quantized", "cache_config": config}
+    outputs = model.generate(**inputs, **NEW, **quanto, return_dict_in_generate=True)
+    cache = outputs.past_key_values
+    assert len(cache.layers) == model.config.text_config.num_hidden_layers
+    assert all(isinstance(layer, QuantoQuantizedLayer) for layer in cache.layers)
+    is_image = outputs.sequences[:, :-1] == model.config.image_token_id
+    assert torch.equal(get_image_numbers(cache).keys[:, 0, :, 0] > 0, is_image)
+    beams = model.generate(**inputs, **NEW, **quanto, num_beams=2, return_dict_in_generate=True)
+    assert len(beams.past_key_values.layers) == len(cache.layers)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_has_the_layers_and_the_format_of_the_decoder(cache, variant, attention):
+    model = make_model(attention, multimodal_attention=variant, image_number_keys=True)
+    eager = make_model("eager", multimodal_attention=variant, image_number_keys=True)
+    inputs = make_inputs(["titit", "ts"], model)
+    past = CACHES[cache](model)
+    length, kept = inputs["input_ids"].shape[1], inputs["attention_mask"][:, None, :, None]
+    text_config = model.config.text_config
+    with torch.no_grad():
+        model(**inputs, past_key_values=past)
+        expected = eager(**inputs, use_cache=True).past_key_values
+        assert len(past.layers) == len(expected.layers) == text_config.num_hidden_layers
+        shape = (2, text_config.num_key_value_heads, 128 if cache == "static" else length, text_config.head_dim)
+        for ours, theirs in zip(past.layers, expected.layers):
+            for name in ("keys", "values"):
+                states = getattr(ours, name)
+                assert states.shape == shape
+                close = states[:, :, :length] * kept, getattr(theirs, name) * kept
+                torch.testing.assert_close(*close, atol=1e-5, rtol=1e-5)
+        token = {
+            "input_ids": torch.tensor([[5], [6]]),
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+        }
+        copies = [copy.deepcopy(past), pickle.loads(pickle.dumps(past))]
+        logits = model(**token, past_key_values=past).logits
+        for one in copies:
+            assert torch.equal(model(**token, past_key_values=one).logits, logits)
 
 
 # Chunks cut through images. In the second batch, one holds 3 rows of an image and 2 of another, as many as an image has
@@ -297,7 +377,7 @@ def test_images_after_a_cached_text(mmca):
             layers = mmca.config.text_config.num_hidden_layers
             assert len(past.layers) == layers
             logits = mmca(image["input_ids"], pixel_values=image["pixel_values"], past_key_values=past).logits
-            assert len(past.layers) == layers + 1
+            assert len(past.layers) == layers
             torch.testing.assert_close(logits, expected[:, -logits.shape[1] :], atol=1e-5, rtol=1e-5)
 
 

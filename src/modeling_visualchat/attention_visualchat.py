@@ -32,11 +32,12 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 from transformers import LlamaConfig
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
+from .cache_visualchat import carry_image_numbers, get_image_numbers
 from .kernels_visualchat import rotate
 from .layout_visualchat import ModalityLayout
 from .released_visualchat import ReleasedMask, create_released_mask
@@ -89,7 +90,6 @@ def update_image_numbers(
     past_key_values: Cache | None,
     is_image_BQ: torch.Tensor | None,
     image_seq_length: int,
-    num_hidden_layers: int,
     batch_and_length: tuple[int, int],
     device: torch.device,
     begins_BQ: torch.Tensor | None = None,
@@ -97,14 +97,13 @@ def update_image_numbers(
     """
     Which image each token belongs to: 0 for text, k for the k-th image of its conversation.
 
-    The numbers of cached tokens are kept as one more layer of the cache, after the decoder's. So whatever is done to a
-    cache (beam reordering, cropping, repeating, selecting, resetting, moving) is done to them too, whichever class it is.
+    The first layer of the cache carries the numbers of cached tokens along, whichever class it is: what is done to a cache
+    (beam reordering, cropping, repeating, selecting, resetting, copying) is done to them too.
 
     Args:
         past_key_values (`Cache`, *optional*): The cache, before the decoder's layers are updated. Extended in place.
         is_image_BQ (`torch.BoolTensor`, *optional*): The new tokens that belong to an image. `None`: all are text.
         image_seq_length (`int`): Tokens of one image.
-        num_hidden_layers (`int`): Layers of the decoder.
         batch_and_length (`tuple[int, int]`): B and Q.
         device (`torch.device`): Where the numbers are needed.
         begins_BQ (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
@@ -113,16 +112,16 @@ def update_image_numbers(
         `numbers_BQ` of the new tokens and `numbers_BK` of all tokens (of the whole buffer, for a static cache); both `None`
         if no image has been seen.
     """
-    cached = past_key_values is not None and len(past_key_values.layers) > num_hidden_layers
-    if is_image_BQ is None and not cached:
+    cached = get_image_numbers(past_key_values)
+    if is_image_BQ is None and cached is None:
         return None, None
     batch_size, length = batch_and_length
     if is_image_BQ is None:
         numbers_BQ = torch.zeros(batch_size, length, dtype=torch.int, device=device)
     else:
         seen_B1 = 0
-        if cached and past_key_values.layers[num_hidden_layers].is_initialized:
-            seen_B1 = (past_key_values.layers[num_hidden_layers].keys[:, 0, :, 0] > 0).sum(-1, keepdim=True)
+        if cached is not None and cached.is_initialized:
+            seen_B1 = (cached.keys[:, 0, :, 0] > 0).sum(-1, keepdim=True)
         tokens_BQ = seen_B1 + is_image_BQ.cumsum(-1)
         if begins_BQ is not None:  # less what stood before the token's own conversation
             tokens_BQ = tokens_BQ - ((tokens_BQ - is_image_BQ.int()) * begins_BQ).cummax(-1).values
@@ -132,12 +131,12 @@ def update_image_numbers(
         return numbers_BQ, numbers_BQ
 
     new_BQ = numbers_BQ
-    if not cached:
-        _append_layer(past_key_values, num_hidden_layers)
+    if cached is None:
         past_length = int(past_key_values.get_seq_length())
+        cached = carry_image_numbers(past_key_values)
         new_BQ = nn.functional.pad(numbers_BQ, (past_length, 0))  # what is cached so far is text
     new_B1Q1 = new_BQ[:, None, :, None]
-    numbers_B1K1, _ = past_key_values.update(new_B1Q1, new_B1Q1[..., :0], num_hidden_layers)
+    numbers_B1K1, _ = cached.update(new_B1Q1, new_B1Q1[..., :0])
     return numbers_BQ, numbers_B1K1[:, 0, :, 0]
 
 
@@ -154,14 +153,6 @@ def find_conversation_starts(
     if attention_mask is None:
         return position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
     return position_ids == 0 if len(attention_mask.shape) == 4 else None
-
-
-def _append_layer(cache: Cache, index: int) -> None:
-    # A cache made without a config creates its layers when they are first updated; the decoder's come first.
-    while cache.layer_class_to_replicate is not None and len(cache.layers) < index:
-        cache.layers.append(cache.layer_class_to_replicate())
-    static = isinstance(cache.layers[0], StaticLayer)
-    cache.layers.append(StaticLayer(max_cache_len=cache.get_max_length()) if static else DynamicLayer())
 
 
 def create_multimodal_mask(

@@ -290,12 +290,18 @@ class ChatSession:
             raise ValueError("`max_length` would count the whole conversation: say `max_new_tokens`")
         if generation.get("return_dict_in_generate"):
             raise ValueError("A conversation gives its answer as text: leave out `return_dict_in_generate`")
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            if generation.get(name) is not None:
+                raise ValueError(
+                    f"`{name}={generation[name]!r}`: a conversation keeps a dynamic cache of its own, which is filled at"
+                    f" once. Leave `{name}` out, or call `model.generate` with the prompt of `tokenize`"
+                )
         limit = self.model.config.text_config.max_position_embeddings
         new_tokens = self._setting(generation, "max_new_tokens") or min(MAX_NEW_TOKENS, limit // 4)
         input_ids, dropped = self._make_room(rounds, limit, new_tokens)
         # The cache is there, whatever a script has left in the model's settings
         settings = {"cache_implementation": None, "prefill_chunk_size": None}
-        generation = {**settings, **generation, "max_new_tokens": new_tokens, "use_cache": True}
+        generation = {**generation, **settings, "max_new_tokens": new_tokens, "use_cache": True}
         generation["return_dict_in_generate"] = False  # whatever a `generation_config` says
         pieces = self._answer(rounds[dropped:], dropped, input_ids, generation, self._turn)
         self._unfinished = weakref.ref(pieces)
@@ -327,9 +333,8 @@ class ChatSession:
         # Whatever breaks the answer off, a cache that is half written is not used again
         computed, self._computed = self._computed, self._nothing_computed()
         num_beams, remembers = self._setting(generation, "num_beams") or 1, self._can_remember()
-        assistants = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
-        # Where `generate` cannot go on from a cache: assisted decoding reads the whole prompt, beams need all pictures
-        if any(self._setting(generation, name) for name in assistants) or (num_beams > 1 and not remembers):
+        # Where `generate` cannot go on from a cache: beams need all pictures
+        if num_beams > 1 and not remembers:
             computed = self._nothing_computed()
         model_state = self._describe_model()
         if computed.model_state != model_state:  # trained on, another adapter, another dtype

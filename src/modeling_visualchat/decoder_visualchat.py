@@ -340,7 +340,6 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             past_key_values,
             is_image,
             self.image_seq_length,
-            self.config.num_hidden_layers,
             inputs_embeds.shape[:2],
             inputs_embeds.device,
             begins,

@@ -26,6 +26,7 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"cache_implementation={cache_implementation!r} moves the cache from an accelerator to the CPU, where this"
                 " model already is: use 'dynamic' or 'static', or 'quantized' to save memory"
             )
+        self._check_assistance(**kwargs)
         if input_ids is not None:
             self.model.language_model.check_length(input_ids.shape[1])
         for name in ("pixel_values", "image_memory"):
@@ -77,6 +78,27 @@ class VisualChatGenerationMixin(GenerationMixin):
                 " images"
             )
 
+    def _check_assistance(
+        self, past_key_values=None, generation_config=None, assistant_model=None, output_attentions=None, **kwargs
+    ):
+        defaults = generation_config or self.generation_config
+        if kwargs.get("assistant_early_exit", defaults.assistant_early_exit) is not None:
+            raise ValueError(
+                "`assistant_early_exit` needs a config that is the decoder's own: use `prompt_lookup_num_tokens` or a text"
+                " model as `assistant_model`"
+            )
+        lookup = kwargs.get("prompt_lookup_num_tokens", defaults.prompt_lookup_num_tokens)
+        if (lookup is None and assistant_model is None) or past_key_values is None or past_key_values.get_seq_length() == 0:
+            return
+        settings = {"output_attentions": output_attentions, "output_hidden_states": kwargs.get("output_hidden_states")}
+        for name, given in settings.items():
+            if given if given is not None else getattr(defaults, name):
+                mode = "prompt_lookup_num_tokens" if lookup is not None else "assistant_model"
+                raise ValueError(
+                    f"`{name}` with `{mode}` and a filled `past_key_values`: transformers would take the rows of the new"
+                    " tokens for those of the whole prompt. Leave one of the three out"
+                )
+
     def _check_generation_with_memory(self, input_ids, image_memory, pixel_values=None, **kwargs):
         if input_ids is None:
             raise ValueError("`image_memory` needs `input_ids`, whose placeholders say where the images stand")
@@ -98,6 +120,7 @@ class VisualChatGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -105,8 +128,19 @@ class VisualChatGenerationMixin(GenerationMixin):
         """As in transformers. Image memory goes into the prefill alone, like pictures."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("image_memory", None)
+        cache, position_ids = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        if is_first_iteration and next_sequence_length is None and cache is not None and position_ids is not None:
+            # Assisted decoding begins with the whole prompt, whatever is cached of it. Positions are those of all tokens
+            # seen: where they are more than what is given, the new tokens alone were passed
+            given, cached = input_ids if inputs_embeds is None else inputs_embeds, int(cache.get_seq_length())
+            if 0 < cached < given.shape[1] == position_ids.shape[-1]:
+                next_sequence_length = given.shape[1] - cached
         return super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
     def create_masks_for_generate(

@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.utils import is_tracing
 
-from .cache_visualchat import NO_KEY, PlacesLayer
+from .cache_visualchat import NO_KEY, Places
 from .kernels_visualchat import attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
 from .packing_visualchat import PackedRows, move
 from .visibility_visualchat import Visibility
@@ -41,7 +41,7 @@ class ModalityLayout:
         batch_and_length (`tuple[int, int]`): B and Q.
         image_seq_length (`int`): Tokens of one image.
         merged (`bool`): Whether text and images share one softmax (`mmca_merged`).
-        places (`PlacesLayer`, *optional*): Places of the cached keys. The new ones are added to it.
+        places (`Places`, *optional*): Places of the cached keys. The new ones are added to it.
         image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which image row of the stream, or after
             them of the memory, each placeholder stands for. `None`: its own, in order.
         memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
@@ -58,7 +58,7 @@ class ModalityLayout:
         batch_and_length: tuple[int, int],
         image_seq_length: int,
         merged: bool = False,
-        places: PlacesLayer | None = None,
+        places: Places | None = None,
         image_source: torch.Tensor | None = None,
         memory: Sequence = (),
         records: bool = False,

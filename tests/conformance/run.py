@@ -5,13 +5,15 @@ Runs transformers' own common tests on our classes, and ends with pytest's line 
     python tests/conformance/run.py [pytest arguments, such as -k resize]
 
 The tests come from the source archive of the installed version of transformers on the package index; they are kept in
-`.conformance/`, and downloaded once.
+`.conformance/`, and downloaded once. Those of generation are not in the archive: they come from the version's tag in
+transformers' repository. Where that is out of reach, they are left out, and the run says so.
 """
 
 import os
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,8 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 VERSION = version("transformers")
 SUITE = REPOSITORY / ".conformance" / f"transformers-{VERSION}"
+GENERATION_TESTS = "tests/generation/test_utils.py"
+GENERATION_TESTS_URL = f"https://raw.githubusercontent.com/huggingface/transformers/v{VERSION}/{GENERATION_TESTS}"
 
 # What the common tests import although the source archive lacks it. The mixins add tests that are not in the archive;
 # in their place these add none.
@@ -28,7 +32,7 @@ STAND_INS = {
     "tests/exporters/__init__.py": "",
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "tests/generation/__init__.py": "",
-    "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+    GENERATION_TESTS: "class GenerationTesterMixin:\n    pass\n",
     "tests/utils/__init__.py": "",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     # The processor tests read pictures from the Hub through this. Ours are drawn: nothing else is downloaded.
@@ -73,6 +77,22 @@ def fetch_suite():
         write(unpacked, b"")
     for name, text in STAND_INS.items():
         write(SUITE / name, text.encode())
+    generation_tests = fetch_generation_tests()
+    if generation_tests is not None:
+        write(SUITE / GENERATION_TESTS, generation_tests)
+
+
+def fetch_generation_tests() -> bytes | None:
+    """The tests of generation, downloaded unless they are there; `None` if they cannot be had."""
+    kept = SUITE / "generation_tests.py"
+    if not kept.exists():
+        try:
+            with urllib.request.urlopen(GENERATION_TESTS_URL, timeout=30) as answer:
+                write(kept, answer.read())
+        except OSError as error:
+            print(f"Without the tests of generation: {GENERATION_TESTS_URL}: {error}. Put the file at {kept}", flush=True)
+            return None
+    return kept.read_bytes()
 
 
 def write(path: Path, content: bytes):
