@@ -55,7 +55,7 @@ def prepare_attention(model, layout):
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     position_ids = torch.arange(is_image.shape[1])[None]
     numbers, key_numbers = update_image_numbers(
-        None, is_image, model.config.image_seq_length, config.num_hidden_layers, is_image.shape, is_image.device
+        None, is_image, model.config.image_seq_length, is_image.shape, is_image.device
     )
     mask = create_multimodal_mask(
         model.config.multimodal_attention,

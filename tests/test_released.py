@@ -53,7 +53,7 @@ class TestVariant:
         length, config, text_model = len(is_image), model.config.text_config, model.model.language_model
         torch.manual_seed(0)
         hidden_states = torch.randn(1, length, 64, dtype=torch.float64)
-        numbers = update_image_numbers(None, is_image[None], 5, config.num_hidden_layers, (1, length), is_image.device)
+        numbers = update_image_numbers(None, is_image[None], 5, (1, length), is_image.device)
         positions = torch.arange(length)[None]
         mask = create_multimodal_mask("mmca_released", config, hidden_states, None, positions, None, *numbers)
         attention, rotary = text_model.layers[1].self_attn, text_model.rotary_emb(hidden_states, positions)
