@@ -39,6 +39,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from modeling_visualchat.modeling_visualchat import check_parts
 
@@ -128,6 +129,11 @@ def check_arguments(
             "push_to_hub with mode: lora publishes an adapter, which names its base: it needs model_name_or_path to be a Hub"
             f" id, got {model_args.model_name_or_path}"
         )
+    if training_args.label_smoothing_factor and training_args.torch_compile:
+        raise ValueError(
+            "label_smoothing_factor needs torch_compile: false: the Trainer does not see that a compiled model is a language"
+            f" model, and smooths labels that are not shifted; got {training_args.label_smoothing_factor} and true"
+        )
     if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
         reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
         raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
@@ -194,6 +200,8 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
     logger.info(f"The decoder's attention: {attention}")
     model.set_attn_implementation({"text_config": attention})
     model.config.use_cache = not training_args.gradient_checkpointing
+    model.generation_config = drop_unused_flags(model.generation_config)
+    model.generation_config.validate(strict=True)  # what cannot be saved is refused before training
     return set_mode(model, model_args)
 
 
@@ -238,6 +246,7 @@ def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Mod
             lora_dropout=model_args.lora_dropout,
             target_modules="|".join(targets),
             modules_to_save=["multi_modal_projector", "embed_tokens"],
+            task_type="CAUSAL_LM",  # for AutoPeftModelForCausalLM
         )
         model = get_peft_model(model, lora)
     return model

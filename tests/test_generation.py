@@ -1,6 +1,7 @@
 """`generate`, with every decoding mode and every cache."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -456,3 +457,49 @@ class TestGuidance:
             mmca.generate(**make_inputs(["ti"], mmca), **NEW, guidance_scale=2.0)
         unused = mmca.generate(**inputs, **NEW, guidance_scale=1.0, negative_prompt_ids=inputs["input_ids"])
         assert torch.equal(unused, mmca.generate(**inputs, **NEW))
+
+
+class TestInTrainingMode:
+    """TRL's GRPO generates with a model that trains."""
+
+    @pytest.mark.parametrize(("layout", "runs"), [("titit", 1), ("tt", 0)])
+    def test_the_tower_runs_once_for_pictures_and_never_for_tokens(self, layout, runs):
+        model = make_model(image_number_keys=True).train()
+        called = []
+        model.model.vision_tower.register_forward_hook(lambda *_: called.append(1))
+        inputs = make_inputs([layout], model)
+        answer = model.generate(**inputs, **{**NEW, "max_new_tokens": 20})
+        assert len(called) == runs
+        assert torch.equal(answer, model.eval().generate(**inputs, **{**NEW, "max_new_tokens": 20}))
+
+    def test_a_training_step_of_text_alone_still_runs_it(self):
+        model = make_model(image_number_keys=True).train()
+        inputs = make_inputs(["tt"], model)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.model.multi_modal_projector.parameters())
+
+
+@pytest.mark.parametrize("do_sample", [None, True])
+def test_sampling_values_of_a_joined_decoder(do_sample, tmp_path):
+    model = make_model()
+    text = LlamaForCausalLM(model.config.text_config)
+    text.save_pretrained(tmp_path / "decoder")
+    path = tmp_path / "decoder" / "generation_config.json"
+    values = {"temperature": 0.9, "top_p": 0.6, "do_sample": do_sample, "pad_token_id": -1, "length_penalty": 0.5}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    text = LlamaForCausalLM.from_pretrained(tmp_path / "decoder")
+    joined = type(model).from_vision_text_pretrained(model.model.vision_tower, text)
+    joined.save_pretrained(tmp_path / "joined")
+    saved = GenerationConfig.from_pretrained(tmp_path / "joined")
+    expected = (0.9, 0.6, True) if do_sample else (None, None, None)
+    assert (saved.temperature, saved.top_p, saved.do_sample) == expected
+    assert (saved.pad_token_id, saved.length_penalty) == (None, None)
+    assert text.generation_config.temperature == 0.9  # the caller's is left alone
+
+
+def test_what_cannot_be_saved_is_refused_when_joining():
+    model = make_model()
+    text = LlamaForCausalLM(model.config.text_config)
+    text.generation_config.output_scores = True
+    with pytest.raises(ValueError, match="output_scores"):
+        type(model).from_vision_text_pretrained(model.model.vision_tower, text)

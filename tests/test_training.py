@@ -653,6 +653,7 @@ class TestContradictions:
             ({"streaming": True, "eval_strategy": "steps"}, "streaming: true .* needs eval_strategy: no, got steps"),
             ({"eval_fraction": 0, "eval_strategy": "epoch"}, "eval_fraction: 0 .* needs eval_strategy: no, got epoch"),
             ({"load_in_4bit": True}, "load_in_4bit .* needs mode: lora, got alignment"),
+            ({"label_smoothing_factor": 0.1, "torch_compile": True}, "label_smoothing_factor needs torch_compile: false"),
         ],
     )
     def test_both_fields_are_named_before_any_work_starts(self, parts, tmp_path, fields, message):

@@ -48,7 +48,8 @@ class VisualChatConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 32000):
             The id of the `<image>` placeholder in `input_ids`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether the output layer shares the token embedding. A tied `text_config` sets it.
+            Whether the output layer shares the token embedding. A tied `text_config` sets it, and to set it afterwards sets
+            that of `text_config`.
 
     Raises a `StrictDataclassError` that names the field if a value has the wrong type or is not allowed.
 
@@ -60,7 +61,8 @@ class VisualChatConfig(PreTrainedConfig):
     ```"""
 
     model_type = "visualchat"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What the Trainer does not gather with the logits. Batches differ in their number of images, and some have none
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=CLIPVisionConfig,
@@ -105,6 +107,12 @@ class VisualChatConfig(PreTrainedConfig):
         if is_saved and config_dict.get("image_number_keys") and "image_number_key_bias" not in config_dict:
             config_dict = {**config_dict, "image_number_key_bias": True}
         return super().from_dict(config_dict, **kwargs)
+
+    def __setattr__(self, name: str, value):
+        is_first = name not in self.__dict__
+        super().__setattr__(name, value)
+        if name == "tie_word_embeddings" and not is_first:
+            self.text_config.tie_word_embeddings = value
 
     @property
     def hidden_size(self) -> int:

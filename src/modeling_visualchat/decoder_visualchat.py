@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -187,8 +188,9 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         sorts_rows = is_sortable and not is_packed
         if image_memory and not sorts_rows:
             raise ValueError(
-                "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, and a"
-                " 2-dimensional attention_mask. Under torch.compile, it needs to be without a cache"
+                "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, a"
+                " 2-dimensional attention_mask, and one PEFT adapter for all rows (no `adapter_names`). Under torch.compile,"
+                " it needs to be without a cache"
             )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
@@ -313,6 +315,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             # A graph is not made to change what a cache consists of
             is_plain = position_ids is None or attention_mask is not None
             return is_plain and past_key_values is None and num_placeholders is not None
+        if find_row_arguments(self):  # sorted by modality, a batch is one row
+            return False
         if past_key_values is not None:
             return can_keep_modalities_apart(past_key_values, self.config.num_hidden_layers)
         return True
@@ -400,6 +404,16 @@ def check_values(holds: torch.BoolTensor, describe: Callable[[], str], summary: 
         torch._assert_async(holds, summary)
     else:
         torch_compilable_check(holds, describe)
+
+
+def find_row_arguments(module: nn.Module) -> dict[str, Sequence]:
+    """
+    What PEFT tells its layers inside a module of the rows of the batch, one entry a row: `adapter_names`, which adapter each
+    has, or `alora_offsets`, from which token on. Its hooks put them among the layers' arguments.
+    """
+    hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values() if isinstance(hook, partial))
+    names = ("adapter_names", "alora_offsets")
+    return next(({name: hook.keywords[name]} for hook in hooks for name in names if name in hook.keywords), {})
 
 
 @torch.compiler.disable

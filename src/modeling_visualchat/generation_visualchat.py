@@ -1,14 +1,36 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """`generate` with pictures: which of them a cached conversation still needs, and image memory in their place."""
 
+import copy
+
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache_visualchat import get_places
 from .image_memory_visualchat import ImageMemory
+
+
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAM_FLAGS = ("early_stopping", "length_penalty")
+
+
+def drop_unused_flags(generation_config: GenerationConfig) -> GenerationConfig:
+    """
+    A copy without the values that have no effect because `do_sample` is not set, `num_beams` is 1, or the padding token is
+    below 0. LLaMA's folders hold such; transformers saves them only as long as nothing else of the configuration changes.
+    """
+    generation_config = copy.deepcopy(generation_config)
+    unused = () if generation_config.do_sample else SAMPLING_FLAGS
+    if generation_config.num_beams in (None, 1):
+        unused += BEAM_FLAGS
+    if (generation_config.pad_token_id or 0) < 0:
+        unused += ("pad_token_id",)
+    for name in unused:
+        setattr(generation_config, name, None)
+    return generation_config
 
 
 class VisualChatGenerationMixin(GenerationMixin):

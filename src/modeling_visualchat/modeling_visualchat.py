@@ -25,14 +25,15 @@ from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 
 from .attention_visualchat import check_attention_implementation
 from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
-from .decoder_visualchat import VisualChatTextModel, check_values
-from .generation_visualchat import VisualChatGenerationMixin
+from .decoder_visualchat import VisualChatTextModel, check_values, find_row_arguments
+from .generation_visualchat import VisualChatGenerationMixin, drop_unused_flags
 from .image_memory_visualchat import ImageMemory, ModelWeights, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 from .released_visualchat import VisualChatReleasedPerceiverProjector, released_positions, warn_of_defects
@@ -181,6 +182,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
                 "`pixel_values` must have the shape (images in the batch, channels, height, width), got"
                 f" {tuple(pixel_values.shape)}"
             )
+        self._refuse_adapters_by_row("vision_tower", self.vision_tower, len(pixel_values))
+        self._refuse_adapters_by_row("multi_modal_projector", self.multi_modal_projector, len(pixel_values))
         layer = self.config.vision_feature_layer
         is_last_layer = layer in (-1, self.config.vision_config.num_hidden_layers)
         if not is_last_layer and not kwargs.get("output_hidden_states"):
@@ -229,17 +232,18 @@ class VisualChatModel(VisualChatPreTrainedModel):
             image_memory = [image_memory]
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        # In training, and wherever weights are gathered as they are used, every process of a distributed run calls the same
-        # modules in the same order, also with a batch of text alone: a blank picture and the numbers go through them there,
-        # with no effect on the result. Else ZeRO-3 and FSDP hang, and ZeRO-1 and ZeRO-2 add up the gradients of different
-        # parameters.
+        # In a training step, and wherever weights are gathered as they are used, every process of a distributed run calls
+        # the same modules in the same order, also with a batch of text alone: a blank picture and the numbers go through
+        # them there, with no effect on the result. Else ZeRO-3 and FSDP hang, and ZeRO-1 and ZeRO-2 add up the gradients of
+        # different parameters. Without gradients, as `generate` runs, there is no training step in training mode either.
+        is_training_step = self.training and torch.is_grad_enabled()
         from_embeds = inputs_embeds is not None
         features_in_place = from_embeds and mm_token_type_ids is not None
         without_images = image_outputs is None and pixel_values is None and not features_in_place
-        if without_images and not self.training:
+        if without_images and not is_training_step:
             without_images = not image_memory and self.runs_in_step(past_key_values)
         # `generate` gives outputs, of its pictures or none: it has had the blank one encoded
-        if without_images and (self.training or mm_encoder_outputs is None):
+        if without_images and (is_training_step or mm_encoder_outputs is None):
             pixel_values = self.blank_picture()
         if pixel_values is not None:  # before the embedding, as `generate` has it done
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
@@ -275,6 +279,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
         number_embeds = None
         if self.config.image_number_keys and (is_image is not None or without_images):
             number_embeds = self._embed_image_numbers(inputs_embeds.device).to(inputs_embeds.device, inputs_embeds.dtype)
+            for layer in self.language_model.layers:
+                self._refuse_adapters_by_row("k_proj", layer.self_attn.k_proj, len(number_embeds))
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -418,8 +424,8 @@ class VisualChatModel(VisualChatPreTrainedModel):
         elif input_ids is not None:
             is_image = input_ids == self.config.image_token_id
         elif num_features is not None:
-            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            is_image = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+            placeholder = torch.tensor([self.config.image_token_id], device=inputs_embeds.device)
+            is_image = (inputs_embeds == self._embed_without_noise(placeholder)).all(-1)
         else:
             return None
 
@@ -456,11 +462,36 @@ class VisualChatModel(VisualChatPreTrainedModel):
         """The embedding of each number as the prompt spells it, the mean over its tokens: `(numbers, hidden_size)`."""
         spellings = self.config.image_number_token_ids
         token_ids = torch.tensor([token for spelling in spellings for token in spelling], device=device)
-        embeds = self.get_input_embeddings()(token_ids)
+        embeds = self._embed_without_noise(token_ids)
         owners = [k for k, spelling in enumerate(spellings) for _ in spelling]
         lengths = torch.tensor([len(spelling) for spelling in spellings], device=embeds.device)
         sums = embeds.new_zeros(len(spellings), embeds.shape[-1])
         return sums.index_add(0, torch.tensor(owners, device=embeds.device), embeds) / lengths[:, None]
+
+    def _embed_without_noise(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        """
+        The embeddings of tokens that are not the prompt's, `(tokens, hidden_size)`. NEFTune's noise, which a hook adds where
+        the embedding is in training mode, belongs to the prompt. The module is called, as ZeRO-3 and FSDP2 gather weights by
+        its call, and with the shape of a prompt, which hooks expect.
+        """
+        embedding = self.get_input_embeddings()
+        self._refuse_adapters_by_row("embed_tokens", embedding, len(token_ids))
+        was_training, embedding.training = embedding.training, False
+        try:
+            return embedding(token_ids[None])[0]
+        finally:
+            embedding.training = was_training
+
+    def _refuse_adapters_by_row(self, name: str, part: nn.Module, num_inputs: int) -> None:
+        """Raises a `ValueError` if PEFT is to give rows of the batch their own adapters in a part that does not see rows."""
+        if is_tracing():
+            return
+        for argument, of_rows in find_row_arguments(part).items():
+            if max(len(of_rows), num_inputs) > 1:
+                raise ValueError(
+                    f"PEFT's `{argument}` is for {len(of_rows)} rows of a batch, but the adapters change {name} too, where"
+                    f" {num_inputs} pictures or image numbers go in, and not rows: use one adapter at a time (`set_adapter`)"
+                )
 
 
 class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin):
@@ -524,6 +555,8 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
         Raises:
             TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
                 weights are loaded; see [`check_parts`].
+            ValueError: If the decoder's `generation_config` cannot be saved. Sampling values without `do_sample`, as folders
+                of LLaMA-2 hold them, are left out; with it they are kept.
         """
         check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
         if isinstance(vision, str):
@@ -554,8 +587,9 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
         model.model.multi_modal_projector.to_empty(device=text.device).to(text.dtype)
         model.model.multi_modal_projector.apply(model._init_weights)
 
-        model.generation_config = copy.deepcopy(text.generation_config)
+        model.generation_config = drop_unused_flags(text.generation_config)
         model.generation_config.suppress_tokens = [visualchat_config.image_token_id]
+        model.generation_config.validate(strict=True)  # as `save_pretrained` does, which may be after days of training
         if visualchat_config.image_token_id >= vocab_size:
             # The new row is a placeholder's: image features stand in its place
             model.resize_token_embeddings(visualchat_config.image_token_id + 1, mean_resizing=False)
@@ -640,11 +674,16 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Compute only the last logits, or those at
                 these positions. 0 is all. With a boolean tensor of shape `(batch_size, sequence_length)` that holds at least
                 the positions before the labels, the loss is the same, and the vocabulary projection takes these rows only;
-                logits then have the shape `(positions, vocab_size)`.
+                logits then have the shape `(positions, vocab_size)`. With `num_items_in_batch` and without labels it is as
+                0: so calls the `Trainer` where it computes the loss itself, from its labels and the logits of all positions
+                (`label_smoothing_factor`, `compute_loss_func`).
 
         Raises:
             ValueError: If the placeholders do not match the images. Both counts are given.
         """
+        takes_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
+        if takes_mask and labels is None and kwargs.get("num_items_in_batch") is not None:
+            logits_to_keep, takes_mask = 0, False
         rows_to_keep = None
         if (tokens := input_ids if input_ids is not None else inputs_embeds) is not None:
             rows_to_keep = _rows_with_logits(logits_to_keep, tokens.shape[:2], tokens.device)
@@ -667,7 +706,7 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
             next_tokens = kwargs.pop("shift_labels", None)  # given where a sequence is shared out over processes
             if next_tokens is None:
                 next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+            if takes_mask:
                 next_tokens = next_tokens[logits_to_keep]
             loss = self.loss_function(
                 logits=logits,
@@ -778,5 +817,10 @@ def _rows_with_logits(
         return logits_to_keep
     return torch.zeros(shape, dtype=torch.bool, device=device).scatter(1, logits_to_keep % shape[1], True)
 
+
+# Where the Trainer smooths labels, it shifts them for the classes that it finds here by name; of a model with PEFT's virtual
+# tokens it looks at what is inside, without the head
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["visualchat"] = "VisualChatForCausalLM"
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["visualchat_model"] = "VisualChatModel"
 
 __all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel"]
