@@ -80,8 +80,11 @@ def test_a_left_padded_batch_of_0_to_4_images_equals_its_rows_alone(model):
     ids=str,
 )
 def test_decoding_modes_equal_their_uncached_selves(model, mode):
+    # In double precision: a drawn token differs where rounding moves a probability across the number that was drawn
+    model = copy.deepcopy(model).double()
     layout = ["tiittt"] if "prompt_lookup_num_tokens" in mode else ["titit", "tt", "iit"]
     inputs = make_inputs(layout, model)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
     settings = {**NEW, **mode}
     torch.manual_seed(0)
     cached = model.generate(**inputs, **settings)
