@@ -5,15 +5,14 @@ Runs transformers' own common tests on our classes, and ends with pytest's line 
     python tests/conformance/run.py [pytest arguments, such as -k resize]
 
 The tests come from the source archive of the installed version of transformers on the package index; they are kept in
-`.conformance/`, and downloaded once. Those of generation are not in the archive: they come from the version's tag in
-transformers' repository. Where that is out of reach, they are left out, and the run says so.
+`.conformance/`, and downloaded once. Those of generation are not in the archive: they run if you put that version's
+`tests/generation/test_utils.py`, from transformers' repository, at `.conformance/transformers-VERSION/generation_tests.py`.
 """
 
 import os
 import subprocess
 import sys
 import tarfile
-import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +22,6 @@ REPOSITORY = HERE.parents[1]
 VERSION = version("transformers")
 SUITE = REPOSITORY / ".conformance" / f"transformers-{VERSION}"
 GENERATION_TESTS = "tests/generation/test_utils.py"
-GENERATION_TESTS_URL = f"https://raw.githubusercontent.com/huggingface/transformers/v{VERSION}/{GENERATION_TESTS}"
 
 # What the common tests import although the source archive lacks it. The mixins add tests that are not in the archive;
 # in their place these add none.
@@ -77,22 +75,11 @@ def fetch_suite():
         write(unpacked, b"")
     for name, text in STAND_INS.items():
         write(SUITE / name, text.encode())
-    generation_tests = fetch_generation_tests()
-    if generation_tests is not None:
-        write(SUITE / GENERATION_TESTS, generation_tests)
-
-
-def fetch_generation_tests() -> bytes | None:
-    """The tests of generation, downloaded unless they are there; `None` if they cannot be had."""
-    kept = SUITE / "generation_tests.py"
-    if not kept.exists():
-        try:
-            with urllib.request.urlopen(GENERATION_TESTS_URL, timeout=30) as answer:
-                write(kept, answer.read())
-        except OSError as error:
-            print(f"Without the tests of generation: {GENERATION_TESTS_URL}: {error}. Put the file at {kept}", flush=True)
-            return None
-    return kept.read_bytes()
+    generation_tests = SUITE / "generation_tests.py"
+    if generation_tests.exists():
+        write(SUITE / GENERATION_TESTS, generation_tests.read_bytes())
+    else:
+        print(f"Without the tests of generation: there is no {generation_tests}", flush=True)
 
 
 def write(path: Path, content: bytes):
