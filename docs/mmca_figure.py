@@ -36,7 +36,7 @@ def visible(variant: str) -> torch.Tensor:
     """A matrix of shape `(rows, keys)` of the codes above."""
     is_image = torch.tensor([[token.startswith("img") for token in TOKENS]])
     length = len(TOKENS)
-    numbers, key_numbers = update_image_numbers(None, is_image, 3, 1, (1, length), is_image.device)
+    numbers, key_numbers = update_image_numbers(None, is_image, 3, (1, length), is_image.device)
     config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa")
     mask = create_multimodal_mask(
         variant, config, torch.zeros(1, length, 1), None, torch.arange(length)[None], None, numbers, key_numbers

@@ -34,7 +34,16 @@ from training_loop import (
     load_universal,
     plot_curves,
 )
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, LlamaConfig, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    set_seed,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import is_bitsandbytes_available
 
@@ -179,6 +188,16 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     processor.save_pretrained(folder)
 
 
+def fit_context(max_length: int, model_name: str) -> int:
+    """`max_length`, or the decoder's context if that is shorter: the model would refuse a longer conversation."""
+    text_config = AutoConfig.from_pretrained(model_name, trust_remote_code=True).text_config
+    context = text_config.max_position_embeddings
+    if max_length <= context or text_config.rope_parameters["rope_type"] == "dynamic":
+        return max_length
+    logger.warning("max_length is %d, but the decoder's context holds %d tokens: cutting there", max_length, context)
+    return context
+
+
 def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
     """The model, with what the mode trains set to train."""
     quantization = None
@@ -293,11 +312,12 @@ def main(argv: list[str]) -> dict[str, float]:
             if training_args.process_index == 0 and not (data_args.resume and joined):
                 join_parts(model_args, processor, output_dir / "joined")
         processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
+    max_length = fit_context(data_args.max_length, model_args.model_name_or_path)
     with training_args.main_process_first(desc="preparing rows"):
         prepared = prepare_rows(
             data_args.datasets,
             processor,
-            data_args.max_length,
+            max_length,
             data_args.weights,
             data_args.streaming,
             data_args.num_proc,

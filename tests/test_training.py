@@ -280,6 +280,17 @@ class TestInvariants:
 
 
 class TestRows:
+    def test_a_conversation_is_cut_to_the_decoders_context_too(self, parts, tmp_path, caplog):
+        from train import main
+
+        make_model(text={"max_position_embeddings": 160}).save_pretrained(tmp_path / "model")
+        make_processor().save_pretrained(tmp_path / "model")
+        row = make_row(0, rounds=8)
+        datasets.Dataset.from_list([row] * 4, features=FEATURES).to_parquet(tmp_path / "rows.parquet")
+        settings = {"model_name_or_path": tmp_path / "model", "datasets": tmp_path / "rows.parquet", "max_length": 4096}
+        main(arguments(parts, tmp_path / "run", max_steps=1, eval_fraction=0, eval_strategy="no", **settings))
+        assert "max_length is 4096, but the decoder's context holds 160 tokens" in caplog.text
+
     def test_oldest_rounds_go_first_with_their_images(self, parts):
         from training_data import drop_rounds, measure
 
