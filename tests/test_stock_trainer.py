@@ -66,6 +66,12 @@ class TestLabelSmoothing:
         trainer.train()
         assert trainer.state.log_history[-2]["loss"] == pytest.approx(float(expected), abs=1e-4)
 
+    def test_a_compiled_model_is_refused(self, tmp_path):
+        """transformers shifts labels for models that it knows by name, which a compiled one has not."""
+        settings = {"torch_compile": True, "torch_compile_backend": "eager", "label_smoothing_factor": SMOOTHING}
+        with pytest.raises(ValueError, match="Leave out torch_compile, or label_smoothing_factor"):
+            make_trainer(make_model(), tmp_path, **settings).train()
+
     @pytest.mark.parametrize("supervised_only", [False, True])
     def test_batches_of_4_equal_4_accumulated(self, tmp_path, supervised_only):
         losses = []

@@ -679,11 +679,15 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatGenerationMixin
                 (`label_smoothing_factor`, `compute_loss_func`).
 
         Raises:
-            ValueError: If the placeholders do not match the images. Both counts are given.
+            ValueError: If the placeholders do not match the images; both counts are given. If the `Trainer` computes the
+                loss of a compiled model itself.
         """
         takes_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
-        if takes_mask and labels is None and kwargs.get("num_items_in_batch") is not None:
-            logits_to_keep, takes_mask = 0, False
+        if labels is None and kwargs.get("num_items_in_batch") is not None:
+            if torch.compiler.is_compiling():
+                _refuse_loss_of_compiled_model()
+            if takes_mask:
+                logits_to_keep, takes_mask = 0, False
         rows_to_keep = None
         if (tokens := input_ids if input_ids is not None else inputs_embeds) is not None:
             rows_to_keep = _rows_with_logits(logits_to_keep, tokens.shape[:2], tokens.device)
@@ -756,6 +760,16 @@ def check_parts(vision: str | None, text: str | None) -> None:
                 f"`{name}`: {source} has the model_type {model_type!r}, but the {kind} must be of"
                 f" {' or '.join(map(repr, allowed))}"
             )
+
+
+@torch.compiler.disable
+def _refuse_loss_of_compiled_model() -> None:
+    """In a graph that is traced, an error would be traced too."""
+    raise ValueError(
+        "The Trainer computes the loss itself from the logits of a compiled model, which it does not know as a language"
+        " model: with label_smoothing_factor it would smooth labels that are not shifted. Leave out torch_compile, or"
+        " label_smoothing_factor and compute_loss_func"
+    )
 
 
 def find_equal_pictures(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
