@@ -298,6 +298,7 @@ def test_a_quantized_cache(model):
     assert torch.equal(model.generate(**text, **NEW, **fp8), llama.generate(**text, **NEW, **fp8))
 
 
+@pytest.mark.slow  # quanto compiles an extension for two minutes, once a machine
 def test_a_quanto_cache_is_quantized_in_all_its_layers(model):
     inputs = make_inputs(["titit", "ts"], model)
     config = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}

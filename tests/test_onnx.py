@@ -44,10 +44,10 @@ def assert_same_logits(run, model, inputs):
     ("variant", "numbered", "implementation", "projector"),
     [
         ("mmca", True, "sdpa", "linear"),
-        ("mmca", True, "eager", "linear"),
+        pytest.param("mmca", True, "eager", "linear", marks=pytest.mark.slow),
         pytest.param("mmca_merged", False, "sdpa", "vit", marks=pytest.mark.slow),
         pytest.param("causal", True, "sdpa", "perceiver", marks=pytest.mark.slow),
-        ("mmca_released", False, "sdpa", "perceiver_released"),
+        pytest.param("mmca_released", False, "sdpa", "perceiver_released", marks=pytest.mark.slow),
     ],
 )
 def test_logits_are_the_models(variant, numbered, implementation, projector, tmp_path):
