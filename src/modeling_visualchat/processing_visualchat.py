@@ -9,9 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from transformers import AddedToken, BatchEncoding
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
+from transformers import AddedToken, BatchEncoding, BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
 from .image_loading_visualchat import ImageSource, clip_pixel_values, clip_side, crop_for_clip, load_image
 
@@ -146,7 +147,14 @@ class VisualChatProcessor(ProcessorMixin):
             numbers.append([token for token, (begin, stop) in spans if begin < end and stop > start])
         return numbers
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        videos=None,
+        audio=None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """As in transformers. A text that begins as the tokenizer begins a text is not given that beginning again."""
         given = {*kwargs, *kwargs.get("common_kwargs", {}), *kwargs.get("text_kwargs", {})}
         if text is not None and "add_special_tokens" not in given:
