@@ -74,9 +74,9 @@ def make_config(text: dict, vision: dict) -> VisualChatConfig:
 
 def predict(case: Case) -> dict:
     """The peak in MiB, on device and host together, and its parts."""
-    from plan import DTYPES, Planner, read_zero
-    from plan_trace import StepShape
-    from train import ModelArguments
+    from visualchat.planning.plan import DTYPES, Planner, read_zero
+    from visualchat.planning.trace import StepShape
+    from visualchat.training.train import ModelArguments
 
     config = make_config(TEXT, VISION)
     text = case.length - IMAGES * config.image_seq_length
@@ -114,7 +114,7 @@ class FixedBatch:
     """In place of the collator: the batch that the planner plans with, and different pictures."""
 
     def __init__(self, config: VisualChatConfig, length: int):
-        from plan_trace import StepShape, make_tokens
+        from visualchat.planning.trace import StepShape, make_tokens
 
         self.broken_rows = torch.zeros((), dtype=torch.long)
         self.broken_rows.value = 0
@@ -130,9 +130,9 @@ class FixedBatch:
 def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> float:
     """Trains for two steps. Returns the peak of the second in MiB."""
     import deepspeed
-    from plan import DTYPES
-    from train import ModelArguments, set_mode
-    from training_loop import VisualChatTrainer, VisualChatTrainingArguments
+    from visualchat.planning.plan import DTYPES
+    from visualchat.training.train import ModelArguments, set_mode
+    from visualchat.training.trainer import VisualChatTrainer, VisualChatTrainingArguments
 
     arguments = VisualChatTrainingArguments(
         folder,

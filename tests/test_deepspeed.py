@@ -219,7 +219,7 @@ def test_another_number_of_processes_goes_on_after_the_commands_that_the_refusal
 
 def test_another_number_of_processes_is_refused_with_the_command_that_converts(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from training_loop import VisualChatTrainingArguments, find_whole_checkpoint
+    from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
 
     shards = tmp_path / "checkpoint-4" / "global_step4"
     shards.mkdir(parents=True)

@@ -67,7 +67,7 @@ def test_there_is_no_other_folder():
 
 
 def test_the_folders_are_what_the_script_writes(tmp_path):
-    from make_hub_configs import main
+    from visualchat.hub.configs import main
 
     main(["--output", str(tmp_path)])
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}

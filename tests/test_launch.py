@@ -189,7 +189,7 @@ def test_one_node_runs(tmp_path, monkeypatch):
     """Two CPU processes, the tiny recipe."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)
-    import make_tiny
+    from examples.digits_demo import make_tiny
 
     make_tiny.main(["--rows", "40"])
     (tmp_path / "examples").symlink_to(ROOT / "examples")

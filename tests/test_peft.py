@@ -147,8 +147,8 @@ class TestAdaptersByRow:
 
 class TestTiedDecoder:
     def test_a_merged_adapter_parts_it_in_both_configs(self, tmp_path, caplog):
-        from merge_adapter import main as merge
-        from train import ModelArguments, set_mode
+        from visualchat.training.merge import main as merge
+        from visualchat.training.train import ModelArguments, set_mode
 
         make_model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path / "base")
         adapted = set_mode(AutoModel.from_pretrained(tmp_path / "base"), ModelArguments(mode="lora"))
@@ -182,7 +182,7 @@ class TestTiedDecoder:
 
 
 def test_adapters_of_the_training_command_have_a_task(tmp_path):
-    from train import ModelArguments, set_mode
+    from visualchat.training.train import ModelArguments, set_mode
 
     make_model().save_pretrained(tmp_path / "base")
     adapted = set_mode(AutoModel.from_pretrained(tmp_path / "base"), ModelArguments(mode="lora")).eval()

@@ -93,7 +93,7 @@ def front_matter(card: str) -> dict:
 
 class TestDryRun:
     def test_lists_every_file_with_size_and_hash_and_sends_nothing(self, hub: HubServer, tmp_path, capsys, monkeypatch):
-        from push_to_hub import main
+        from visualchat.hub.push import main
 
         save_run(tmp_path / "model")
         monkeypatch.delenv("HF_TOKEN")
@@ -111,7 +111,7 @@ class TestDryRun:
             assert sent[name] == [f"{path.stat().st_size:,}", sha256(path)]
 
     def test_the_card_lists_the_code_with_hashes(self, tmp_path, monkeypatch):
-        from push_to_hub import collect
+        from visualchat.hub.push import collect
 
         save_run(tmp_path)
         (tmp_path / "outputs" / "joined").mkdir(parents=True)
@@ -130,7 +130,7 @@ class TestDryRun:
         assert collect(tmp_path).contents["README.md"].decode() == card
 
     def test_a_hub_config_is_not_a_model(self):
-        from push_to_hub import collect
+        from visualchat.hub.push import collect
 
         with pytest.raises(FileNotFoundError, match=r"no model\.safetensors: save the model there"):
             collect(EXAMPLES.parent / "hub_configs" / "tiny")
@@ -147,7 +147,7 @@ class TestDryRun:
         ],
     )
     def test_what_is_missing_is_named(self, name, message, tmp_path):
-        from push_to_hub import collect
+        from visualchat.hub.push import collect
 
         save_run(tmp_path)
         next(tmp_path.glob(name)).unlink()
@@ -156,7 +156,7 @@ class TestDryRun:
 
     @pytest.mark.parametrize(("secret", "token"), [("hf_" + "a" * 34, None), ("another-hubs-token", "another-hubs-token")])
     def test_a_token_in_a_file_is_refused(self, secret, token, tmp_path):
-        from push_to_hub import collect
+        from visualchat.hub.push import collect
 
         save_model(tmp_path)
         (tmp_path / "settings.json").write_text(json.dumps({"token": secret}))
@@ -210,7 +210,7 @@ class TestPush:
         )
 
     def test_an_interrupted_upload_goes_on(self, hub: HubServer, tmp_path, monkeypatch):
-        from push_to_hub import push
+        from visualchat.hub.push import push
 
         save_run(tmp_path)
         shards = sorted(tmp_path.glob("*.safetensors"))
@@ -228,7 +228,7 @@ class TestPush:
         assert all(hub.files("user/name")[shard.name] == shard.read_bytes() for shard in shards)
 
     def test_a_later_push_removes_weights_and_code_that_are_gone(self, hub: HubServer, tmp_path):
-        from push_to_hub import push
+        from visualchat.hub.push import push
 
         save_run(tmp_path / "first")
         save_model(tmp_path / "second")
@@ -243,7 +243,7 @@ class TestPush:
 
     @pytest.mark.parametrize("given", ["wrong", "none", "another's name"])
     def test_who_may_not_write_is_told_so(self, given, hub: HubServer, tmp_path, monkeypatch, capsys):
-        from push_to_hub import main
+        from visualchat.hub.push import main
 
         save_model(tmp_path / "model")
         wrong = "hf_" + "w" * 34
@@ -262,7 +262,7 @@ class TestPush:
         assert hub.repositories == {} and hub.uploads == []
 
     def test_a_hub_that_cannot_be_reached_is_named(self, hub: HubServer, tmp_path, monkeypatch):
-        from push_to_hub import push
+        from visualchat.hub.push import push
 
         save_model(tmp_path)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -290,7 +290,7 @@ class TestPush:
 
 class TestTraining:
     def test_train_publishes_a_model_and_then_an_adapter_on_top(self, hub: HubServer, parts, tmp_path, monkeypatch):  # noqa: F811
-        from train import main
+        from visualchat.training.train import main
 
         publish = {"push_to_hub": True, "hub_token": TOKEN, "max_steps": 1}
         monkeypatch.delenv("HF_TOKEN")
@@ -312,7 +312,7 @@ class TestTraining:
             sys.modules.pop("modeling_visualchat")  # train.py has it
             sys.path.insert(0, examples)
             sys.argv = words.split("\\n")
-            from train import main
+            from visualchat.training.train import main
             main(sys.argv)
             """,
             cwd=tmp_path,
@@ -346,7 +346,7 @@ class TestTraining:
 
     def test_an_adapter_of_a_folder_needs_the_id_of_its_base(self, hub: HubServer, tmp_path):
         peft = pytest.importorskip("peft")
-        from push_to_hub import collect, push
+        from visualchat.hub.push import collect, push
 
         save_model(tmp_path / "model")
         model = make_model(image_number_keys=True)
@@ -363,7 +363,7 @@ class TestTraining:
         assert front_matter(contents["README.md"].decode())["base_model"] == ["user/base"]
 
     def test_what_cannot_be_published_is_refused_before_training(self, hub: HubServer, parts, tmp_path, monkeypatch):  # noqa: F811
-        from train import main
+        from visualchat.training.train import main
 
         with pytest.raises(ValueError, match=r"publishes an adapter.*needs model_name_or_path to be a Hub id"):
             main(arguments(parts, tmp_path / "run", push_to_hub=True, mode="lora"))

@@ -26,7 +26,7 @@ def examples():
 @pytest.fixture(scope="module")
 def finished(examples, tmp_path_factory):
     """A whole study, the tiny grid, and its folder."""
-    import study
+    from benchmarks.study import run as study
 
     folder = tmp_path_factory.mktemp("study")
     study.main(["--grid", "tiny", "--output", str(folder)])
@@ -36,7 +36,7 @@ def finished(examples, tmp_path_factory):
 class TestTasks:
     @pytest.mark.parametrize("seed", range(3))
     def test_patches_of_one_place_are_in_one_split(self, examples, seed):
-        from study_tasks import load_task
+        from benchmarks.study.tasks import load_task
 
         splits = load_task("patches", seed).splits
         pixels = {name: {np.asarray(p).tobytes() for p in split.pictures} for name, split in splits.items()}
@@ -47,7 +47,7 @@ class TestTasks:
         assert min(np.bincount(splits["test"].labels, minlength=8)) > 0
 
     def test_answers_are_true(self, examples):
-        from study_tasks import SHADES, load_task
+        from benchmarks.study.tasks import SHADES, load_task
 
         for row in load_task("patches", 0).conversations("test", 200, 0):
             shades, rough = [label // 2 for label in row["labels"]], [label % 2 for label in row["labels"]]
@@ -66,7 +66,7 @@ class TestTasks:
                     assert answer == ("none", "one", "two", "three", "four")[sum(rough[:seen])]
 
     def test_patches_are_as_bright_as_they_are_called(self, examples):
-        from study_tasks import load_task
+        from benchmarks.study.tasks import load_task
 
         test = load_task("patches", 0).splits["test"]
         means = np.array([np.asarray(picture.convert("L")).mean() for picture in test.pictures])
@@ -75,8 +75,8 @@ class TestTasks:
             assert means[shades == shade].max() < means[shades == shade + 1].min()
 
     def test_joined_samples_are_the_same_samples(self, examples):
-        from study_runs import join_samples
-        from study_tasks import load_task
+        from benchmarks.study.runs import join_samples
+        from benchmarks.study.tasks import load_task
 
         rows = join_samples(load_task("digits", 0), 50, 0)
         assert {len(row["samples"]) for row in rows} == {1, 2, 3, 4}
@@ -92,8 +92,8 @@ class TestTasks:
 class TestMeasures:
     def test_one_pass_judges_as_greedy_decoding_does(self, examples):
         """On answers that the model gives, and on others."""
-        from study_measures import collate, score
-        from study_tasks import load_task
+        from benchmarks.study.measures import collate, score
+        from benchmarks.study.tasks import load_task
 
         from modeling_visualchat.data_collator_visualchat import fill_images
 
@@ -126,8 +126,8 @@ class TestMeasures:
         assert sum(expected) > 3 and not all(expected) and loss > 0
 
     def test_attention_to_images_is_half_of_plain_mmcas(self, examples):
-        from study_measures import image_attention
-        from study_tasks import load_task
+        from benchmarks.study.measures import image_attention
+        from benchmarks.study.tasks import load_task
 
         for attention, is_half in (("mmca", True), ("mmca_merged", False), ("causal", False)):
             model = make_model(multimodal_attention=attention)
@@ -136,8 +136,8 @@ class TestMeasures:
             assert all(0 < share < 1 for share in shares["asked"])
 
     def test_memory_answers_as_pixels_do(self, examples):
-        from study_measures import compare_memory
-        from study_tasks import load_task
+        from benchmarks.study.measures import compare_memory
+        from benchmarks.study.tasks import load_task
 
         model = make_model(multimodal_attention="mmca", image_number_keys=True)
         rows = load_task("digits", 0).conversations("test", 5, 0)
@@ -146,7 +146,7 @@ class TestMeasures:
         assert counts["tokens"] > 0 and counts["different"] == 0
 
     def test_levels_and_intervals(self, examples):
-        from study_results import interval, paired, samples_to_reach
+        from benchmarks.study.results import interval, paired, samples_to_reach
 
         points = [(512, 0.5), (1024, 0.7), (2048, 0.9)]
         run = {"curve": [{"conversations": count, "accuracy": accuracy} for count, accuracy in points]}
@@ -162,7 +162,7 @@ class TestMeasures:
 
 class TestWholeStudy:
     def test_all_of_it_is_there(self, finished):
-        from study_runs import CHANGES, GRIDS, list_jobs
+        from benchmarks.study.runs import CHANGES, GRIDS, list_jobs
 
         study = json.loads((finished / "study_results.json").read_text())
         jobs = [job for stage in list_jobs(GRIDS["tiny"]) for job in stage]
@@ -173,7 +173,7 @@ class TestWholeStudy:
             assert f"({name})" in text and (finished / name).stat().st_size > 10_000
 
     def test_what_is_done_is_not_done_again(self, finished, monkeypatch, capsys):
-        import study
+        from benchmarks.study import run as study
 
         done = sorted((finished / "results").iterdir())
         times = [path.stat().st_mtime_ns for path in done]
@@ -192,7 +192,7 @@ class TestWholeStudy:
         assert first == again
 
     def test_results_of_other_settings_are_refused(self, finished):
-        from study_runs import GRIDS, list_jobs, work
+        from benchmarks.study.runs import GRIDS, list_jobs, work
 
         scale = replace(GRIDS["tiny"], probes=9)
         with pytest.raises(ValueError, match=r"made with other settings, .*'probes': 8"):
@@ -200,14 +200,14 @@ class TestWholeStudy:
 
     @pytest.mark.parametrize("projector", ["vit", "perceiver"])
     def test_projectors_are_changed(self, finished, projector):
-        from study_runs import Job, build, load_processor
+        from benchmarks.study.runs import Job, build, load_processor
 
         job = Job("change", 0, "digits", "mmca, numbered", "frozen", projector)
         assert build(job, load_processor(), finished).config.projector == projector
 
     def test_what_trains(self, finished):
         from safetensors.torch import load_file
-        from study_runs import GRIDS, Job, build, load_processor, run
+        from benchmarks.study.runs import GRIDS, Job, build, load_processor, run
 
         processor = load_processor()
         job = Job("run", 0, "digits", "mmca, numbered", "frozen")
@@ -226,7 +226,7 @@ class TestWholeStudy:
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib draws the report")
 def test_the_published_document_is_that_of_its_results(examples, tmp_path):
-    from study_report import write_document
+    from benchmarks.study.report import write_document
 
     docs = EXAMPLES.parent / "docs"
     (tmp_path / "study_results.json").write_text((docs / "study_results.json").read_text())
@@ -235,8 +235,8 @@ def test_the_published_document_is_that_of_its_results(examples, tmp_path):
 
 
 def test_the_readme_shows_what_was_found(examples):
-    from study_report import RECOMMENDATION, headline_table
-    from study_results import Study
+    from benchmarks.study.report import RECOMMENDATION, headline_table
+    from benchmarks.study.results import Study
 
     root = EXAMPLES.parent
     study = Study(json.loads((root / "docs" / "study_results.json").read_text()))

@@ -110,7 +110,7 @@ ALIGNMENT = {
 
 class TestModes:
     def test_alignment_moves_projector_and_embedding_alone(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         metrics = main(arguments(parts, tmp_path, generation_samples=2, projector_learning_rate=1e-2))
         before = AutoModel.from_pretrained(parts / "model").state_dict()
@@ -126,7 +126,7 @@ class TestModes:
         assert all("broken_rows" in entry for entry in json.loads((tmp_path / "log.json").read_text()) if "loss" in entry)
 
     def test_full_moves_everything_that_the_logits_read(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         main(arguments(parts, tmp_path, mode="full"))
         before = AutoModel.from_pretrained(parts / "model").state_dict()
@@ -136,9 +136,9 @@ class TestModes:
 
     @pytest.mark.parametrize("target", ["decoder", "tower", "both"])
     def test_lora_is_saved_as_an_adapter_and_merges_into_a_plain_model(self, parts, tmp_path, target):
-        from merge_adapter import main as merge
+        from visualchat.training.merge import main as merge
         from peft import PeftModel
-        from train import main
+        from visualchat.training.train import main
 
         main(arguments(parts, tmp_path, mode="lora", lora_target=target, lora_learning_rate=1e-2))
         names = {path.name for path in (tmp_path / "model").iterdir()}
@@ -166,7 +166,7 @@ class TestModes:
 
 class TestInvariants:
     def test_batches_of_4_equal_4_accumulated(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         main(arguments(parts, tmp_path / "a", per_device_train_batch_size=4, gradient_accumulation_steps=1))
         main(arguments(parts, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4))
@@ -176,21 +176,21 @@ class TestInvariants:
             torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
 
     def test_the_same_seed_gives_the_same_losses(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         for run in "ab":
             main(arguments(parts, tmp_path / run))
         assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
     def test_gradient_checkpointing_gives_the_same_losses(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         main(arguments(parts, tmp_path / "a"))
         main(arguments(parts, tmp_path / "b", gradient_checkpointing=True))
         assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-6)
 
     def test_resuming_follows_the_run_that_was_not_interrupted(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         main(arguments(parts, tmp_path / "whole", max_steps=6))
         main(arguments(parts, tmp_path / "halves", max_steps=6, save_steps=2, save_strategy="steps"))
@@ -202,7 +202,7 @@ class TestInvariants:
         assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
 
     def test_groups_of_like_length_come_in_an_order_of_seed_and_epoch_alone(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         words = arguments(parts, tmp_path, train_sampling_strategy="group_by_length", save_strategy="steps", save_steps=6)
         words += ["--max_steps", "10", "--eval_fraction", "0.2", "--mode", "lora", "--lora_dropout", "0.1"]
@@ -213,9 +213,9 @@ class TestInvariants:
         assert losses(tmp_path) == whole
 
     def test_batches_hold_rows_of_like_length(self, parts, tmp_path):
-        from train import load_model, load_processor, parse_arguments
-        from training_data import TrainingCollator, prepare_rows
-        from training_loop import VisualChatTrainer
+        from visualchat.training.train import load_model, load_processor, parse_arguments
+        from visualchat.training.rows import TrainingCollator, prepare_rows
+        from visualchat.training.trainer import VisualChatTrainer
 
         padding = {}
         for strategy in ("sequential", "group_by_length"):
@@ -237,7 +237,7 @@ class TestInvariants:
 
     @pytest.mark.parametrize("mode", ["alignment", "lora"])
     def test_the_best_model_is_saved_and_best_and_last_checkpoint_are_kept(self, parts, tmp_path, mode):
-        from train import main
+        from visualchat.training.train import main
 
         settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
         # As the best counts what is worst, which is where training begins
@@ -253,8 +253,8 @@ class TestInvariants:
         assert not moved(first, saved)
 
     def test_older_checkpoints_go_only_when_the_new_one_is_whole(self, parts, tmp_path, monkeypatch):
-        import training_loop
-        from train import main
+        from visualchat.training import trainer as training_loop
+        from visualchat.training.train import main
 
         def stop(output_dir, save_total_limit, best):
             newest = max(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -265,7 +265,7 @@ class TestInvariants:
         main(arguments(parts, tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1))
 
     def test_learning_rates_by_part(self, parts):
-        from training_loop import VisualChatTrainingArguments, group_parameters
+        from visualchat.training.trainer import VisualChatTrainingArguments, group_parameters
 
         model = AutoModel.from_pretrained(parts / "model")
         model.freeze_for_alignment()
@@ -281,7 +281,7 @@ class TestInvariants:
 
 class TestRows:
     def test_a_conversation_is_cut_to_the_decoders_context_too(self, parts, tmp_path, caplog):
-        from train import main
+        from visualchat.training.train import main
 
         make_model(text={"max_position_embeddings": 160}).save_pretrained(tmp_path / "model")
         make_processor().save_pretrained(tmp_path / "model")
@@ -292,7 +292,7 @@ class TestRows:
         assert "max_length is 4096, but the decoder's context holds 160 tokens" in caplog.text
 
     def test_oldest_rounds_go_first_with_their_images(self, parts):
-        from training_data import drop_rounds, measure
+        from visualchat.training.rows import drop_rounds, measure
 
         processor = make_processor()
         row = make_row(0, images=3, rounds=3)
@@ -309,7 +309,7 @@ class TestRows:
         assert drop_rounds(system + row["messages"], 1) == system + row["messages"][2:]
 
     def test_rows_without_an_answer_are_left_out_and_counted(self, parts, caplog):
-        from training_data import prepare_rows
+        from visualchat.training.rows import prepare_rows
 
         prepared = prepare_rows([str(parts / "data")], make_processor(), max_length=75)
         assert 0 < prepared.too_long[str(parts / "data")] < 20
@@ -317,7 +317,7 @@ class TestRows:
         assert "keep no answer within 75 tokens" in caplog.text
 
     def test_mixtures(self, parts, tmp_path):
-        from training_data import prepare_rows
+        from visualchat.training.rows import prepare_rows
 
         other = [make_row(k, images=1, rounds=1) | {"source": "other"} for k in range(5)]
         datasets.Dataset.from_list(other, features=FEATURES).to_parquet(tmp_path / "other.parquet")
@@ -333,8 +333,8 @@ class TestRows:
             prepare_rows(names, make_processor(), 512, weights=[1])
 
     def test_mixtures_of_rows_with_ids_of_any_kind_and_without(self, parts, tmp_path):
-        from train import main
-        from training_data import load_rows, prepare_rows
+        from visualchat.training.train import main
+        from visualchat.training.rows import load_rows, prepare_rows
 
         named = datasets.Dataset.from_list([make_row(k, images=1, rounds=1) for k in range(4)], features=FEATURES)
         forms = {
@@ -359,7 +359,7 @@ class TestRows:
 
     @pytest.mark.parametrize("key", ["image", "url", "path", "base64"])
     def test_pictures_of_the_parts_themselves(self, tmp_path, caplog, key):
-        from training_data import TrainingCollator, prepare_rows
+        from visualchat.training.rows import TrainingCollator, prepare_rows
 
         def make_own(question, *pictures):
             parts = [{"type": "image", key: picture} for picture in pictures]
@@ -390,7 +390,7 @@ class TestRows:
         assert f"Left out of the batch: {tmp_path}/rows.jsonl, row 1, messages[0].content[1].{key}" in caplog.text
 
     def test_the_first_key_that_is_set_counts_and_a_null_among_the_images_is_a_broken_picture(self, tmp_path):
-        from training_data import TrainingCollator
+        from visualchat.training.rows import TrainingCollator
 
         digit_image(0).save(tmp_path / "good.png")
         content = [{"type": "image", "image": None, "path": str(tmp_path / "good.png"), "base64": "no*base64"}]
@@ -405,7 +405,7 @@ class TestRows:
         assert skipping([row, broken])["input_ids"].shape[0] == skipping.broken_rows.value == 1
 
     def test_json_lines_with_paths_of_pictures(self, tmp_path, monkeypatch):
-        from training_data import TrainingCollator, prepare_rows
+        from visualchat.training.rows import TrainingCollator, prepare_rows
 
         monkeypatch.chdir(tmp_path)
         Path("pictures").mkdir()
@@ -417,7 +417,7 @@ class TestRows:
         assert batch["pixel_values"].shape == (1, 3, 16, 16)
 
     def test_a_dataset_of_another_schema_is_named(self, tmp_path):
-        from training_data import load_rows
+        from visualchat.training.rows import load_rows
 
         path = tmp_path / "other.parquet"
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(path)
@@ -427,7 +427,7 @@ class TestRows:
             load_rows(str(tmp_path / "nothing.parquet"))
 
     def test_a_broken_picture_stops_the_run_or_is_named_and_counted(self, parts, tmp_path, caplog):
-        from train import main
+        from visualchat.training.train import main
 
         rows = datasets.Dataset.from_parquet(str(parts / "data" / "shard-00000-of-00001.parquet"))
         rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False))).to_list()
@@ -520,9 +520,9 @@ class TestBadRows:
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_the_check_and_training_name_each_with_the_same_words(self, model, capsys, streaming):
-        import prepare_data
-        from data_checks import Needs
-        from training_data import TrainingCollator, prepare_rows
+        from visualchat.data import prepare as prepare_data
+        from visualchat.data.checks import Needs
+        from visualchat.training.rows import TrainingCollator, prepare_rows
 
         processor = AutoProcessor.from_pretrained(model)
         needs = Needs.of(processor, AutoConfig.from_pretrained(model))
@@ -544,7 +544,7 @@ class TestBadRows:
 
     @pytest.mark.parametrize("options", [{}, {"streaming": True}, {"num_proc": 2}], ids=str)
     def test_training_goes_on_past_all_of_them_on_request(self, model, caplog, options):
-        from train import main
+        from visualchat.training.train import main
 
         self.write(*BAD_ROWS, good=20)
         settings = {"model_name_or_path": model, "datasets": "rows.jsonl", "eval_fraction": 0.25, "seed": 3, **options}
@@ -562,7 +562,7 @@ class TestBadRows:
         assert logged[-1]["broken_rows"] <= len(BAD_ROWS) and all(float(entry["loss"]) > 0 for entry in logged)
 
     def test_a_batch_without_a_good_row(self, model):
-        from training_data import TrainingCollator, prepare_rows
+        from visualchat.training.rows import TrainingCollator, prepare_rows
 
         processor = make_processor()
         self.write("no file", "no picture")
@@ -575,14 +575,14 @@ class TestBadRows:
             TrainingCollator(processor, skip_broken_images=True, stand_ins=rows[1:])(rows[1:])
 
     def test_no_row_is_left(self, model):
-        from training_data import prepare_rows
+        from visualchat.training.rows import prepare_rows
 
         self.write("null messages", "two questions", good=0)
         with pytest.raises(ValueError, match=r"rows\.jsonl: there are no rows to train on"):
             prepare_rows(["rows.jsonl"], make_processor(), 512, skip_faulty=True)
 
     def test_streamed_shards_are_named_by_their_ids(self, model):
-        from training_data import TrainingCollator, prepare_rows
+        from visualchat.training.rows import TrainingCollator, prepare_rows
 
         Path("shards").mkdir()
         for k in range(2):
@@ -594,8 +594,8 @@ class TestBadRows:
                 TrainingCollator(make_processor())([row])
 
     def test_pictures_in_every_form_train_as_they_were_checked(self, model):
-        import prepare_data
-        from training_data import TrainingCollator, prepare_rows
+        from visualchat.data import prepare as prepare_data
+        from visualchat.training.rows import TrainingCollator, prepare_rows
 
         png = base64.encodebytes(Path("good.png").read_bytes()).decode()
         sources = ["good.png", "~/good.png", Path("good.png").resolve().as_uri(), f"DATA:image/png;base64,{png}", png]
@@ -618,8 +618,8 @@ class TestBadRows:
                 assert (batch["input_ids"] == batch["input_ids"][:1]).all()
 
     def test_images_that_are_no_lists_are_named(self, model, capsys):
-        import prepare_data
-        from training_data import load_rows
+        from visualchat.data import prepare as prepare_data
+        from visualchat.training.rows import load_rows
 
         Path("rows.jsonl").write_text(json.dumps({**self.GOOD, "images": "good.png"}) + "\n")
         with pytest.raises(ValueError, match=r"rows\.jsonl: the column `images` must hold a list of pictures in each row"):
@@ -628,7 +628,7 @@ class TestBadRows:
         assert "the column `images` must hold a list" in capsys.readouterr().err
 
     def test_what_the_check_takes_as_a_model(self, model, capsys):
-        import prepare_data
+        from visualchat.data import prepare as prepare_data
 
         self.write("thin")
         tower = make_model().model.vision_tower
@@ -668,14 +668,14 @@ class TestContradictions:
         ],
     )
     def test_both_fields_are_named_before_any_work_starts(self, parts, tmp_path, fields, message):
-        from train import main
+        from visualchat.training.train import main
 
         with pytest.raises(ValueError, match=message):
             main(arguments(parts, tmp_path / "run", **fields))
         assert not (tmp_path / "run").exists()
 
     def test_a_checkpoint_of_deepspeed_and_a_run_without_it(self, parts, tmp_path, monkeypatch):
-        import train
+        from visualchat.training import train
 
         def no_work(*arguments):
             raise AssertionError("the run had begun")
@@ -690,7 +690,7 @@ class TestContradictions:
             train.main(words)
 
     def test_a_run_of_deepspeed_and_a_checkpoint_without_it(self, tmp_path):
-        from training_loop import VisualChatTrainingArguments, find_whole_checkpoint
+        from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
 
         folder = make_checkpoint(tmp_path)
         args = VisualChatTrainingArguments(str(tmp_path), use_cpu=True)
@@ -702,7 +702,7 @@ class TestContradictions:
         assert find_whole_checkpoint(args) == str(folder)
 
     def test_streamed_rows_train_without_evaluation(self, parts, tmp_path):
-        from train import main
+        from visualchat.training.train import main
 
         assert main(arguments(parts, tmp_path, streaming=True)) == {"broken_rows": 0}
         assert len(losses(tmp_path)) == 4
@@ -710,7 +710,7 @@ class TestContradictions:
 
 class TestQuantized:
     def test_4_bits_for_the_decoders_layers_alone(self, parts, tmp_path, monkeypatch):
-        import train
+        from visualchat.training import train
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         given = {}
@@ -731,7 +731,7 @@ class TestQuantized:
         assert linear - quantized > {"lm_head", "model.multi_modal_projector.linear"}
 
     def test_without_bitsandbytes_it_is_named_before_any_work_starts(self, parts, tmp_path, monkeypatch):
-        import train
+        from visualchat.training import train
 
         monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
         with pytest.raises(ImportError, match="load_in_4bit needs bitsandbytes: pip install"):
@@ -768,8 +768,8 @@ def make_paper_model(size: str):
 
 @pytest.mark.parametrize("size", sorted(LLAMA_2))
 def test_the_papers_recipes_fill_their_deepspeed_json_and_reach_the_batch_they_name(size, tmp_path, monkeypatch):
-    from train import parse_arguments
-    from training_loop import VisualChatTrainingArguments
+    from visualchat.training.train import parse_arguments
+    from visualchat.training.trainer import VisualChatTrainingArguments
 
     monkeypatch.chdir(EXAMPLES.parent)
     recipe = Path(f"examples/recipes/paper-{size}.yaml")
@@ -863,7 +863,7 @@ def make_filled(row):
 
 
 def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
-    from train import parse_arguments
+    from visualchat.training.train import parse_arguments
 
     for recipe in sorted((EXAMPLES / "recipes").glob("*.yaml")):
         model_args, data_args, training_args = parse_arguments(
@@ -878,7 +878,7 @@ def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
 
 
 def test_joining_a_tower_and_a_decoder(parts, tmp_path):
-    from train import main
+    from visualchat.training.train import main
     from transformers import LlamaForCausalLM
 
     model = make_model(text={"vocab_size": 320}, image_token_id=5)
@@ -897,7 +897,7 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
 
 
 def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
-    from train import main
+    from visualchat.training.train import main
     from transformers import LlamaForCausalLM
 
     model = make_model()
@@ -916,8 +916,8 @@ def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_p
 
 
 def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
-    import make_tiny
-    from train import main
+    from examples.digits_demo import make_tiny
+    from visualchat.training.train import main
 
     monkeypatch.chdir(tmp_path)
     make_tiny.main(["--rows", "40"])
@@ -930,12 +930,12 @@ def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
 
 class TestFastestAttention:
     def choose(self, device="cuda", **settings):
-        from train import fastest_attention
+        from visualchat.training.train import fastest_attention
 
         return fastest_attention(make_config(**settings), torch.device(device))
 
     def test_flex_attention_on_a_gpu_for_the_variants_that_it_computes(self, monkeypatch):
-        import train
+        from visualchat.training import train
 
         monkeypatch.setattr(train, "try_flex_attention", lambda config, device: None)
         assert self.choose() == self.choose(multimodal_attention="mmca_merged") == "flex_attention"
@@ -943,7 +943,7 @@ class TestFastestAttention:
         assert self.choose(text={"attention_dropout": 0.1}) == "sdpa"
 
     def test_sdpa_where_it_does_not_compile(self, monkeypatch, caplog):
-        import train
+        from visualchat.training import train
 
         monkeypatch.setattr(train, "try_flex_attention", functools.partial(self.try_on_the_cpu, train.try_flex_attention))
         assert self.choose() == "sdpa"

@@ -246,7 +246,7 @@ def walk(node: ast.AST, where: str = ""):
 
 def test_the_card_names_what_writes_or_fetches(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from push_to_hub import EXCEPTIONS
+    from visualchat.hub.push import EXCEPTIONS
 
     named = " ".join(EXCEPTIONS)
     for _, function in ALLOWED:

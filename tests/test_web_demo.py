@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture
 def page(model, warnings):
-    from web_demo import ChatPage
+    from visualchat.chat.page import ChatPage
 
     return ChatPage(model, make_processor(), max_images=4, max_pixels=10_000, max_cached=2)
 
@@ -160,7 +160,7 @@ class TestRefusals:
         assert len(warnings) == 1 and box_of(shown)["label"] == "The conversation has all of its 4 pictures"
 
     def test_the_models_numbers_are_a_limit(self, model):
-        from web_demo import ChatPage
+        from visualchat.chat.page import ChatPage
 
         assert ChatPage(model, make_processor(), max_images=99).max_images == 12
 
@@ -234,8 +234,8 @@ class TestControls:
 
     @pytest.mark.parametrize("name", ["digits", "photographs", "none"])
     def test_examples(self, model, name):
-        from web_conversation import EXAMPLES
-        from web_demo import ChatPage
+        from visualchat.chat.page_conversation import EXAMPLES
+        from visualchat.chat.page import ChatPage
 
         page = ChatPage(model, make_processor(), EXAMPLES[name]())
         page.build()
@@ -247,7 +247,7 @@ class TestControls:
         assert (name == "none") == (not page.examples)
 
     def test_stop_ends_an_example(self, page):
-        from web_conversation import digit_examples
+        from visualchat.chat.page_conversation import digit_examples
 
         page.examples = digit_examples()
         answering = page.ask_example(ANNA, SimpleNamespace(index=1), None, *SETTINGS)
@@ -306,7 +306,7 @@ class TestVisitors:
 def test_it_listens_on_the_loopback_only_and_shares_nothing():
     import os
 
-    from web_demo import parse_arguments
+    from visualchat.chat.page import parse_arguments
 
     options = parse_arguments(["model"])
     assert options.host == "127.0.0.1" and not options.share
