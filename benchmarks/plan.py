@@ -130,6 +130,7 @@ class FixedBatch:
 def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> float:
     """Trains for two steps. Returns the peak of the second in MiB."""
     import deepspeed
+
     from visualchat.planning.plan import DTYPES
     from visualchat.training.train import ModelArguments, set_mode
     from visualchat.training.trainer import VisualChatTrainer, VisualChatTrainingArguments

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from visualchat.evaluation.answers import generate_answers, is_exact
-from benchmarks.study.tasks import IDENTIFY, Task
 
+from benchmarks.study.tasks import IDENTIFY, Task
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import fill_images
+from visualchat.evaluation.answers import generate_answers, is_exact
 
 
 GENERATION = {"do_sample": False, "max_new_tokens": 8}

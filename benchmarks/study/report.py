@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import matplotlib.pyplot as plt
+
 from benchmarks.study.results import Study, accuracy_at, difference, interval, paired, samples_to_reach
 from benchmarks.study.runs import ALIGNMENT_RATE, CHANGES, DECODER_RATE, REGIMES, WARMUP_STEPS
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from examples.digits_demo.stages import describe_in_words, make_processor, train, train_decoder, train_tower
-from visualchat.data.digits import Digits
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from benchmarks.study.measures import collate, compare_memory, image_attention, robustness, score, share_by
-from benchmarks.study.tasks import IDENTIFY, Task, load_task
 from transformers import CLIPVisionModel, LlamaForCausalLM, TrainerCallback, set_seed
 
+from benchmarks.study.measures import collate, compare_memory, image_attention, robustness, score, share_by
+from benchmarks.study.tasks import IDENTIFY, Task, load_task
+from examples.digits_demo.stages import describe_in_words, make_processor, train, train_decoder, train_tower
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
+from visualchat.data.digits import Digits
 
 
 TASKS = tuple(IDENTIFY)

@@ -9,9 +9,10 @@ from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
-from visualchat.data.digits import COUNTS, DIGITS, Digits, Question, Subject, jitter, make_conversations, split_digits
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from visualchat.data.digits import COUNTS, DIGITS, Digits, Question, Subject, jitter, make_conversations, split_digits
 
 
 SHADES = ("dark", "dim", "light", "bright")

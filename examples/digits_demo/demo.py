@@ -29,17 +29,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from visualchat.evaluation.answers import generate_answers, is_exact
-from examples.digits_demo.talk import hold_conversation
-from examples.digits_demo.report import draw_conversation, draw_losses, write_model_card
-from examples.digits_demo.stages import align, describe_in_words, make_processor, train_decoder, train_tower
-from visualchat.data.digits import KINDS, jitter, make_conversations, split_digits
 from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
+from examples.digits_demo.report import draw_conversation, draw_losses, write_model_card
+from examples.digits_demo.stages import align, describe_in_words, make_processor, train_decoder, train_tower
+from examples.digits_demo.talk import hold_conversation
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import fill_images
+from visualchat.data.digits import KINDS, jitter, make_conversations, split_digits
+from visualchat.evaluation.answers import generate_answers, is_exact
 
 
 @dataclass

@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 
 import datasets
-from visualchat.data.shards import FEATURES
+
 from examples.digits_demo.stages import make_decoder, make_processor, make_tower
 from visualchat.data.digits import make_conversations, split_digits
+from visualchat.data.shards import FEATURES
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,6 @@ import re
 import tempfile
 
 import torch
-from visualchat.data.digits import WORDS, Digits
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -24,6 +23,7 @@ from transformers import (
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import IGNORE_INDEX
+from visualchat.data.digits import WORDS, Digits
 
 
 # In pixels: 4 patches and the class token stand for a picture

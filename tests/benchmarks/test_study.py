@@ -94,7 +94,6 @@ class TestMeasures:
         """On answers that the model gives, and on others."""
         from benchmarks.study.measures import collate, score
         from benchmarks.study.tasks import load_task
-
         from modeling_visualchat.data_collator_visualchat import fill_images
 
         model, processor = make_model(multimodal_attention="mmca", image_number_keys=True), make_processor()
@@ -207,6 +206,7 @@ class TestWholeStudy:
 
     def test_what_trains(self, finished):
         from safetensors.torch import load_file
+
         from benchmarks.study.runs import GRIDS, Job, build, load_processor, run
 
         processor = load_processor()

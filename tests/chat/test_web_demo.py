@@ -234,8 +234,8 @@ class TestControls:
 
     @pytest.mark.parametrize("name", ["digits", "photographs", "none"])
     def test_examples(self, model, name):
-        from visualchat.chat.page_conversation import EXAMPLES
         from visualchat.chat.page import ChatPage
+        from visualchat.chat.page_conversation import EXAMPLES
 
         page = ChatPage(model, make_processor(), EXAMPLES[name]())
         page.build()

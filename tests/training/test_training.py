@@ -136,8 +136,9 @@ class TestModes:
 
     @pytest.mark.parametrize("target", ["decoder", "tower", "both"])
     def test_lora_is_saved_as_an_adapter_and_merges_into_a_plain_model(self, parts, tmp_path, target):
-        from visualchat.training.merge import main as merge
         from peft import PeftModel
+
+        from visualchat.training.merge import main as merge
         from visualchat.training.train import main
 
         main(arguments(parts, tmp_path, mode="lora", lora_target=target, lora_learning_rate=1e-2))
@@ -213,8 +214,8 @@ class TestInvariants:
         assert losses(tmp_path) == whole
 
     def test_batches_hold_rows_of_like_length(self, parts, tmp_path):
-        from visualchat.training.train import load_model, load_processor, parse_arguments
         from visualchat.training.rows import TrainingCollator, prepare_rows
+        from visualchat.training.train import load_model, load_processor, parse_arguments
         from visualchat.training.trainer import VisualChatTrainer
 
         padding = {}
@@ -333,8 +334,8 @@ class TestRows:
             prepare_rows(names, make_processor(), 512, weights=[1])
 
     def test_mixtures_of_rows_with_ids_of_any_kind_and_without(self, parts, tmp_path):
-        from visualchat.training.train import main
         from visualchat.training.rows import load_rows, prepare_rows
+        from visualchat.training.train import main
 
         named = datasets.Dataset.from_list([make_row(k, images=1, rounds=1) for k in range(4)], features=FEATURES)
         forms = {
@@ -710,8 +711,9 @@ class TestContradictions:
 
 class TestQuantized:
     def test_4_bits_for_the_decoders_layers_alone(self, parts, tmp_path, monkeypatch):
-        from visualchat.training import train
         from transformers.quantizers.quantizers_utils import should_convert_module
+
+        from visualchat.training import train
 
         given = {}
 
@@ -878,8 +880,9 @@ def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
 
 
 def test_joining_a_tower_and_a_decoder(parts, tmp_path):
-    from visualchat.training.train import main
     from transformers import LlamaForCausalLM
+
+    from visualchat.training.train import main
 
     model = make_model(text={"vocab_size": 320}, image_token_id=5)
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
@@ -897,8 +900,9 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
 
 
 def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
-    from visualchat.training.train import main
     from transformers import LlamaForCausalLM
+
+    from visualchat.training.train import main
 
     model = make_model()
     model.model.vision_tower.save_pretrained(tmp_path / "tower")

@@ -25,9 +25,9 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
-from visualchat.chat.page_conversation import EXAMPLES, Conversation, Example, ShownRound
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from visualchat.chat.page_conversation import EXAMPLES, Conversation, Example, ShownRound
 
 
 CSS = """

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from visualchat.data.digits import split_digits
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from visualchat.data.digits import split_digits
 
 
 class ShownRound(NamedTuple):

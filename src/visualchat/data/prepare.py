@@ -35,20 +35,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from visualchat.data.checks import Needs, Problem, summarize
-from visualchat.data.rows import Context, Sample
-from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_whole
-from visualchat.data.sources import SOURCES, open_source
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
-from visualchat.training.rows import load_rows
 from transformers import AutoProcessor, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig
 from modeling_visualchat.image_loading_visualchat import shorter_edge
 from modeling_visualchat.modeling_visualchat import check_parts
+from visualchat.data.checks import Needs, Problem, summarize
+from visualchat.data.rows import Context, Sample
+from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_whole
+from visualchat.data.sources import SOURCES, open_source
+from visualchat.training.rows import load_rows
 
 
 CARD = """\

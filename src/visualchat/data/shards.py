@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
+from PIL import Image
+
+from modeling_visualchat.image_loading_visualchat import find_path, load_image
 from visualchat.data.checks import (
     Needs,
     Picture,
@@ -24,9 +27,6 @@ from visualchat.data.checks import (
     read_picture,
 )
 from visualchat.data.rows import Sample
-from PIL import Image
-
-from modeling_visualchat.image_loading_visualchat import find_path, load_image
 
 
 FEATURES = datasets.Features(

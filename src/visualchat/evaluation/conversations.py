@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from visualchat.evaluation.answers import text_of
-from visualchat.data.checks import IMAGE_TYPES, BadRow, check_conversation, find_source
 from datasets.exceptions import DatasetsError
 from PIL import Image
-from visualchat.training.rows import count_images, load_rows
 
 from modeling_visualchat.data_collator_visualchat import fill_images
 from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image, shorter_edge
+from visualchat.data.checks import IMAGE_TYPES, BadRow, check_conversation, find_source
+from visualchat.evaluation.answers import text_of
+from visualchat.training.rows import count_images, load_rows
 
 
 @dataclass

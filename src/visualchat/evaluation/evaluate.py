@@ -24,19 +24,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from visualchat.evaluation.answers import generate_answers
-from visualchat.evaluation.conversations import Dialogue, read_conversations, read_labelled
-from visualchat.evaluation.report import describe_number, describe_share, write_csv, write_report
-from visualchat.evaluation.scores import MATCHES, compare, score
-from visualchat.training.merge import load_merged
 from PIL import Image
 from tqdm import tqdm
-from visualchat.training.rows import count_tokens
 from transformers import AutoModel, AutoProcessor, BatchFeature
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.image_memory_visualchat import ModelWeights, fingerprint_weights
+from visualchat.evaluation.answers import generate_answers
+from visualchat.evaluation.conversations import Dialogue, read_conversations, read_labelled
+from visualchat.evaluation.report import describe_number, describe_share, write_csv, write_report
+from visualchat.evaluation.scores import MATCHES, compare, score
+from visualchat.training.merge import load_merged
+from visualchat.training.rows import count_tokens
 
 
 class Journal:

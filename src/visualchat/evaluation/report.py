@@ -6,9 +6,10 @@ import csv
 import io
 from pathlib import Path
 
-from visualchat.evaluation.conversations import Dialogue
 from jinja2 import Environment
 from PIL import Image
+
+from visualchat.evaluation.conversations import Dialogue
 
 
 COLUMNS = ("test_name", "image_path", "question", "answer")

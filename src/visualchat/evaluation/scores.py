@@ -10,6 +10,7 @@ from collections import defaultdict
 from math import sqrt
 
 import numpy as np
+
 from visualchat.evaluation.answers import is_exact, is_normalized_match
 
 

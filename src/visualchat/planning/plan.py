@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModel
+
+from modeling_visualchat import VisualChatConfig
 from visualchat.planning.memory import STATES, Parameter, Peak, Setting, plan_peak
 from visualchat.planning.trace import StepShape, Trace, trace_step
 from visualchat.training.train import ModelArguments, set_mode
 from visualchat.training.trainer import VisualChatTrainingArguments, group_parameters
-from transformers import AutoConfig, AutoModel
-
-from modeling_visualchat import VisualChatConfig
 
 
 DEEPSPEED = Path(__file__).parent / "deepspeed"

@@ -15,14 +15,14 @@ import torch
 from anyio import CapacityLimiter
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from visualchat.serving.requests import ChatRequest, Limits, RequestError
-from visualchat.serving.sampling import DECODING, Adjusting, Logprobs, Sampling, make_warpers
 from starlette.types import Receive
 from transformers import LogitsProcessor, StoppingCriteria
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from visualchat.serving.requests import ChatRequest, Limits, RequestError
+from visualchat.serving.sampling import DECODING, Adjusting, Logprobs, Sampling, make_warpers
 
 
 RATE_SECONDS = 10

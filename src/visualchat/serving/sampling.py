@@ -4,7 +4,6 @@
 import re
 
 import torch
-from visualchat.serving.requests import ChatRequest
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -20,6 +19,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from visualchat.serving.requests import ChatRequest
 
 
 # What `generate` takes where neither it nor `generation_config` is told

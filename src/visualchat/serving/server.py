@@ -28,6 +28,13 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
+from modeling_visualchat.image_loading_visualchat import DATA_URL
+from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.serving.answers import Answer, AnswerService, Conversation, DisconnectedError, Piece
 from visualchat.serving.requests import (
     ChatRequest,
@@ -41,13 +48,6 @@ from visualchat.serving.requests import (
     read_rounds,
     receive_body,
 )
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from transformers import AutoConfig, AutoModel, AutoProcessor
-
-from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
-from modeling_visualchat.image_loading_visualchat import DATA_URL
-from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 
 logger = logging.getLogger("uvicorn.error")

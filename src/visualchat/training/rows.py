@@ -17,10 +17,10 @@ import datasets
 import matplotlib.pyplot as plt
 import pyarrow as pa
 import pyarrow.compute as pc
-from visualchat.data.checks import IMAGE_TYPES, BadRow, Needs, Problem, check_conversation, load_picture, open_row
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, shorter_edge
+from visualchat.data.checks import IMAGE_TYPES, BadRow, Needs, Problem, check_conversation, load_picture, open_row
 
 
 logger = logging.getLogger(__name__)

@@ -21,19 +21,6 @@ from typing import Literal
 
 import torch
 import yaml
-from visualchat.data.checks import Needs
-from visualchat.hub.push import check_access, is_hub_id, push
-from visualchat.training.card import write_card
-from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
-from visualchat.training.trainer import (
-    EpochOrder,
-    VisualChatTrainer,
-    VisualChatTrainingArguments,
-    find_whole_checkpoint,
-    is_for_another_world,
-    load_universal,
-    plot_curves,
-)
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -51,6 +38,19 @@ from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualC
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from modeling_visualchat.modeling_visualchat import check_parts
+from visualchat.data.checks import Needs
+from visualchat.hub.push import check_access, is_hub_id, push
+from visualchat.training.card import write_card
+from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
+from visualchat.training.trainer import (
+    EpochOrder,
+    VisualChatTrainer,
+    VisualChatTrainingArguments,
+    find_whole_checkpoint,
+    is_for_another_world,
+    load_universal,
+    plot_curves,
+)
 
 
 logger = logging.getLogger("train")

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from visualchat.evaluation.answers import generate_answers, is_exact, text_of
-from visualchat.training.rows import TrainingCollator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from visualchat.evaluation.answers import generate_answers, is_exact, text_of
+from visualchat.training.rows import TrainingCollator
 
 
 logger = logging.getLogger(__name__)
