@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import copy_llama_weights, make_inputs, make_model
+from helpers.tiny import copy_llama_weights, make_inputs, make_model
 from transformers import AutoModel, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import make_inputs, make_model
+from helpers.tiny import make_inputs, make_model
 from transformers import DynamicCache
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from raw_data import load_example
+from visualchat.conversion import released as converter
 from safetensors.torch import load_file, save_file
 from test_reload import run_elsewhere
-from tiny import copy_llama_weights, digit_image, make_config, make_inputs, make_model, make_tokenizer, user
+from helpers.tiny import copy_llama_weights, digit_image, make_config, make_inputs, make_model, make_tokenizer, user
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
@@ -33,8 +33,7 @@ from modeling_visualchat.attention_visualchat import create_multimodal_mask, upd
 from modeling_visualchat.released_visualchat import create_released_mask, place_in_reverse
 
 
-converter = load_example("convert_released_checkpoint")
-PARITY = Path(__file__).parents[2] / "shared" / "released_parity"
+PARITY = Path(__file__).parents[3] / "shared" / "released_parity"
 LAYOUTS = ["itt", "tti", "tiit", "titittit", "i", "ttt"]
 BATCH = ["tt", "titit", "tiit", "tti", "itti"]
 

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from test_reload import PRELUDE
-from tiny import make_tokenizer
+from helpers.tiny import make_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from modeling_visualchat import VisualChatProcessor
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIMIT = 20  # GB, 10⁹ bytes
 NEEDED_MEMORY, NEEDED_DISK = 17, 16  # GB
 

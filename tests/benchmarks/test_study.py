@@ -9,25 +9,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_model, make_processor
+from helpers.tiny import make_model, make_processor
+from benchmarks.study import run as study
+from benchmarks.study.measures import collate
+from benchmarks.study.measures import compare_memory
+from benchmarks.study.measures import image_attention
+from benchmarks.study.measures import score
+from benchmarks.study.report import RECOMMENDATION
+from benchmarks.study.report import headline_table
+from benchmarks.study.report import write_document
+from benchmarks.study.results import Study
+from benchmarks.study.results import interval
+from benchmarks.study.results import paired
+from benchmarks.study.results import samples_to_reach
+from benchmarks.study.runs import CHANGES
+from benchmarks.study.runs import GRIDS
+from benchmarks.study.runs import Job
+from benchmarks.study.runs import build
+from benchmarks.study.runs import join_samples
+from benchmarks.study.runs import list_jobs
+from benchmarks.study.runs import load_processor
+from benchmarks.study.runs import run
+from benchmarks.study.runs import work
+from benchmarks.study.tasks import SHADES
+from benchmarks.study.tasks import load_task
+from modeling_visualchat.data_collator_visualchat import fill_images
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def examples():
-    """The folder of the study's modules, importable as it is for its scripts."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield EXAMPLES
-    sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
-def finished(examples, tmp_path_factory):
+def finished(tmp_path_factory):
     """A whole study, the tiny grid, and its folder."""
-    from benchmarks.study import run as study
-
     folder = tmp_path_factory.mktemp("study")
     study.main(["--grid", "tiny", "--output", str(folder)])
     return folder
@@ -35,9 +49,7 @@ def finished(examples, tmp_path_factory):
 
 class TestTasks:
     @pytest.mark.parametrize("seed", range(3))
-    def test_patches_of_one_place_are_in_one_split(self, examples, seed):
-        from benchmarks.study.tasks import load_task
-
+    def test_patches_of_one_place_are_in_one_split(self, seed):
         splits = load_task("patches", seed).splits
         pixels = {name: {np.asarray(p).tobytes() for p in split.pictures} for name, split in splits.items()}
         # A flat sky has equal patches in several places
@@ -46,9 +58,7 @@ class TestTasks:
         assert min(np.bincount(splits["train"].labels, minlength=8)) > 200
         assert min(np.bincount(splits["test"].labels, minlength=8)) > 0
 
-    def test_answers_are_true(self, examples):
-        from benchmarks.study.tasks import SHADES, load_task
-
+    def test_answers_are_true(self):
         for row in load_task("patches", 0).conversations("test", 200, 0):
             shades, rough = [label // 2 for label in row["labels"]], [label % 2 for label in row["labels"]]
             seen = 0
@@ -65,19 +75,14 @@ class TestTasks:
                 else:
                     assert answer == ("none", "one", "two", "three", "four")[sum(rough[:seen])]
 
-    def test_patches_are_as_bright_as_they_are_called(self, examples):
-        from benchmarks.study.tasks import load_task
-
+    def test_patches_are_as_bright_as_they_are_called(self):
         test = load_task("patches", 0).splits["test"]
         means = np.array([np.asarray(picture.convert("L")).mean() for picture in test.pictures])
         shades = test.labels // 2
         for shade in range(3):
             assert means[shades == shade].max() < means[shades == shade + 1].min()
 
-    def test_joined_samples_are_the_same_samples(self, examples):
-        from benchmarks.study.runs import join_samples
-        from benchmarks.study.tasks import load_task
-
+    def test_joined_samples_are_the_same_samples(self):
         rows = join_samples(load_task("digits", 0), 50, 0)
         assert {len(row["samples"]) for row in rows} == {1, 2, 3, 4}
         for row in rows:
@@ -90,12 +95,8 @@ class TestTasks:
 
 
 class TestMeasures:
-    def test_one_pass_judges_as_greedy_decoding_does(self, examples):
+    def test_one_pass_judges_as_greedy_decoding_does(self):
         """On answers that the model gives, and on others."""
-        from benchmarks.study.measures import collate, score
-        from benchmarks.study.tasks import load_task
-        from modeling_visualchat.data_collator_visualchat import fill_images
-
         model, processor = make_model(multimodal_attention="mmca", image_number_keys=True), make_processor()
         tokenizer, end = processor.tokenizer, processor.tokenizer.eos_token_id
         with torch.no_grad():  # some answers end soon
@@ -124,29 +125,21 @@ class TestMeasures:
         assert right.tolist() == expected
         assert sum(expected) > 3 and not all(expected) and loss > 0
 
-    def test_attention_to_images_is_half_of_plain_mmcas(self, examples):
-        from benchmarks.study.measures import image_attention
-        from benchmarks.study.tasks import load_task
-
+    def test_attention_to_images_is_half_of_plain_mmcas(self):
         for attention, is_half in (("mmca", True), ("mmca_merged", False), ("causal", False)):
             model = make_model(multimodal_attention=attention)
             shares = image_attention(model, make_processor(), load_task("digits", 0), "test", 6, 0)
             assert all((abs(share - 0.5) < 1e-5) == is_half for share in shares["images"])
             assert all(0 < share < 1 for share in shares["asked"])
 
-    def test_memory_answers_as_pixels_do(self, examples):
-        from benchmarks.study.measures import compare_memory
-        from benchmarks.study.tasks import load_task
-
+    def test_memory_answers_as_pixels_do(self):
         model = make_model(multimodal_attention="mmca", image_number_keys=True)
         rows = load_task("digits", 0).conversations("test", 5, 0)
         counts = compare_memory(model, make_processor(), rows)
         assert counts["questions"] == sum(len(row["kinds"]) for row in rows)
         assert counts["tokens"] > 0 and counts["different"] == 0
 
-    def test_levels_and_intervals(self, examples):
-        from benchmarks.study.results import interval, paired, samples_to_reach
-
+    def test_levels_and_intervals(self):
         points = [(512, 0.5), (1024, 0.7), (2048, 0.9)]
         run = {"curve": [{"conversations": count, "accuracy": accuracy} for count, accuracy in points]}
         assert samples_to_reach(run, 0.8) == pytest.approx(1024 * 2**0.5)
@@ -161,8 +154,6 @@ class TestMeasures:
 
 class TestWholeStudy:
     def test_all_of_it_is_there(self, finished):
-        from benchmarks.study.runs import CHANGES, GRIDS, list_jobs
-
         study = json.loads((finished / "study_results.json").read_text())
         jobs = [job for stage in list_jobs(GRIDS["tiny"]) for job in stage]
         assert len(study["results"]) == len(jobs) == 1 + 4 + 12 + len(CHANGES)
@@ -172,8 +163,6 @@ class TestWholeStudy:
             assert f"({name})" in text and (finished / name).stat().st_size > 10_000
 
     def test_what_is_done_is_not_done_again(self, finished, monkeypatch, capsys):
-        from benchmarks.study import run as study
-
         done = sorted((finished / "results").iterdir())
         times = [path.stat().st_mtime_ns for path in done]
         done[0].unlink()  # as if it had been stopped there
@@ -191,23 +180,17 @@ class TestWholeStudy:
         assert first == again
 
     def test_results_of_other_settings_are_refused(self, finished):
-        from benchmarks.study.runs import GRIDS, list_jobs, work
-
         scale = replace(GRIDS["tiny"], probes=9)
         with pytest.raises(ValueError, match=r"made with other settings, .*'probes': 8"):
             work(list_jobs(scale)[2][0], scale, finished)
 
     @pytest.mark.parametrize("projector", ["vit", "perceiver"])
     def test_projectors_are_changed(self, finished, projector):
-        from benchmarks.study.runs import Job, build, load_processor
-
         job = Job("change", 0, "digits", "mmca, numbered", "frozen", projector)
         assert build(job, load_processor(), finished).config.projector == projector
 
     def test_what_trains(self, finished):
         from safetensors.torch import load_file
-
-        from benchmarks.study.runs import GRIDS, Job, build, load_processor, run
 
         processor = load_processor()
         job = Job("run", 0, "digits", "mmca, numbered", "frozen")
@@ -224,22 +207,15 @@ class TestWholeStudy:
         )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib draws the report")
-def test_the_published_document_is_that_of_its_results(examples, tmp_path):
-    from benchmarks.study.report import write_document
-
-    docs = EXAMPLES.parent / "docs"
+def test_the_published_document_is_that_of_its_results(tmp_path):
+    docs = ROOT / "docs"
     (tmp_path / "study_results.json").write_text((docs / "study_results.json").read_text())
     write_document(tmp_path)
     assert (tmp_path / "study.md").read_text() == (docs / "study.md").read_text()
 
 
-def test_the_readme_shows_what_was_found(examples):
-    from benchmarks.study.report import RECOMMENDATION, headline_table
-    from benchmarks.study.results import Study
-
-    root = EXAMPLES.parent
-    study = Study(json.loads((root / "docs" / "study_results.json").read_text()))
-    readme = (root / "README.md").read_text()
+def test_the_readme_shows_what_was_found():
+    study = Study(json.loads((ROOT / "docs" / "study_results.json").read_text()))
+    readme = (ROOT / "README.md").read_text()
     assert headline_table(study) in readme and RECOMMENDATION in readme
     assert study.grid == "published"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
+from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as models_of_tokens
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
@@ -761,7 +761,7 @@ def test_sessions_share_a_store(model):
 
 
 def test_the_benchmark_runs(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     benchmark = importlib.import_module("chat_rounds")
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

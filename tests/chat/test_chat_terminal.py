@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from tiny import digit_image, make_model, make_processor
+from helpers.tiny import digit_image, make_model, make_processor
 from transformers import LlamaConfig
 
 
-ROOT = Path(__file__).parent.parent
-CHAT = str(ROOT / "examples" / "chat.py")
+ROOT = Path(__file__).parents[2]
 PROMPT = "\n> "
 # One thread: the tests' own process, and the answer's, need no more
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
@@ -35,7 +34,6 @@ def folder(tmp_path_factory):
 
 
 def run_piped(folder: Path, lines: str, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, CHAT, "model", *options]
     return subprocess.run(
         command, input=lines, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -79,7 +77,6 @@ Never asked.
 @pytest.fixture
 def chat(folder, monkeypatch, capsys):
     """Runs the program in this process: its exit status, what it printed as answers, and what else it said."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.chdir(folder)
     program = importlib.import_module("chat")
 

@@ -10,20 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny import digit_image, make_model, make_processor
+from helpers.tiny import digit_image, make_model, make_processor
+from visualchat.chat.page import ChatPage
+from visualchat.chat.page import parse_arguments
+from visualchat.chat.page_conversation import EXAMPLES
+from visualchat.chat.page_conversation import digit_examples
 
 
 SETTINGS = (6, 0, 1, -1)  # max new tokens, temperature, top-p, seed
 ANNA, BERT = SimpleNamespace(session_hash="anna"), SimpleNamespace(session_hash="bert")
 
 
-@pytest.fixture(autouse=True)
-def examples(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-
-
 @pytest.fixture
-def warnings(monkeypatch, examples) -> list[str]:
+def warnings(monkeypatch) -> list[str]:
     """What the page would show as a message."""
     import gradio
 
@@ -39,8 +38,6 @@ def model():
 
 @pytest.fixture
 def page(model, warnings):
-    from visualchat.chat.page import ChatPage
-
     return ChatPage(model, make_processor(), max_images=4, max_pixels=10_000, max_cached=2)
 
 
@@ -160,8 +157,6 @@ class TestRefusals:
         assert len(warnings) == 1 and box_of(shown)["label"] == "The conversation has all of its 4 pictures"
 
     def test_the_models_numbers_are_a_limit(self, model):
-        from visualchat.chat.page import ChatPage
-
         assert ChatPage(model, make_processor(), max_images=99).max_images == 12
 
     def test_a_failure_while_answering(self, page, files, warnings, monkeypatch):
@@ -234,9 +229,6 @@ class TestControls:
 
     @pytest.mark.parametrize("name", ["digits", "photographs", "none"])
     def test_examples(self, model, name):
-        from visualchat.chat.page import ChatPage
-        from visualchat.chat.page_conversation import EXAMPLES
-
         page = ChatPage(model, make_processor(), EXAMPLES[name]())
         page.build()
         for index, example in enumerate(page.examples):
@@ -247,8 +239,6 @@ class TestControls:
         assert (name == "none") == (not page.examples)
 
     def test_stop_ends_an_example(self, page):
-        from visualchat.chat.page_conversation import digit_examples
-
         page.examples = digit_examples()
         answering = page.ask_example(ANNA, SimpleNamespace(index=1), None, *SETTINGS)
         page.stop(next(answering)[0])
@@ -305,8 +295,6 @@ class TestVisitors:
 
 def test_it_listens_on_the_loopback_only_and_shares_nothing():
     import os
-
-    from visualchat.chat.page import parse_arguments
 
     options = parse_arguments(["model"])
     assert options.host == "127.0.0.1" and not options.share

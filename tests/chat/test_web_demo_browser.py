@@ -10,11 +10,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from tiny import digit_image, make_model, make_processor
+from helpers.tiny import digit_image, make_model, make_processor
 
 
 pytestmark = pytest.mark.browser
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Records how long the last answer is whenever the conversation changes
 WATCH_ANSWER = """() => {
     window.lengths = [];

@@ -7,14 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from raw_data import as_base64, copy_raw, load_example, write_json
+from helpers.raw_data import as_base64, copy_raw, write_json
+from visualchat.data import checks, files, rows, sources
 
 
-data_checks = load_example("data_checks")
-data_files = load_example("data_files")
-data_rows = load_example("data_rows")
-data_sources = load_example("data_sources")
-SOURCES = data_sources.SOURCES
+SOURCES = sources.SOURCES
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +21,7 @@ def raw(tmp_path_factory):
 
 def read(name, root, seed=0):
     """The samples of a source by id, as (picture names, question, answer) for each round, and the context."""
-    context = data_sources.open_source(name, root, seed)
+    context = sources.open_source(name, root, seed)
     samples = {sample.id: [show(one) for one in sample.rounds] for sample in context.source.samples(context)}
     return samples, context
 
@@ -88,11 +85,11 @@ def test_cgd_shuffles_rounds_by_the_seed(raw):
 
 @pytest.mark.parametrize("name", ["SD", "SN", "TVC", "VST"])
 def test_archives_of_mimicit_hold_their_pictures(raw, name):
-    context = data_sources.open_source(f"otter_mimicit_{name.lower()}", raw)
+    context = sources.open_source(f"otter_mimicit_{name.lower()}", raw)
     samples = {sample.id: sample for sample in context.source.samples(context)}
     joined = samples.pop(f"{name}_instructions:{name}_INS_0")
     assert sorted(one.question for one in joined.rounds) == ["What changed?", "What else?"]
-    held = [data_checks.read_picture(picture.path, picture.span) for picture in joined.rounds[0].pictures]
+    held = [checks.read_picture(picture.path, picture.span) for picture in joined.rounds[0].pictures]
     assert held == [base64.b64decode(as_base64(0)), base64.b64decode(as_base64(1))]
     if name == "SD":
         assert not samples and not context.left_out
@@ -155,7 +152,7 @@ def test_captions_are_asked_for_in_many_ways(raw):
         (pictures, question, answer), *more = samples["filter_cap:7"]
         assert (pictures, answer, more) == (["7.jpg"], "A seven.", [])
         asked.add(question)
-    assert asked <= set(data_rows.DESCRIBE) and len(asked) > 5
+    assert asked <= set(rows.DESCRIBE) and len(asked) > 5
 
 
 def test_coco_caption_draws_one_of_the_captions_and_leaves_held_out_splits(raw):
@@ -165,7 +162,7 @@ def test_coco_caption_draws_one_of_the_captions_and_leaves_held_out_splits(raw):
         assert sorted(samples) == ["dataset:COCO_1.jpg", "dataset:COCO_2.jpg"]
         assert context.left_out == {"rows of a held-out split": 1}
         ((pictures, question, answer),) = samples["dataset:COCO_1.jpg"]
-        assert pictures == ["COCO_1.jpg"] and question in data_rows.DESCRIBE
+        assert pictures == ["COCO_1.jpg"] and question in rows.DESCRIBE
         drawn.add(answer)
     assert drawn == {"One 1.", "Two 1."}
 
@@ -176,7 +173,7 @@ def test_aokvqa_asks_why(raw):
         ((pictures, question, answer),) = read("aokvqa", raw, seed)[0]["aokvqa_v1p0_train:q1"]
         start = "What digit is it? "
         assert pictures == ["000000000005.jpg"] and question.startswith(start)
-        assert question.removeprefix(start) in data_rows.WHY
+        assert question.removeprefix(start) in rows.WHY
         drawn.add(answer)
     assert drawn == {"The answer is five. Because it looks so.", "The answer is five. Because it has a belly."}
 
@@ -294,22 +291,22 @@ def test_pictures_of_an_archive_are_found_however_it_is_laid_out(tmp_path):
     strings = {"a": as_base64(1), "b": "data:image/png;base64," + as_base64(2)}
     for text in (json.dumps(strings, indent=2), json.dumps(strings).replace("/", "\\/"), json.dumps(strings) + "\n"):
         (tmp_path / "X.json").write_text(text)
-        spans = data_files.index_pictures(tmp_path, "X.json", pytest.fail)
-        held = {name: data_checks.read_picture(tmp_path / "X.json", span) for name, span in spans.items()}
+        spans = files.index_pictures(tmp_path, "X.json", pytest.fail)
+        held = {name: checks.read_picture(tmp_path / "X.json", span) for name, span in spans.items()}
         assert held == {"a": base64.b64decode(as_base64(1)), "b": base64.b64decode(as_base64(2))}
     (tmp_path / "X.json").write_text("{}")
-    assert data_files.index_pictures(tmp_path, "X.json", pytest.fail) == {}
+    assert files.index_pictures(tmp_path, "X.json", pytest.fail) == {}
     for text in ('{"a": "AA', '{"a": "AA"', '{"a": 5}', "[]", ""):
         (tmp_path / "X.json").write_text(text)
         with pytest.raises(ValueError, match=r"X\.json"):
-            data_files.index_pictures(tmp_path, "X.json", pytest.fail)
+            files.index_pictures(tmp_path, "X.json", pytest.fail)
 
 
 def test_files_that_are_missing_or_no_json_are_named(tmp_path):
     copy_raw(tmp_path)
     (tmp_path / DETAIL).rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"the source llava needs .*/llava/detail_23k\.json"):
-        data_sources.open_source("llava", tmp_path)
+        sources.open_source("llava", tmp_path)
     (tmp_path / DETAIL).write_text('[{"id": ')
     with pytest.raises(ValueError, match=r"detail_23k\.json is not valid JSON"):
         read("llava", tmp_path)
@@ -317,4 +314,4 @@ def test_files_that_are_missing_or_no_json_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"filter_cap\.json: expected an object with the field 'annotations'"):
         read("minigpt4", tmp_path)
     with pytest.raises(ValueError, match="no source 'lava': use one of llava, "):
-        data_sources.open_source("lava", tmp_path)
+        sources.open_source("lava", tmp_path)

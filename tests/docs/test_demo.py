@@ -12,31 +12,18 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_example("digits")
+from examples.digits_demo import demo
+from visualchat.data import digits
 
 
 @pytest.fixture(scope="module")
-def splits(digits):
+def splits():
     return digits.split_digits(seed=0)
 
 
 @pytest.fixture(scope="module")
-def rows(digits, splits):
+def rows(splits):
     return digits.make_conversations(splits["test"], 1000, seed=3)
-
-
-def load_example(name):
-    """A module of `examples/`, found as it is when a script there is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module(name)
 
 
 def read_rounds(row):
@@ -59,7 +46,7 @@ def test_splits_are_disjoint_scans(splits):
         assert np.bincount(split.labels, minlength=10).min() > 0.09 * len(split.labels)
 
 
-def test_jitter_keeps_labels_and_scans(digits, splits):
+def test_jitter_keeps_labels_and_scans(splits):
     validation = splits["validation"]
     more = digits.jitter(validation, copies=2, seed=0)
     assert len(more.pictures) == len(more.labels) == len(more.scans) == 450
@@ -82,7 +69,7 @@ def test_one_to_four_images_and_rounds_with_later_images_in_later_rounds(rows):
         assert len({(seen, question) for seen, _, question, _ in one}) == len(one), "nothing is asked twice"
 
 
-def test_answers_follow_from_the_labels(digits, splits, rows):
+def test_answers_follow_from_the_labels(splits, rows):
     test = splits["test"]
     label_of_picture = {id(picture): label for picture, label in zip(test.pictures, test.labels)}
     for row in rows:
@@ -117,7 +104,7 @@ def test_answers_are_balanced(rows):
         assert max(counts.values()) < 1.3 * fair, (kind, seen, counts)
 
 
-def test_same_seed_same_conversations(digits, splits, rows):
+def test_same_seed_same_conversations(splits, rows):
     def texts(some):
         return [(row["messages"], row["labels"], [image.tobytes() for image in row["images"]]) for row in some]
 
@@ -131,7 +118,6 @@ def test_same_seed_same_conversations(digits, splits, rows):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a few steps: its folder, its metrics, and the weights before and after the alignment."""
-    demo = load_example("demo")
     output_dir = tmp_path_factory.mktemp("demo")
     weights = {}
 
@@ -205,6 +191,5 @@ def test_folder_loads(run):
 
 def test_a_folder_that_answers_differently_is_reported(run):
     output_dir, _, _ = run
-    demo = sys.modules["demo"]
     with pytest.raises(RuntimeError, match="but the model that was saved answered"):
         demo.check_saved_folder(output_dir, ["no such answer"])

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 from test_processing import DESIGN_PROMPT
-from tiny import digit_image, make_model, make_processor
+from helpers.tiny import digit_image, make_model, make_processor
 from transformers import LlamaForCausalLM
 
 from modeling_visualchat import VisualChatForCausalLM
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""`examples/evaluate.py`: conversations and labelled sets, several checkpoints, kills, and what is broken."""
+"""`visualchat evaluate`: conversations and labelled sets, several checkpoints, kills, and what is broken."""
 
 import base64
 import csv
@@ -17,16 +17,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from raw_data import EXAMPLES, load_example
-from tiny import assistant, digit_image, make_model, make_processor, text_part
+from visualchat.data import digits
+from visualchat.evaluation import answers, evaluate, scores
+from visualchat.evaluation.conversations import read_labelled
+from visualchat.training.merge import main as merge
+from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 
 from modeling_visualchat import VisualChatDataCollator
 from modeling_visualchat.data_collator_visualchat import fill_images
 
-
-evaluate = load_example("evaluate")
-answers = load_example("answers")
-scores = load_example("evaluation_scores")
 
 CONVERSATIONS = {
     "digits": [
@@ -441,7 +440,6 @@ class TestCompare:
     def test_an_adapter_answers_as_merged(self, root, tmp_path):
         from peft import LoraConfig, get_peft_model
 
-        merge = load_example("merge_adapter").main
         base = evaluate.load_model(str(root / "first"), "auto", "cpu")
         base.name_or_path = str(root / "first")
         torch.manual_seed(0)
@@ -507,8 +505,8 @@ class TestScores:
 
 
 def test_the_digits_become_a_labelled_set(tmp_path):
-    load_example("digits").main(["--output", str(tmp_path / "digits.parquet"), "--conversations", "3"])
-    dialogues, _ = load_example("evaluation_data").read_labelled([str(tmp_path / "digits.parquet")])
+    digits.main(["--output", str(tmp_path / "digits.parquet"), "--conversations", "3"])
+    dialogues, _ = read_labelled([str(tmp_path / "digits.parquet")])
     assert len(dialogues) == 3
     for dialogue in dialogues:
         assert not dialogue.fault

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_inputs, make_model, make_tokenizer
+from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_inputs, make_model, make_tokenizer
 from transformers import (
     DynamicCache,
     GenerationConfig,

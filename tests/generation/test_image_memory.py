@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
-from tiny import TOKENS_PER_IMAGE, make_inputs, make_model, make_tokenizer
+from helpers.tiny import TOKENS_PER_IMAGE, make_inputs, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer
 
 from modeling_visualchat.image_memory_visualchat import ImageMemory, ImageMemoryStore, ModelWeights, fingerprint_weights

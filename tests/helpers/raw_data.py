@@ -3,27 +3,17 @@
 
 import base64
 import functools
-import importlib
 import io
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
-import pytest
-from tiny import digit_image as draw_digit
+from helpers.tiny import digit_image as draw_digit
 
 
 digit_image = functools.cache(draw_digit)
-EXAMPLES = Path(__file__).parents[1] / "examples"
 COCO = "coco/train2017"
-
-
-def load_example(name):
-    """A module of `examples/`, found as it is when a script there is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module(name)
 
 
 def write_json(path, value):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import make_inputs, make_model
+from helpers.tiny import make_inputs, make_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig

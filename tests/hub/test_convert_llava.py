@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from raw_data import load_example
+from visualchat.conversion import llava as converter
 from safetensors.torch import load_file, save_file
-from tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
+from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -17,7 +17,6 @@ from transformers import (
 )
 
 
-convert_llava = load_example("convert_llava")
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 

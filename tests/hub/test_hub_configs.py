@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import digit_image, make_model, make_processor, user
+from helpers.tiny import digit_image, make_model, make_processor, user
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,9 +22,10 @@ from transformers import (
 
 from modeling_visualchat import VisualChatForCausalLM
 from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE, OPENING, OPENING_WITH_BLANK
+from visualchat.hub.configs import main
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "hub_configs"
 NAMES = ["tiny", "7b", "13b", "70b", "7b-448"]
 CLIP = 303_179_776  # ViT-L/14 at 224 pixels
@@ -39,11 +40,6 @@ KEY_SIZE = {
     "70b": (80, 8 * 128),
     "7b-448": (32, 4096),
 }  # layers, width
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
 
 def build(name: str) -> VisualChatForCausalLM:
@@ -67,8 +63,6 @@ def test_there_is_no_other_folder():
 
 
 def test_the_folders_are_what_the_script_writes(tmp_path):
-    from visualchat.hub.configs import main
-
     main(["--output", str(tmp_path)])
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*") if path.is_file()}

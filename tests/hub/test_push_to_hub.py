@@ -1,4 +1,4 @@
-"""`examples/push_to_hub.py`, `train.py` and the stock `Trainer` against a Hub on loopback (`hub_server.py`)."""
+"""`visualchat push`, `visualchat train` and the stock `Trainer` against a Hub on loopback (`hub_server.py`)."""
 
 import hashlib
 import json
@@ -12,15 +12,19 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, HubServer, serve
+from helpers.hub_server import TOKEN, HubServer, serve
 from huggingface_hub.errors import HfHubHTTPError
 from test_reload import CODE_FILES, run_elsewhere
 from test_training import arguments, parts  # noqa: F401 (a fixture)
-from tiny import digit_image, make_inputs, make_model, make_processor
+from helpers.tiny import digit_image, make_inputs, make_model, make_processor
 from transformers import Trainer, TrainingArguments
+from visualchat.hub.push import main
+from visualchat.training.train import main as train
+from visualchat.hub.push import collect
+from visualchat.hub.push import push
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parents[2]
 RUN_FILES = ("training_args.bin", "optimizer.pt", "trainer_state.json")
 CARD = """\
 ---
@@ -39,11 +43,6 @@ base_model:
 
 ![Loss](curves.png)
 """
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -93,8 +92,6 @@ def front_matter(card: str) -> dict:
 
 class TestDryRun:
     def test_lists_every_file_with_size_and_hash_and_sends_nothing(self, hub: HubServer, tmp_path, capsys, monkeypatch):
-        from visualchat.hub.push import main
-
         save_run(tmp_path / "model")
         monkeypatch.delenv("HF_TOKEN")
         capsys.readouterr()
@@ -111,8 +108,6 @@ class TestDryRun:
             assert sent[name] == [f"{path.stat().st_size:,}", sha256(path)]
 
     def test_the_card_lists_the_code_with_hashes(self, tmp_path, monkeypatch):
-        from visualchat.hub.push import collect
-
         save_run(tmp_path)
         (tmp_path / "outputs" / "joined").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
@@ -130,10 +125,8 @@ class TestDryRun:
         assert collect(tmp_path).contents["README.md"].decode() == card
 
     def test_a_hub_config_is_not_a_model(self):
-        from visualchat.hub.push import collect
-
         with pytest.raises(FileNotFoundError, match=r"no model\.safetensors: save the model there"):
-            collect(EXAMPLES.parent / "hub_configs" / "tiny")
+            collect(ROOT / "hub_configs" / "tiny")
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -147,8 +140,6 @@ class TestDryRun:
         ],
     )
     def test_what_is_missing_is_named(self, name, message, tmp_path):
-        from visualchat.hub.push import collect
-
         save_run(tmp_path)
         next(tmp_path.glob(name)).unlink()
         with pytest.raises(FileNotFoundError, match=message):
@@ -156,8 +147,6 @@ class TestDryRun:
 
     @pytest.mark.parametrize(("secret", "token"), [("hf_" + "a" * 34, None), ("another-hubs-token", "another-hubs-token")])
     def test_a_token_in_a_file_is_refused(self, secret, token, tmp_path):
-        from visualchat.hub.push import collect
-
         save_model(tmp_path)
         (tmp_path / "settings.json").write_text(json.dumps({"token": secret}))
         with pytest.raises(ValueError, match=r"settings\.json holds an access token") as error:
@@ -172,7 +161,7 @@ class TestPush:
         inputs = make_inputs(["titit", "tt"], model)
         with torch.no_grad():
             torch.save({"inputs": inputs, "logits": model(**inputs).logits}, tmp_path / "expected.pt")
-        command = [sys.executable, str(EXAMPLES / "push_to_hub.py"), str(tmp_path / "model"), "user/name", "--private"]
+        words = command("push", tmp_path / "model", "user/name", "--private")
         environment = {**os.environ, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
         result = subprocess.run(
             [*command, "--revision", "v1"], capture_output=True, text=True, env=environment, timeout=300, check=False
@@ -210,8 +199,6 @@ class TestPush:
         )
 
     def test_an_interrupted_upload_goes_on(self, hub: HubServer, tmp_path, monkeypatch):
-        from visualchat.hub.push import push
-
         save_run(tmp_path)
         shards = sorted(tmp_path.glob("*.safetensors"))
         hub.broken = {sha256(shards[-1])}
@@ -228,8 +215,6 @@ class TestPush:
         assert all(hub.files("user/name")[shard.name] == shard.read_bytes() for shard in shards)
 
     def test_a_later_push_removes_weights_and_code_that_are_gone(self, hub: HubServer, tmp_path):
-        from visualchat.hub.push import push
-
         save_run(tmp_path / "first")
         save_model(tmp_path / "second")
         push(tmp_path / "first", "user/name")
@@ -243,8 +228,6 @@ class TestPush:
 
     @pytest.mark.parametrize("given", ["wrong", "none", "another's name"])
     def test_who_may_not_write_is_told_so(self, given, hub: HubServer, tmp_path, monkeypatch, capsys):
-        from visualchat.hub.push import main
-
         save_model(tmp_path / "model")
         wrong = "hf_" + "w" * 34
         monkeypatch.setenv("HF_TOKEN", {"wrong": wrong, "none": "", "another's name": TOKEN}[given])
@@ -262,8 +245,6 @@ class TestPush:
         assert hub.repositories == {} and hub.uploads == []
 
     def test_a_hub_that_cannot_be_reached_is_named(self, hub: HubServer, tmp_path, monkeypatch):
-        from visualchat.hub.push import push
-
         save_model(tmp_path)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
         with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
@@ -290,11 +271,9 @@ class TestPush:
 
 class TestTraining:
     def test_train_publishes_a_model_and_then_an_adapter_on_top(self, hub: HubServer, parts, tmp_path, monkeypatch):  # noqa: F811
-        from visualchat.training.train import main
-
         publish = {"push_to_hub": True, "hub_token": TOKEN, "max_steps": 1}
         monkeypatch.delenv("HF_TOKEN")
-        main(arguments(parts, tmp_path / "run", hub_model_id="user/base", **publish))
+        train(arguments(parts, tmp_path / "run", hub_model_id="user/base", **publish))
         base = hub.files("user/base")
         assert set(base) >= CODE_FILES | {"model.safetensors", "processor_config.json", "curves.png"}
         assert "training_args.bin" not in base
@@ -310,13 +289,10 @@ class TestTraining:
         run_elsewhere(
             """
             sys.modules.pop("modeling_visualchat")  # train.py has it
-            sys.path.insert(0, examples)
-            sys.argv = words.split("\\n")
             from visualchat.training.train import main
-            main(sys.argv)
+            main(words.split("\\n"))
             """,
             cwd=tmp_path,
-            examples=EXAMPLES,
             words="\n".join(
                 arguments(parts, tmp_path / "lora", hub_model_id="user/adapter", **{**publish, **lora})
                 + ["--model_name_or_path", "user/base"]
@@ -346,8 +322,6 @@ class TestTraining:
 
     def test_an_adapter_of_a_folder_needs_the_id_of_its_base(self, hub: HubServer, tmp_path):
         peft = pytest.importorskip("peft")
-        from visualchat.hub.push import collect, push
-
         save_model(tmp_path / "model")
         model = make_model(image_number_keys=True)
         model.name_or_path = str(tmp_path / "model")
@@ -363,12 +337,10 @@ class TestTraining:
         assert front_matter(contents["README.md"].decode())["base_model"] == ["user/base"]
 
     def test_what_cannot_be_published_is_refused_before_training(self, hub: HubServer, parts, tmp_path, monkeypatch):  # noqa: F811
-        from visualchat.training.train import main
-
         with pytest.raises(ValueError, match=r"publishes an adapter.*needs model_name_or_path to be a Hub id"):
-            main(arguments(parts, tmp_path / "run", push_to_hub=True, mode="lora"))
+            train(arguments(parts, tmp_path / "run", push_to_hub=True, mode="lora"))
         with pytest.raises(PermissionError, match="refuses the access token"):
-            main(arguments(parts, tmp_path / "run", push_to_hub=True, hub_token="hf_wrong"))
+            train(arguments(parts, tmp_path / "run", push_to_hub=True, hub_token="hf_wrong"))
         assert not (tmp_path / "run" / "model").exists()
 
     def test_the_trainers_own_push(self, hub: HubServer, tmp_path):

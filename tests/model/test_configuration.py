@@ -2,7 +2,7 @@
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny import make_config
+from helpers.tiny import make_config
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from modeling_visualchat import VisualChatConfig

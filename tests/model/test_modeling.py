@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
+from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,

@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tiny import make_inputs, make_model
+from helpers.tiny import make_inputs, make_model
 
 
 class Logits(torch.nn.Module):

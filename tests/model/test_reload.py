@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import assistant, digit_image, make_inputs, make_model, make_processor, text_part, user
+from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_processor, text_part, user
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiny import make_processor, text_part
+from helpers.tiny import make_processor, text_part
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image as fetch_image
 

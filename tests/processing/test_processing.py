@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
+from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 

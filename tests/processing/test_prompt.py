@@ -8,8 +8,8 @@ import string
 
 import pytest
 import torch
-from raw_data import load_example
-from tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, user
+from visualchat.evaluation.answers import generate_answers
+from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, user
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, pipeline
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -323,7 +323,6 @@ class TestTypedTokens:
             model(**batch).loss.backward()
             optimizer.step()
         settings = {"do_sample": False, "max_new_tokens": 80}
-        generate_answers = load_example("answers").generate_answers
         assert generate_answers(model, processor, [[user(q)] for q in answers], **settings) == list(answers.values())
         for question, answer in answers.items():
             assert model.start_chat(processor).send(question, **settings) == answer

@@ -23,30 +23,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.resources.chat import Completions
 from PIL import Image
-from tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
+from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from benchmarks import serve_load
+from visualchat.serving import requests, sampling, server as program
+from visualchat.serving.answers import AnswerService
+from visualchat.serving.requests import Limits, parse_request
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATH = "/v1/chat/completions"
 KNOWN_FIELDS = inspect.signature(Completions.create).parameters
 
 
-def load_script(folder, name):
-    """A module of `examples/` or `benchmarks/`, found as it is when a script there is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / folder))
-        return importlib.import_module(name)
-
-
-serve = load_script("examples", "serve")
-serve_answers = load_script("examples", "serve_answers")
-serve_requests = load_script("examples", "serve_requests")
-serve_sampling = load_script("examples", "serve_sampling")
-Limits = serve_requests.Limits
 
 
 class Server:
@@ -63,7 +55,7 @@ class Server:
             lambda module, args, output: self.tower_calls.append(len(output[0]))
         )
         self.store = ImageMemoryStore(self.model, 2**30)
-        self.service = serve_answers.AnswerService(self.model, self.processor, self.store, concurrency, queue)
+        self.service = AnswerService(self.model, self.processor, self.store, concurrency, queue)
         app = serve.build_app(self.service, "tiny", limits or Limits(images=12))
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
@@ -174,7 +166,7 @@ def body(*content, role="user", **fields):
 
 
 def request(**fields):
-    return serve_requests.parse_request(json.dumps(body(text(), **fields)).encode())
+    return parse_request(json.dumps(body(text(), **fields)).encode())
 
 
 def read_stream(stream):
@@ -924,7 +916,6 @@ def folder(tmp_path_factory):
 
 def test_the_script_under_load(folder):
     """The command line, in a process of its own: 60 requests by 8 clients. The benchmark sends 500."""
-    serve_load = load_script("benchmarks", "serve_load")
     results = serve_load.measure_load(folder, count=60, clients=8, broken=0.15)
     assert [result["claim"][:2] for result in results] == ["51", "9 ", "th"]
     assert results[0]["image_memory"]["hits"] > 0

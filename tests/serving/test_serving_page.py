@@ -10,10 +10,10 @@ import pytest
 import torch
 from openai.types.chat import completion_create_params
 from test_serve import Server, data_url, encode, read_stream, serve_requests
-from tiny import digit_image
+from helpers.tiny import digit_image
 
 
-PAGE = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text()
 # Cells, without the header and the line below it. None holds a bar
 TABLES = [
     [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]

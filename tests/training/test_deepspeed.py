@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import EXAMPLES, FEATURES, arguments, losses, make_row
-from tiny import make_model, make_processor
+from helpers.tiny import make_model, make_processor
 from transformers import AutoModel
+from visualchat.training.trainer import VisualChatTrainingArguments
+from visualchat.training.trainer import find_whole_checkpoint
 
 
 if shutil.which("g++") is None and "CI" not in os.environ:
@@ -217,10 +219,7 @@ def test_another_number_of_processes_goes_on_after_the_commands_that_the_refusal
         torch.testing.assert_close(kept[key], weight, atol=1e-6, rtol=0, msg=key)
 
 
-def test_another_number_of_processes_is_refused_with_the_command_that_converts(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
-
+def test_another_number_of_processes_is_refused_with_the_command_that_converts(tmp_path):
     shards = tmp_path / "checkpoint-4" / "global_step4"
     shards.mkdir(parents=True)
     folder = shards.parent

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 from test_training import losses
+from examples.digits_demo import make_tiny
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"
 SCRIPTS = ["one_node.sh", "several_nodes_torchrun.sh", "several_nodes_hostfile.sh", "slurm.sbatch"]
 PAPER_BATCH = 128
@@ -187,10 +188,7 @@ def test_slurm_directives(expand, tmp_path):
 @pytest.mark.slow
 def test_one_node_runs(tmp_path, monkeypatch):
     """Two CPU processes, the tiny recipe."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)
-    from examples.digits_demo import make_tiny
-
     make_tiny.main(["--rows", "40"])
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -17,13 +17,15 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from tiny import assistant, digit_image, make_inputs, make_model, make_processor, user
+from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_processor, user
 from transformers import AutoModel
 
 from modeling_visualchat import VisualChatDataCollator
+from visualchat.training.merge import main as merge
+from visualchat.training.train import ModelArguments
+from visualchat.training.train import set_mode
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 DECODER = r".*language_model.*\.(q_proj|k_proj|v_proj|down_proj)"
 METHODS = {
     "prompt tuning": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
@@ -35,11 +37,6 @@ METHODS = {
     "trainable tokens": lambda: TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[40, 41, 42]),
     "all-linear LoRA": lambda: LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"),
 }
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -147,9 +144,6 @@ class TestAdaptersByRow:
 
 class TestTiedDecoder:
     def test_a_merged_adapter_parts_it_in_both_configs(self, tmp_path, caplog):
-        from visualchat.training.merge import main as merge
-        from visualchat.training.train import ModelArguments, set_mode
-
         make_model(text={"tie_word_embeddings": True}).save_pretrained(tmp_path / "base")
         adapted = set_mode(AutoModel.from_pretrained(tmp_path / "base"), ModelArguments(mode="lora"))
         with torch.no_grad():
@@ -182,8 +176,6 @@ class TestTiedDecoder:
 
 
 def test_adapters_of_the_training_command_have_a_task(tmp_path):
-    from visualchat.training.train import ModelArguments, set_mode
-
     make_model().save_pretrained(tmp_path / "base")
     adapted = set_mode(AutoModel.from_pretrained(tmp_path / "base"), ModelArguments(mode="lora")).eval()
     with torch.no_grad():

@@ -10,11 +10,11 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensor_parallel import CASES
+from helpers.tensor_parallel import CASES
 from test_deepspeed import ENVIRONMENT, launch, settings, write_config
 from test_reload import run_elsewhere
 from test_training import EXAMPLES, FEATURES, losses, make_row
-from tiny import make_model, make_processor
+from helpers.tiny import make_model, make_processor
 
 
 TESTS = Path(__file__).parent

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from tiny import assistant, digit_image, make_model, make_processor, user
+from helpers.tiny import assistant, digit_image, make_model, make_processor, user
 from transformers import Trainer, TrainingArguments
 
 from modeling_visualchat import VisualChatDataCollator

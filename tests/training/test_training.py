@@ -14,13 +14,34 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import assistant, digit_image, make_config, make_model, make_processor, text_part
+from helpers.tiny import assistant, digit_image, make_config, make_model, make_processor, text_part
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from modeling_visualchat import VisualChatForCausalLM
+from examples.digits_demo import make_tiny
+from modeling_visualchat.data_collator_visualchat import fill_images
+from visualchat.data import prepare as prepare_data
+from visualchat.data.checks import Needs
+from visualchat.training import train
+from visualchat.training import trainer as training_loop
+from visualchat.training.merge import main as merge
+from visualchat.training.rows import TrainingCollator
+from visualchat.training.rows import drop_rounds
+from visualchat.training.rows import load_rows
+from visualchat.training.rows import measure
+from visualchat.training.rows import prepare_rows
+from visualchat.training.train import fastest_attention
+from visualchat.training.train import load_model
+from visualchat.training.train import load_processor
+from visualchat.training.train import main
+from visualchat.training.train import parse_arguments
+from visualchat.training.trainer import VisualChatTrainer
+from visualchat.training.trainer import VisualChatTrainingArguments
+from visualchat.training.trainer import find_whole_checkpoint
+from visualchat.training.trainer import group_parameters
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     {
@@ -42,12 +63,6 @@ IMAGE = {"type": "image"}
 
 def user(content) -> dict:
     return {"role": "user", "content": content}
-
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
 def make_row(index: int, images: int = 2, rounds: int = 2) -> dict:
@@ -110,8 +125,6 @@ ALIGNMENT = {
 
 class TestModes:
     def test_alignment_moves_projector_and_embedding_alone(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         metrics = main(arguments(parts, tmp_path, generation_samples=2, projector_learning_rate=1e-2))
         before = AutoModel.from_pretrained(parts / "model").state_dict()
         after = AutoModel.from_pretrained(tmp_path / "model")
@@ -126,8 +139,6 @@ class TestModes:
         assert all("broken_rows" in entry for entry in json.loads((tmp_path / "log.json").read_text()) if "loss" in entry)
 
     def test_full_moves_everything_that_the_logits_read(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         main(arguments(parts, tmp_path, mode="full"))
         before = AutoModel.from_pretrained(parts / "model").state_dict()
         after = AutoModel.from_pretrained(tmp_path / "model").state_dict()
@@ -137,9 +148,6 @@ class TestModes:
     @pytest.mark.parametrize("target", ["decoder", "tower", "both"])
     def test_lora_is_saved_as_an_adapter_and_merges_into_a_plain_model(self, parts, tmp_path, target):
         from peft import PeftModel
-
-        from visualchat.training.merge import main as merge
-        from visualchat.training.train import main
 
         main(arguments(parts, tmp_path, mode="lora", lora_target=target, lora_learning_rate=1e-2))
         names = {path.name for path in (tmp_path / "model").iterdir()}
@@ -167,8 +175,6 @@ class TestModes:
 
 class TestInvariants:
     def test_batches_of_4_equal_4_accumulated(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         main(arguments(parts, tmp_path / "a", per_device_train_batch_size=4, gradient_accumulation_steps=1))
         main(arguments(parts, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4))
         assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
@@ -177,22 +183,16 @@ class TestInvariants:
             torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3, msg=name)
 
     def test_the_same_seed_gives_the_same_losses(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         for run in "ab":
             main(arguments(parts, tmp_path / run))
         assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
     def test_gradient_checkpointing_gives_the_same_losses(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         main(arguments(parts, tmp_path / "a"))
         main(arguments(parts, tmp_path / "b", gradient_checkpointing=True))
         assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-6)
 
     def test_resuming_follows_the_run_that_was_not_interrupted(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         main(arguments(parts, tmp_path / "whole", max_steps=6))
         main(arguments(parts, tmp_path / "halves", max_steps=6, save_steps=2, save_strategy="steps"))
         for step in (4, 6):  # as a kill would leave them: one cut off while it was written, one never begun
@@ -203,8 +203,6 @@ class TestInvariants:
         assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
 
     def test_groups_of_like_length_come_in_an_order_of_seed_and_epoch_alone(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         words = arguments(parts, tmp_path, train_sampling_strategy="group_by_length", save_strategy="steps", save_steps=6)
         words += ["--max_steps", "10", "--eval_fraction", "0.2", "--mode", "lora", "--lora_dropout", "0.1"]
         main(words)  # four steps an epoch: the checkpoint is in the middle of the second
@@ -214,10 +212,6 @@ class TestInvariants:
         assert losses(tmp_path) == whole
 
     def test_batches_hold_rows_of_like_length(self, parts, tmp_path):
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-        from visualchat.training.train import load_model, load_processor, parse_arguments
-        from visualchat.training.trainer import VisualChatTrainer
-
         padding = {}
         for strategy in ("sequential", "group_by_length"):
             words = arguments(parts, tmp_path, train_sampling_strategy=strategy)
@@ -238,8 +232,6 @@ class TestInvariants:
 
     @pytest.mark.parametrize("mode", ["alignment", "lora"])
     def test_the_best_model_is_saved_and_best_and_last_checkpoint_are_kept(self, parts, tmp_path, mode):
-        from visualchat.training.train import main
-
         settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
         # As the best counts what is worst, which is where training begins
         best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -254,9 +246,6 @@ class TestInvariants:
         assert not moved(first, saved)
 
     def test_older_checkpoints_go_only_when_the_new_one_is_whole(self, parts, tmp_path, monkeypatch):
-        from visualchat.training import trainer as training_loop
-        from visualchat.training.train import main
-
         def stop(output_dir, save_total_limit, best):
             newest = max(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
             assert (newest / "whole.json").exists() and save_total_limit == 1
@@ -266,8 +255,6 @@ class TestInvariants:
         main(arguments(parts, tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1))
 
     def test_learning_rates_by_part(self, parts):
-        from visualchat.training.trainer import VisualChatTrainingArguments, group_parameters
-
         model = AutoModel.from_pretrained(parts / "model")
         model.freeze_for_alignment()
         args = VisualChatTrainingArguments(
@@ -282,8 +269,6 @@ class TestInvariants:
 
 class TestRows:
     def test_a_conversation_is_cut_to_the_decoders_context_too(self, parts, tmp_path, caplog):
-        from visualchat.training.train import main
-
         make_model(text={"max_position_embeddings": 160}).save_pretrained(tmp_path / "model")
         make_processor().save_pretrained(tmp_path / "model")
         row = make_row(0, rounds=8)
@@ -293,8 +278,6 @@ class TestRows:
         assert "max_length is 4096, but the decoder's context holds 160 tokens" in caplog.text
 
     def test_oldest_rounds_go_first_with_their_images(self, parts):
-        from visualchat.training.rows import drop_rounds, measure
-
         processor = make_processor()
         row = make_row(0, images=3, rounds=3)
         whole = measure(row, processor, 10_000)
@@ -310,16 +293,12 @@ class TestRows:
         assert drop_rounds(system + row["messages"], 1) == system + row["messages"][2:]
 
     def test_rows_without_an_answer_are_left_out_and_counted(self, parts, caplog):
-        from visualchat.training.rows import prepare_rows
-
         prepared = prepare_rows([str(parts / "data")], make_processor(), max_length=75)
         assert 0 < prepared.too_long[str(parts / "data")] < 20
         assert len(prepared.rows) == 20 - prepared.too_long[str(parts / "data")]
         assert "keep no answer within 75 tokens" in caplog.text
 
     def test_mixtures(self, parts, tmp_path):
-        from visualchat.training.rows import prepare_rows
-
         other = [make_row(k, images=1, rounds=1) | {"source": "other"} for k in range(5)]
         datasets.Dataset.from_list(other, features=FEATURES).to_parquet(tmp_path / "other.parquet")
         names = [str(parts / "data"), str(tmp_path / "other.parquet")]
@@ -334,9 +313,6 @@ class TestRows:
             prepare_rows(names, make_processor(), 512, weights=[1])
 
     def test_mixtures_of_rows_with_ids_of_any_kind_and_without(self, parts, tmp_path):
-        from visualchat.training.rows import load_rows, prepare_rows
-        from visualchat.training.train import main
-
         named = datasets.Dataset.from_list([make_row(k, images=1, rounds=1) for k in range(4)], features=FEATURES)
         forms = {
             "text": named,
@@ -360,8 +336,6 @@ class TestRows:
 
     @pytest.mark.parametrize("key", ["image", "url", "path", "base64"])
     def test_pictures_of_the_parts_themselves(self, tmp_path, caplog, key):
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-
         def make_own(question, *pictures):
             parts = [{"type": "image", key: picture} for picture in pictures]
             return {"messages": [{"role": "user", "content": [*parts, text_part(question)]}, assistant("a")], "images": []}
@@ -391,8 +365,6 @@ class TestRows:
         assert f"Left out of the batch: {tmp_path}/rows.jsonl, row 1, messages[0].content[1].{key}" in caplog.text
 
     def test_the_first_key_that_is_set_counts_and_a_null_among_the_images_is_a_broken_picture(self, tmp_path):
-        from visualchat.training.rows import TrainingCollator
-
         digit_image(0).save(tmp_path / "good.png")
         content = [{"type": "image", "image": None, "path": str(tmp_path / "good.png"), "base64": "no*base64"}]
         row = {"messages": [{"role": "user", "content": [*content, text_part("Q?")]}, assistant("a")]}
@@ -406,8 +378,6 @@ class TestRows:
         assert skipping([row, broken])["input_ids"].shape[0] == skipping.broken_rows.value == 1
 
     def test_json_lines_with_paths_of_pictures(self, tmp_path, monkeypatch):
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-
         monkeypatch.chdir(tmp_path)
         Path("pictures").mkdir()
         digit_image(0).save("pictures/cat.jpg")
@@ -418,8 +388,6 @@ class TestRows:
         assert batch["pixel_values"].shape == (1, 3, 16, 16)
 
     def test_a_dataset_of_another_schema_is_named(self, tmp_path):
-        from visualchat.training.rows import load_rows
-
         path = tmp_path / "other.parquet"
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(path)
         with pytest.raises(ValueError, match=r"other\.parquet: rows need a column `messages` .* got \['text'\]"):
@@ -428,8 +396,6 @@ class TestRows:
             load_rows(str(tmp_path / "nothing.parquet"))
 
     def test_a_broken_picture_stops_the_run_or_is_named_and_counted(self, parts, tmp_path, caplog):
-        from visualchat.training.train import main
-
         rows = datasets.Dataset.from_parquet(str(parts / "data" / "shard-00000-of-00001.parquet"))
         rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False))).to_list()
         (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -521,10 +487,6 @@ class TestBadRows:
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_the_check_and_training_name_each_with_the_same_words(self, model, capsys, streaming):
-        from visualchat.data import prepare as prepare_data
-        from visualchat.data.checks import Needs
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-
         processor = AutoProcessor.from_pretrained(model)
         needs = Needs.of(processor, AutoConfig.from_pretrained(model))
         for name, (kind, field, _) in BAD_ROWS.items():
@@ -545,8 +507,6 @@ class TestBadRows:
 
     @pytest.mark.parametrize("options", [{}, {"streaming": True}, {"num_proc": 2}], ids=str)
     def test_training_goes_on_past_all_of_them_on_request(self, model, caplog, options):
-        from visualchat.training.train import main
-
         self.write(*BAD_ROWS, good=20)
         settings = {"model_name_or_path": model, "datasets": "rows.jsonl", "eval_fraction": 0.25, "seed": 3, **options}
         steps = {"num_train_epochs": 1, "max_steps": -1, "per_device_train_batch_size": 1, "generation_samples": 30}
@@ -563,8 +523,6 @@ class TestBadRows:
         assert logged[-1]["broken_rows"] <= len(BAD_ROWS) and all(float(entry["loss"]) > 0 for entry in logged)
 
     def test_a_batch_without_a_good_row(self, model):
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-
         processor = make_processor()
         self.write("no file", "no picture")
         rows = list(prepare_rows(["rows.jsonl"], processor, 512).rows)
@@ -576,15 +534,11 @@ class TestBadRows:
             TrainingCollator(processor, skip_broken_images=True, stand_ins=rows[1:])(rows[1:])
 
     def test_no_row_is_left(self, model):
-        from visualchat.training.rows import prepare_rows
-
         self.write("null messages", "two questions", good=0)
         with pytest.raises(ValueError, match=r"rows\.jsonl: there are no rows to train on"):
             prepare_rows(["rows.jsonl"], make_processor(), 512, skip_faulty=True)
 
     def test_streamed_shards_are_named_by_their_ids(self, model):
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-
         Path("shards").mkdir()
         for k in range(2):
             row = {"id": f"row {k}", **self.GOOD, "images": [f"none-{k}.png"]}
@@ -595,9 +549,6 @@ class TestBadRows:
                 TrainingCollator(make_processor())([row])
 
     def test_pictures_in_every_form_train_as_they_were_checked(self, model):
-        from visualchat.data import prepare as prepare_data
-        from visualchat.training.rows import TrainingCollator, prepare_rows
-
         png = base64.encodebytes(Path("good.png").read_bytes()).decode()
         sources = ["good.png", "~/good.png", Path("good.png").resolve().as_uri(), f"DATA:image/png;base64,{png}", png]
         rows = [{**self.GOOD, "images": [source]} for source in sources]
@@ -619,9 +570,6 @@ class TestBadRows:
                 assert (batch["input_ids"] == batch["input_ids"][:1]).all()
 
     def test_images_that_are_no_lists_are_named(self, model, capsys):
-        from visualchat.data import prepare as prepare_data
-        from visualchat.training.rows import load_rows
-
         Path("rows.jsonl").write_text(json.dumps({**self.GOOD, "images": "good.png"}) + "\n")
         with pytest.raises(ValueError, match=r"rows\.jsonl: the column `images` must hold a list of pictures in each row"):
             load_rows("rows.jsonl")
@@ -629,8 +577,6 @@ class TestBadRows:
         assert "the column `images` must hold a list" in capsys.readouterr().err
 
     def test_what_the_check_takes_as_a_model(self, model, capsys):
-        from visualchat.data import prepare as prepare_data
-
         self.write("thin")
         tower = make_model().model.vision_tower
         tower.save_pretrained("tower")
@@ -669,15 +615,11 @@ class TestContradictions:
         ],
     )
     def test_both_fields_are_named_before_any_work_starts(self, parts, tmp_path, fields, message):
-        from visualchat.training.train import main
-
         with pytest.raises(ValueError, match=message):
             main(arguments(parts, tmp_path / "run", **fields))
         assert not (tmp_path / "run").exists()
 
     def test_a_checkpoint_of_deepspeed_and_a_run_without_it(self, parts, tmp_path, monkeypatch):
-        from visualchat.training import train
-
         def no_work(*arguments):
             raise AssertionError("the run had begun")
 
@@ -691,8 +633,6 @@ class TestContradictions:
             train.main(words)
 
     def test_a_run_of_deepspeed_and_a_checkpoint_without_it(self, tmp_path):
-        from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
-
         folder = make_checkpoint(tmp_path)
         args = VisualChatTrainingArguments(str(tmp_path), use_cpu=True)
         assert find_whole_checkpoint(args) == str(folder)
@@ -703,8 +643,6 @@ class TestContradictions:
         assert find_whole_checkpoint(args) == str(folder)
 
     def test_streamed_rows_train_without_evaluation(self, parts, tmp_path):
-        from visualchat.training.train import main
-
         assert main(arguments(parts, tmp_path, streaming=True)) == {"broken_rows": 0}
         assert len(losses(tmp_path)) == 4
 
@@ -712,8 +650,6 @@ class TestContradictions:
 class TestQuantized:
     def test_4_bits_for_the_decoders_layers_alone(self, parts, tmp_path, monkeypatch):
         from transformers.quantizers.quantizers_utils import should_convert_module
-
-        from visualchat.training import train
 
         given = {}
 
@@ -733,8 +669,6 @@ class TestQuantized:
         assert linear - quantized > {"lm_head", "model.multi_modal_projector.linear"}
 
     def test_without_bitsandbytes_it_is_named_before_any_work_starts(self, parts, tmp_path, monkeypatch):
-        from visualchat.training import train
-
         monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
         with pytest.raises(ImportError, match="load_in_4bit needs bitsandbytes: pip install"):
             train.main(arguments(parts, tmp_path / "run", mode="lora", load_in_4bit=True))
@@ -770,9 +704,6 @@ def make_paper_model(size: str):
 
 @pytest.mark.parametrize("size", sorted(LLAMA_2))
 def test_the_papers_recipes_fill_their_deepspeed_json_and_reach_the_batch_they_name(size, tmp_path, monkeypatch):
-    from visualchat.training.train import parse_arguments
-    from visualchat.training.trainer import VisualChatTrainingArguments
-
     monkeypatch.chdir(EXAMPLES.parent)
     recipe = Path(f"examples/recipes/paper-{size}.yaml")
     batch, processes = map(int, re.search(r"batch (\d+) on (\d+) GPUs", recipe.read_text()).groups())
@@ -859,14 +790,10 @@ def test_trls_sft_trainer_needs_no_glue(parts, tmp_path, answers_only):
 
 
 def make_filled(row):
-    from modeling_visualchat.data_collator_visualchat import fill_images
-
     return fill_images(row, "row")
 
 
 def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
-    from visualchat.training.train import parse_arguments
-
     for recipe in sorted((EXAMPLES / "recipes").glob("*.yaml")):
         model_args, data_args, training_args = parse_arguments(
             [str(recipe), "--use_cpu", "--bf16", "False", "--fp16", "False", "--output_dir", str(tmp_path), "--seed", "7"]
@@ -881,8 +808,6 @@ def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
 
 def test_joining_a_tower_and_a_decoder(parts, tmp_path):
     from transformers import LlamaForCausalLM
-
-    from visualchat.training.train import main
 
     model = make_model(text={"vocab_size": 320}, image_token_id=5)
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
@@ -902,8 +827,6 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
 def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
     from transformers import LlamaForCausalLM
 
-    from visualchat.training.train import main
-
     model = make_model()
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
     LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "decoder")
@@ -920,9 +843,6 @@ def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_p
 
 
 def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
-    from examples.digits_demo import make_tiny
-    from visualchat.training.train import main
-
     monkeypatch.chdir(tmp_path)
     make_tiny.main(["--rows", "40"])
     words = [str(EXAMPLES / "recipes" / "tiny.yaml"), "--per_device_train_batch_size", "4"]
@@ -934,21 +854,15 @@ def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
 
 class TestFastestAttention:
     def choose(self, device="cuda", **settings):
-        from visualchat.training.train import fastest_attention
-
         return fastest_attention(make_config(**settings), torch.device(device))
 
     def test_flex_attention_on_a_gpu_for_the_variants_that_it_computes(self, monkeypatch):
-        from visualchat.training import train
-
         monkeypatch.setattr(train, "try_flex_attention", lambda config, device: None)
         assert self.choose() == self.choose(multimodal_attention="mmca_merged") == "flex_attention"
         assert self.choose(device="cpu") == self.choose(multimodal_attention="causal") == "sdpa"
         assert self.choose(text={"attention_dropout": 0.1}) == "sdpa"
 
     def test_sdpa_where_it_does_not_compile(self, monkeypatch, caplog):
-        from visualchat.training import train
-
         monkeypatch.setattr(train, "try_flex_attention", functools.partial(self.try_on_the_cpu, train.try_flex_attention))
         assert self.choose() == "sdpa"
         assert "Trains by SDPA: flex attention does not compile here" in caplog.text
