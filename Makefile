@@ -28,8 +28,8 @@ conformance: $(VENV)/installed  ## transformers' own test suite on our classes
 
 bench: $(VENV)/installed  ## speed side by side with LLaVA (benchmarks/results)
 	for name in attention_op prefill image_memory decoding training_step arithmetic_rate growth chat_rounds; do \
-		python benchmarks/$$name.py || exit 1; done
-	python benchmarks/report.py
+		python -m benchmarks.$$name || exit 1; done
+	python -m benchmarks.report
 
 study: $(VENV)/installed  ## causal attention, MMCA and merged MMCA compared (docs/study.md), restartable, hours
 	python -m benchmarks.study.run

@@ -1,5 +1,5 @@
 """
-Predictions of `examples/plan.py` against real training steps: two processes of the Trainer with DeepSpeed and gloo, one
+Predictions of `visualchat plan` against real training steps: two processes of the Trainer with DeepSpeed and gloo, one
 thread each, on a model whose parts are tens of MB.
 
 Measured is the anonymous memory of a process at its peak within the second step (forward, backward and the optimizer's
@@ -9,7 +9,7 @@ Predicted is the same step with the attention kernels of the CPU, and with gloo:
 written, and gloo gathers and scatters through a copy. Where a JSON offloads, host and device are one memory here, so their
 sum is compared: that checks what there is, not where it is.
 
-    python benchmarks/plan.py
+    python -m benchmarks.plan
 """
 
 import gc
@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from report import RESULTS, write_results
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
+from benchmarks.report import RESULTS, write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 # In bytes. What is larger goes back to the system as soon as it is freed. Shares of single weights are below 1 MiB
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
@@ -182,7 +181,7 @@ def measure(case: Case) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **GIVE_BACK}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*torchrun, __file__, json.dumps(asdict(case)), folder]
+        command = [*torchrun, "-m", "benchmarks.plan", json.dumps(asdict(case)), folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         files = [Path(folder, f"measured-{rank}.json") for rank in range(PROCESSES)]
         if not all(file.exists() for file in files):  # a finished run may abort at its exit

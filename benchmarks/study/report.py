@@ -2,7 +2,7 @@
 """
 The study's results as `study_results.json`, and from it, and nothing else, `study.md` and its pictures.
 
-    python examples/study_report.py docs  # writes them again from the JSON
+    python -m benchmarks.study.report docs  # writes them again from the JSON
 """
 
 import json
@@ -130,7 +130,7 @@ def introduction(study: Study) -> str:
     settings = study.settings
     return f"""# Causal attention, MMCA and merged MMCA, measured
 
-Written by `python examples/study.py --grid {study.grid}` from `study_results.json`, where every number below comes from.
+Written by `python -m benchmarks.study.run --grid {study.grid}`. Every number is in `study_results.json`.
 {len(study.results)} jobs, {study.minutes:.0f} minutes of one core, on {study.machine};
 {", ".join(f"{name} {number}" for name, number in study.versions.items())}.
 

@@ -2,7 +2,7 @@
 """
 The study: causal attention, MMCA and merged MMCA, with and without numbered keys, trained on the same data.
 
-    python examples/study.py
+    python -m benchmarks.study.run
 
 Everything is made from nothing, on two CPU cores. What was done lies in `--output` and is not done again, so a run that
 was stopped goes on. At the end `--docs` holds `study_results.json`, and `study.md` and its pictures, which are written

@@ -2,7 +2,7 @@
 """
 Builds, trains, saves and talks to a small VisualChat, on two CPU cores in a few minutes:
 
-    python examples/demo.py --output_dir outputs/demo
+    python -m examples.digits_demo.demo --output_dir outputs/demo
 
 The paper's recipe (DeepSpeed-VisualChat, arXiv 2309.14327) in small. A CLIP tower learns to tell scikit-learn's scanned
 digits apart, and a LLaMA learns to converse about digits that are described to it in words. Both are frozen. Then the
@@ -205,7 +205,7 @@ def check_saved_folder(output_dir: Path, answers: list[str]) -> None:
         RuntimeError: If the answers differ from `answers`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        script = Path(__file__).with_name("demo_chat.py").resolve()
+        script = Path(__file__).with_name("talk.py").resolve()
         model_dir, messages = (output_dir / name for name in ("model", "conversation/messages.json"))
         replies = Path(scratch) / "answers.json"
         command = [sys.executable, script, model_dir.resolve(), messages.resolve(), replies]

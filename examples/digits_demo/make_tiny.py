@@ -2,8 +2,8 @@
 Makes what `recipes/tiny.yaml` trains, without any download: a random CLIP tower, a random LLaMA and conversations over
 scikit-learn's digits, in the schema of all training data.
 
-    python examples/make_tiny.py --output outputs/tiny
-    python examples/train.py examples/recipes/tiny.yaml
+    python -m examples.digits_demo.make_tiny --output outputs/tiny
+    visualchat train examples/recipes/tiny.yaml
 """
 
 import argparse

@@ -2,7 +2,7 @@
 """
 Holds a conversation with a saved VisualChat, as anyone would who has only its folder:
 
-    python examples/demo_chat.py outputs/demo/model outputs/demo/conversation/messages.json answers.json
+    python -m examples.digits_demo.talk outputs/demo/model outputs/demo/conversation/messages.json answers.json
 
 The package of this repository is made impossible to import, so that nothing but the folder's own code can be at work.
 """

@@ -1,12 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""
-Chat with a VisualChat model in the browser:
-
-    python examples/web_demo.py outputs/demo/model --examples digits
-
-Every visitor has a conversation of their own. Answers are made one at a time, in the order of the questions. Nothing is
-fetched from, or reported to, any other machine.
-"""
+"""A chat on a web page, made with Gradio: `visualchat web`."""
 
 import argparse
 import base64
@@ -24,10 +17,11 @@ import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.chat.page_conversation import EXAMPLES, Conversation, Example, ShownRound
+from visualchat.loading import load_model, load_processor
 
 
 CSS = """
@@ -293,27 +287,13 @@ def _warn(error: Exception) -> None:
     gr.Warning(html.escape(str(error)), duration=30)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Chat with a VisualChat model in the browser.")
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--share", action="store_true", help="also make a public link through Gradio's servers")
-    parser.add_argument("--examples", choices=EXAMPLES, default="photographs", help="conversations to begin with")
-    parser.add_argument("--max-upload", default="10mb", help="size of a picture's file")
-    parser.add_argument("--max-pixels", type=int, default=20_000_000, help="pixels of a picture")
-    parser.add_argument("--max-images", type=int, default=16, help="pictures of a conversation")
-    parser.add_argument("--max-sessions", type=int, default=200, help="conversations that are kept, the latest ones")
-    parser.add_argument("--max-cached", type=int, default=8, help="of these, those whose cache is kept")
-    parser.add_argument("--max-waiting", type=int, default=32, help="questions that may wait for an answer")
-    parser.add_argument("--store-gb", type=float, default=4, help="memory for pictures that are remembered")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", device_map="auto")
-    processor = AutoProcessor.from_pretrained(options.model)
+def run(options: argparse.Namespace) -> None:
+    """Serves the page with the options of `visualchat web`, until the process is stopped."""
+    try:
+        model = load_model(options.model, options.trust_remote_code, dtype="auto", device_map="auto")
+        processor = load_processor(options.model, options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot load {options.model}: {error}") from error
     page = ChatPage(
         model,
         processor,
@@ -335,7 +315,3 @@ def main(arguments: list[str] | None = None) -> None:
         run_history=False,
         ssr_mode=False,
     )
-
-
-if __name__ == "__main__":
-    main()

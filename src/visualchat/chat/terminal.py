@@ -1,13 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""
-Chat with a VisualChat model in the terminal, or through a pipe.
-
-    python examples/chat.py outputs/demo/model
-    echo "What digit is in image 1?" | python examples/chat.py outputs/demo/model --image first.png
-
-In a pipe each line is a question or a command, answers go to the standard output and everything else to the standard error;
-the exit status is 1 if a line failed.
-"""
+"""A chat in the terminal, or through a pipe: `visualchat chat`."""
 
 import argparse
 import contextlib
@@ -16,24 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
+from transformers import set_seed
 
 from modeling_visualchat import ChatSession
 from modeling_visualchat.image_loading_visualchat import load_image
-
-
-COMMANDS = """\
-/image PATH…       attach pictures (files or URLs) to the next question; quote names with spaces
-/retry             ask the last question again
-/edit NUMBER TEXT  ask another question in place of an earlier one, about the same pictures
-/undo              take back the last question and its answer
-/show              print the conversation
-/save FOLDER       write the conversation and its pictures
-/load FOLDER       go on with a conversation that was saved
-/clear             begin a new conversation
-/help              print this
-/quit              leave, as Ctrl-D does
-Ctrl-C stops an answer."""
+from visualchat.chat.commands import COMMANDS
+from visualchat.loading import load_model, load_processor
 
 
 class Terminal:
@@ -182,36 +162,13 @@ def read_lines(history: Path) -> Iterator[str]:
 
 def start_session(arguments: argparse.Namespace) -> ChatSession:
     tell(f"Loading {arguments.model} …")
-    settings = {"trust_remote_code": arguments.trust_remote_code}
-    model_type = AutoConfig.from_pretrained(arguments.model, **settings).model_type
-    if model_type != "visualchat":
-        raise ValueError(f"{arguments.model} is a model of the type {model_type!r}, not 'visualchat'")
-    model = AutoModel.from_pretrained(arguments.model, dtype="auto", device_map="auto", **settings)
-    processor = AutoProcessor.from_pretrained(arguments.model, **settings)
+    model = load_model(arguments.model, arguments.trust_remote_code, dtype="auto", device_map="auto")
+    processor = load_processor(arguments.model, arguments.trust_remote_code)
     return model.start_chat(processor, system=arguments.system, drop_oldest=arguments.drop_oldest)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="commands:\n" + COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="pictures of the first question")
-    parser.add_argument("--load", metavar="FOLDER", help="go on with a conversation that was saved")
-    parser.add_argument("--system", metavar="TEXT", help="in place of the prompt's first line")
-    parser.add_argument("--drop-oldest", action="store_true", help="forget the oldest rounds when the context is full")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="the longest answer")
-    parser.add_argument("--temperature", type=float, metavar="T", help="samples answers if above 0")
-    parser.add_argument("--top-p", type=float, metavar="P", help="samples from the likeliest tokens, of this probability")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="searches with beams, without streaming")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--history", type=Path, default=Path.home() / ".visualchat_history", metavar="FILE")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """The exit status of `visualchat chat` with these options."""
     names = ("max_new_tokens", "top_p", "num_beams")
     generation = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.temperature is not None:
@@ -236,7 +193,3 @@ def main(argv: list[str] | None = None) -> int:
     if interactive:
         tell("Type a question; /help lists the commands.")
     return terminal.run(read_lines(arguments.history) if interactive else iter(sys.stdin))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,6 @@
-"""
-Starts a VisualChat model from a LLaVA 1.5-style folder: a CLIP tower and a LLaMA decoder that know pictures already.
-
-    python examples/convert_llava.py --model llava-hf/llava-1.5-7b-hf --output outputs/from_llava
-
-Tower, decoder, vocabulary and the choice of features are taken over; the projector is a start. It is to be trained, as the
-attention is another one: `examples/train.py --model_name_or_path outputs/from_llava`.
-"""
+"""Starts a VisualChat model from a LLaVA 1.5 checkpoint: `visualchat convert llava`."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -90,14 +82,8 @@ def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcess
     return processor
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="LLaVA folder or Hub id")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--attention", choices=["mmca", "mmca_merged", "causal"], default="mmca")
-    parser.add_argument("--projector", choices=["linear", "vit", "perceiver"], default="linear")
-    args = parser.parse_args(argv)
-
+def run(args: argparse.Namespace) -> None:
+    """Converts with the options of `visualchat convert llava`."""
     check_config(LlavaConfig.from_pretrained(args.model))
     llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
     model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
@@ -105,7 +91,3 @@ def main(argv: list[str] | None = None) -> None:
     model.save_pretrained(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters, {model.dtype}", *lines, sep="\n  ")
     print("Train the projector before use: it has not seen this attention, nor LLaVA's weights this projector")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,4 @@
-r"""
-Converts a checkpoint of the released DeepSpeed-VisualChat training script into a VisualChat folder:
-
-    python examples/convert_released_checkpoint.py --checkpoint epoch-5/pytorch_model.bin --config sub_configs.json \
-        --tokenizer epoch-5 --output outputs/converted
-
-The released script saves no configuration. The JSON file holds what it was run with:
-
-    {"projector": "baseline", "vision_config": {…}, "text_config": {…}, "image_token_id": 32001, "base_vocab_size": 32000}
-
-`projector` is its `--vis_proj` (baseline, vit or perceiver), `vision_config` and `text_config` are those of the two models,
-with the vocabulary that was trained: `base_vocab_size` tokens, "### Image:", "<image>" and perhaps one for padding.
-"""
+"""Converts a checkpoint of the released DeepSpeed-VisualChat training script: `visualchat convert released`."""
 
 import argparse
 import copy
@@ -197,27 +185,13 @@ def make_processor(
     return VisualChatProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="pytorch_model.bin of the released training script")
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with what it was run with")
-    parser.add_argument("--tokenizer", help="folder or Hub id: what the released script saved, or the decoder's own")
-    parser.add_argument(
-        "--attention",
-        choices=["mmca_released", "mmca", "causal"],
-        default="mmca_released",
-        help="mmca_released: as the checkpoint was trained with --enable_mmca_attention; causal: as without, but with each"
-        " sample's pictures to be given in reverse; mmca: the paper's, to be fine-tuned",
-    )
-    parser.add_argument("--lora", choices=["fused", "unfused"], help="where the checkpoint holds LoRA factors")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    args = parser.parse_args(argv)
-
+def run(args: argparse.Namespace) -> None:
+    """Converts with the options of `visualchat convert released`."""
     config, base_vocab_size = read_config(args.config, args.attention)
     processor = None
     if args.tokenizer:
         processor = make_processor(AutoTokenizer.from_pretrained(args.tokenizer), config, base_vocab_size)
-    weights = torch.load(args.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    weights = torch.load(args.model, map_location="cpu", weights_only=True, mmap=True)
     weights = convert_weights(fuse_lora(weights, args.lora), config)
     dtype = weights["model.language_model.embed_tokens.weight"].dtype
     model = VisualChatForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -236,7 +210,3 @@ def main(argv: list[str] | None = None) -> None:
         print("The checkpoint was not trained with this attention: fine-tune projector and token embedding before use")
     if args.attention == "causal":
         print("The checkpoint was trained with pictures in reverse: give each sample's last picture first, or fine-tune")
-
-
-if __name__ == "__main__":
-    main()

@@ -159,7 +159,7 @@ def open_row(
     row: dict, needs: Needs, open_picture: Callable[[ImageSource], tuple[Opened, str, str]], skip: int = 0
 ) -> tuple[list[Opened], list[BadRow]]:
     """
-    Finds all that is wrong with a row of `messages` and `images`, for `prepare_data.py` and for training alike.
+    Finds all that is wrong with a row of `messages` and `images`, for `visualchat prepare` and for training alike.
 
     Args:
         needs ([`Needs`]): Of the model.

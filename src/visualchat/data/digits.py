@@ -1,8 +1,9 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Conversations over scikit-learn's 1,797 scanned digits: the data of the demo. As a labelled set for `evaluate.py`:
+Conversations over scikit-learn's 1,797 scanned digits: the data of the demo. As a labelled dataset for
+`visualchat evaluate`:
 
-    python examples/digits.py --output outputs/digits.parquet
+    python -m visualchat.data.digits --output outputs/digits.parquet
 
 A digit belongs to one of three splits, so that the digits of the test conversations are seen in no stage of the training.
 Each answer is a function of the digits' labels, and answers are balanced: within a kind of question (and a number of
@@ -241,7 +242,7 @@ def _balance_key(question: Question, num_seen: int) -> tuple[str, int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the conversations that `demo.py` measures by default, with the kind of each question as its task."""
+    """Writes the conversations that the demo measures by default, with the kind of each question as its task."""
     import datasets  # of the extra `train`
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,26 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Turns the sources of the paper's training data into rows of one schema, `messages` and `images`, and finds bad rows first;
-also those of any dataset that has the schema already, named as for `train.py`:
-
-    python examples/prepare_data.py --list
-    python examples/prepare_data.py --source llava --data-root data --check
-    python examples/prepare_data.py --source llava llava_dial --data-root data --output prepared
-    python examples/prepare_data.py --dataset rows.jsonl --check --model openai/clip-vit-large-patch14-336
-    python examples/prepare_data.py --dataset rows.jsonl --output prepared --skip-bad
-
-The raw files are downloaded by you; `--list` shows which ones a source needs. All texts are read and checked first, then the
-pictures of the rows are decoded in parallel. `OUTPUT/NAME` appears once every row is made: parquet shards for
-`datasets.load_dataset("parquet", data_files="OUTPUT/NAME/*.parquet")`, `prepared.json` with the settings and counts,
-`problems.jsonl` with every problem, and a dataset card. Until then the work lies in `OUTPUT/NAME.partial`. A run that was
-killed goes on there when it is started again: finished shards are not made anew.
-
-`--model` names what is to be trained, a VisualChat or its tower: which pictures are too thin, and how many images a
-conversation may hold, depends on it. By default it is a CLIP tower for 224 pixels.
-
-If a row is bad, the run ends with exit status 1 and presents nothing. Mend the data and run again: only the shards that had
-problems are made anew. Or pass `--skip-bad`: bad rows are dropped and counted. With one seed the result is the same whatever
-the number of processes.
+Turns the sources of the paper's training data into examples of one schema, `messages` and `images`, and finds bad ones
+first; also those of any dataset that has the schema already: `visualchat prepare`.
 """
 
 import argparse
@@ -59,42 +40,8 @@ configs:
 ---
 
 {rows} conversations of `{name}`, with {images} images and {rounds} rounds, made by VisualChat's
-`examples/prepare_data.py`; `prepared.json` holds the settings. Images are {kept}.
+`visualchat prepare`; `prepared.json` holds the settings. Images are {kept}.
 """
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", nargs="+", choices=SOURCES, metavar="NAME", help="what to prepare; see --list")
-    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="what train.py's --datasets takes")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the raw data")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write DIR/NAME to")
-    parser.add_argument("--check", action="store_true", help="only look for problems; with --output, list them all there")
-    parser.add_argument("--skip-bad", action="store_true", help="drop and count bad rows instead of stopping")
-    parser.add_argument("--model", metavar="NAME", help="what is to be trained: a VisualChat or its tower")
-    parser.add_argument(
-        "--max-samples", type=int, metavar="N", help="at most so many rows, drawn at random; texts are all read"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: 0)")
-    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes (default: the number of cores)")
-    parser.add_argument("--rows-per-shard", type=int, default=1000, metavar="N", help="(default: 1000)")
-    parser.add_argument("--embed-images", action="store_true", help="store the bytes of image files, not their paths")
-    parser.add_argument("--overwrite", action="store_true", help="replace what a run with other settings left")
-    parser.add_argument("--list", action="store_true", help="show the sources and the raw files that each needs")
-    options = parser.parse_args(arguments)
-    if not options.list:
-        needed = {"--source or --dataset": options.source or options.dataset}
-        if options.source:
-            needed["--data-root"] = options.data_root
-        if not options.check:
-            needed["--output"] = options.output
-        if missing := [name for name, value in needed.items() if not value]:
-            parser.error(f"{', '.join(missing)} missing (or use --list)")
-    for name in ("max_samples", "num_proc", "rows_per_shard"):
-        value = vars(options)[name]
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    return options
 
 
 @dataclass
@@ -164,7 +111,7 @@ def plan_source(name: str, options: argparse.Namespace) -> Plan:
 
 def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
     """
-    Opens a dataset as `train.py` does. Its rows keep their order.
+    Opens a dataset as `visualchat train` does. Its rows keep their order.
 
     Raises:
         ValueError: If it cannot be read at all.
@@ -354,8 +301,8 @@ def list_sources() -> None:
         print(f"{'':<20}  images: {source.images}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The exit status of `visualchat prepare` with these options."""
     if options.list:
         list_sources()
         return 0
@@ -370,7 +317,3 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

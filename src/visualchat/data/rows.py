@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-How raw rows become conversations: one small function for each form that the sources of `data_sources.py` have.
+How raw rows become conversations: one small function for each form that the sources of `sources.py` have.
 
 A function takes a raw row and the [`Context`] and returns the rounds. It opens no picture. It raises `BadRow` for a row
 that is broken, of which the first fault is named, and `LeftOut` for one that the recipe leaves out. Whatever is drawn is

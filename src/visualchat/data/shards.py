@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The parallel step of `prepare_data.py`: pictures are decoded, and rows written in shards, each whole or not there."""
+"""The parallel step of `visualchat prepare`: pictures are decoded, and rows written in shards, each whole or not there."""
 
 import io
 import json

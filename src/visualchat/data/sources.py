@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 The sources of the paper's training data (DeepSpeed-VisualChat, arXiv 2309.14327): `SOURCES`, one table. What is done to
-their rows is in `data_rows.py`.
+their rows is in `rows.py`.
 """
 
 import os

@@ -1,19 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""
-Holds conversations with one checkpoint or several, and reports what they answer; scores them where the true answers are
-known:
-
-    python examples/evaluate.py --conversations eval.json --model outputs/demo/model
-    python examples/evaluate.py --labelled rows.parquet --model outputs/demo/model --max-new-tokens 8
-    python examples/evaluate.py --labelled rows.parquet --compare outputs/demo/model outputs/lora/model
-
-A checkpoint is a folder or Hub id of a VisualChat, or of a PEFT adapter of one. `--output` then holds `report.html`, with
-the pictures inside, `results.json`, and for each checkpoint a folder with `answers.jsonl`; `answers.csv` (test_name,
-image_path, question, answer) for conversations; `losses.jsonl` for labelled sets. The JSONL files are the journal: the same
-command goes on after a kill, and tries again what failed.
-
-Exit status: 0 if every question was answered, 1 if some were not (each such dialogue is named), 2 if nothing could be done.
-"""
+"""Holds the conversations of a dataset with one model or several and scores the answers: `visualchat evaluate`."""
 
 import argparse
 import json
@@ -26,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, BatchFeature
+from transformers import BatchFeature
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
@@ -35,6 +21,7 @@ from visualchat.evaluation.answers import generate_answers
 from visualchat.evaluation.conversations import Dialogue, read_conversations, read_labelled
 from visualchat.evaluation.report import describe_number, describe_share, write_csv, write_report
 from visualchat.evaluation.scores import MATCHES, compare, score
+from visualchat.loading import load_model, load_processor
 from visualchat.training.merge import load_merged
 from visualchat.training.rows import count_tokens
 
@@ -207,34 +194,6 @@ class Evaluation:
         self.losses.add([{"dialogue": k, "loss": loss, "tokens": count} for k, loss, count in zip(rows, sums, counts)])
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--conversations", type=Path, help="JSON: name → rounds [question] or [question, 'path path …']")
-    data.add_argument("--labelled", nargs="+", help="datasets of messages and images, as train.py takes them")
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--model", help="a checkpoint")
-    models.add_argument("--compare", nargs="+", metavar="MODEL", help="checkpoints, side by side in one report")
-    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder (%(default)s)")
-    parser.add_argument("--image-root", type=Path, help="where paths of --conversations begin; by default the JSON's folder")
-    parser.add_argument("--batch-size", type=int, default=8, help="dialogues held at once (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer at most (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest")
-    parser.add_argument("--top-p", type=float, default=1.0, help="of sampling (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of confidence intervals (%(default)s)")
-    parser.add_argument("--dtype", default="auto", help="what the weights are loaded in (%(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1; by default the accelerator if there is one")
-    parser.add_argument("--report-limit", type=int, default=200, help="dialogues in the report (%(default)s)")
-    args = parser.parse_args(argv)
-    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("temperature", 0), ("report_limit", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} at least, got {getattr(args, name)}")
-    if args.labelled and args.image_root:
-        parser.error("--image-root is for --conversations: a labelled set's paths begin where the script is started")
-    args.models = args.compare or [args.model]
-    return args
-
-
 def name_folders(models: list[str], output: Path) -> dict[str, Path]:
     """
     A folder in `output` for each checkpoint, called as it is given.
@@ -246,31 +205,31 @@ def name_folders(models: list[str], output: Path) -> dict[str, Path]:
     for name in models:
         folder = output / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model")
         if folder in folders.values():
-            raise ValueError(f"--compare: {name!r} is given twice, or its folder {folder} is another one's too")
+            raise ValueError(f"{name!r} is given twice, or its folder {folder} is another one's too")
         folders[name] = folder
     return folders
 
 
-def load_processor(name: str) -> VisualChatProcessor:
+def find_processor(name: str, trust_remote_code: bool) -> VisualChatProcessor:
     """
     Raises:
         ValueError: If there is none of this name.
     """
     try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=True)
+        return load_processor(name, trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} is neither a folder nor a Hub id of a VisualChat or an adapter: {error}") from error
+        raise ValueError(f"{name} is neither a folder nor a Hub id of a VisualChat model or an adapter: {error}") from error
 
 
-def load_model(name: str, dtype: str, device: str | None) -> VisualChatForCausalLM:
+def load_checkpoint(name: str, dtype: str, device: str | None, trust_remote_code: bool) -> VisualChatForCausalLM:
     """A VisualChat, or an adapter merged into its base, to generate with."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator.type
     if find_adapter_config_file(name) is not None:
-        model = load_merged(name, dtype=dtype)
+        model = load_merged(name, trust_remote_code=trust_remote_code, dtype=dtype)
     else:
-        model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype)
+        model = load_model(name, trust_remote_code, dtype=dtype)
     return model.to(device).eval()
 
 
@@ -345,8 +304,8 @@ def summarize(evaluations: dict[str, Evaluation], settings: dict[str, dict], see
     return results
 
 
-def main(argv: list[str]) -> int:
-    args = parse_arguments(argv)
+def run(args: argparse.Namespace) -> int:
+    """The exit status of `visualchat evaluate` with these options."""
     generation = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if generation["do_sample"]:
         generation |= {"temperature": args.temperature, "top_p": args.top_p}
@@ -356,14 +315,14 @@ def main(argv: list[str]) -> int:
             dialogues, digest = read_labelled(args.labelled)
         else:
             dialogues, digest = read_conversations(args.conversations, args.image_root)
-        folders = name_folders(args.models, args.output)
-        processors = {name: load_processor(name) for name in folders}
+        folders = name_folders(args.model, args.output)
+        processors = {name: find_processor(name, args.trust_remote_code) for name in folders}
     except (OSError, ValueError) as error:
         return refuse(error)
 
     for name, folder in folders.items():
         try:
-            model = load_model(name, args.dtype, args.device)
+            model = load_checkpoint(name, args.dtype, args.device, args.trust_remote_code)
             settings[name] = describe(args, name, model, digest)
             keep_settings(folder, settings[name])
         except (OSError, ValueError) as error:
@@ -398,10 +357,5 @@ def main(argv: list[str]) -> int:
 
 
 def refuse(error: Exception) -> int:
-    print(f"evaluate.py: {error}", file=sys.stderr)
+    print(f"visualchat evaluate: {error}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What `evaluate.py` writes to be read: the released CSV, and one HTML page that needs no other file."""
+"""What `visualchat evaluate` writes to be read: the released CSV, and one HTML page that needs no other file."""
 
 import base64
 import csv

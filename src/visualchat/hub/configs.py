@@ -1,7 +1,7 @@
 """
 Writes `hub_configs/`: for each model a Hub repository's root, less weights and code.
 
-    python examples/make_hub_configs.py
+    python -m visualchat.hub.configs
 """
 
 import argparse
@@ -335,7 +335,7 @@ def write_folder(name: str, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "hub_configs", help="folder to write")
+    parser.add_argument("--output", type=Path, default=Path("hub_configs"), help="folder to write")
     args = parser.parse_args(argv)
     for name in MODELS:
         write_folder(name, args.output / name)

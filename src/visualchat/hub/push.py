@@ -1,12 +1,4 @@
-"""
-Publishes a VisualChat folder, or a PEFT adapter of one, on the Hugging Face Hub:
-
-    python examples/push_to_hub.py outputs/demo/model user/name --dry-run
-    python examples/push_to_hub.py outputs/demo/model user/name --private
-
-The dry run lists every file with its size and SHA-256 and sends nothing. The card that is sent lists the code that
-`trust_remote_code=True` will run. A push that broke off is finished by the same command: what has arrived is not sent again.
-"""
+"""Uploads a VisualChat folder, or a PEFT adapter of one, to the Hugging Face Hub: `visualchat push`."""
 
 import argparse
 import hashlib
@@ -27,7 +19,7 @@ PUBLISHED = re.compile(
 RUN_STATE = ("trainer_state.json",)
 REPLACED = re.compile(r".+\.(safetensors(\.index\.json)?|py)")  # a later push removes what it does not bring
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-CODE_BEGIN, CODE_END = "<!-- code: written by push_to_hub.py -->", "<!-- end of code -->"
+CODE_BEGIN, CODE_END = "<!-- code: written by visualchat push -->", "<!-- end of code -->"
 # What traveling code does with files and network, and only when asked to: tests/test_traveling_code.py
 EXCEPTIONS = {
     "`ImageMemory.save`, `ImageMemoryStore` with a `folder`": "write image memories",
@@ -212,7 +204,7 @@ def write_card(folder: Path, publication: Publication) -> str:
         table="\n".join(table),
         exceptions="; ".join(f"{who} ({what})" for who, what in EXCEPTIONS.items()),
     )
-    body = re.sub(f"\n*{re.escape(CODE_BEGIN)}.*?{re.escape(CODE_END)}\n", "", body, flags=re.DOTALL)
+    body = re.sub(f"\n*<!-- code: written by [^>]*-->.*?{re.escape(CODE_END)}\n", "", body, flags=re.DOTALL)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body.rstrip()}\n\n{section}"
 
 
@@ -297,28 +289,18 @@ def push(
     except (RuntimeError, OSError) as error:
         cause = error.__cause__ or error
         raise ConnectionError(
-            f"The upload to {repo_id} broke off: {error} ({type(cause).__name__}: {cause}). The same command goes on with it"
+            f"The upload to {repo_id} broke off: {error} ({type(cause).__name__}: {cause}). Run the command again to resume"
         ) from error
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the saved model or adapter, with its processor")
-    parser.add_argument("repository", help="user/name")
-    parser.add_argument("--private", action="store_true", default=None, help="if the repository is created")
-    parser.add_argument("--revision", help="branch to push to, created if need be; main by default")
-    parser.add_argument("--base-model", help="Hub id of an adapter's base, if the adapter names a folder")
-    parser.add_argument(
-        "--token", help="access token; other users of this machine see it: better `hf auth login` or HF_TOKEN"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Uploads with the options of `visualchat push`."""
     try:
         if args.dry_run:
-            print(collect(args.folder, args.base_model, args.token).describe())
+            print(collect(args.model, args.base_model, args.token).describe())
             return
         commit = push(
-            args.folder,
+            args.model,
             args.repository,
             private=args.private,
             revision=args.revision,
@@ -328,7 +310,3 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:  # PermissionError, ConnectionError and FileNotFoundError among them
         raise SystemExit(f"error: {error}") from error
     print(f'{commit.commit_url}\nfrom_pretrained("{args.repository}", trust_remote_code=True, revision="{commit.oid}")')
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 Peak memory of a GPU under each DeepSpeed JSON: what ZeRO keeps, and the buffers that DeepSpeed makes, on top of a
-[`plan_trace.Trace`].
+[`visualchat.planning.trace.Trace`].
 
 Sources: ZeRO (arXiv 1910.02054, section 3.1: Adam keeps 12 bytes a trained parameter in mixed precision; section 5: what
 each stage shares out) and the code of DeepSpeed 0.19.8, by the file that a line is about:
@@ -15,9 +15,9 @@ each stage shares out) and the code of DeepSpeed 0.19.8, by the file that a line
 - `unfused_optimizer.py`: ZeRO-0 in bf16 keeps a whole fp32 copy and makes fp32 gradients for the step.
 - `zero/utils.py`: the norm of a gradient is taken of its copy in fp64.
 
-Not counted: the CUDA context, NCCL's buffers and what the allocator loses to fragments (`plan.py --reserve`); what loading,
-evaluating and saving need. Batches of the Trainer and the optimizer's step (fused, in place) need nothing that counts. The
-peak is that of a step after the first, when the optimizer's state exists.
+Not counted: the CUDA context, NCCL's buffers and what the allocator loses to fragments (`visualchat plan --reserve`); what
+loading, evaluating and saving need. Batches of the Trainer and the optimizer's step (fused, in place) need nothing that
+counts. The peak is that of a step after the first, when the optimizer's state exists.
 """
 
 from collections.abc import Iterator

@@ -1,23 +1,12 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Does it fit? Memory of each GPU, the largest micro-batch, and the DeepSpeed JSON to use, before a machine is rented. The
-model is built without weights, so 70B is planned on a laptop:
-
-    python examples/plan.py hub_configs/13b --gpus 8 --gpu-memory 80 --mode full --batch 4 --images 3
-
-For every JSON of `examples/deepspeed/`, with and without gradient checkpointing, a row shows what is on a GPU at the largest
-moment of forward and backward, then the largest moment of the optimizer's step. `plan_trace.py` reads activations, logits
-and image features off the model's own code; `plan_memory.py` adds what ZeRO keeps and DeepSpeed's buffers, with sources.
-`benchmarks/plan.py` compares with real runs.
-
-GB are 10⁹ bytes. `--reserve` is what no formula knows: the CUDA context, NCCL's buffers, fragments. Tokens/s count matrix
-products and attention at `--matrix-rate`, the rate that your GPU reaches (not its data sheet's); communication, offload and
-data come on top. ZeRO-1 with offload is not listed: ZeRO-2 with offload needs no more and communicates the same.
+Memory and speed of a training run, predicted: `visualchat plan`. `trace.py` reads activations, logits and image features off
+the model's own code; `memory.py` adds what ZeRO keeps and DeepSpeed's buffers, with sources. `benchmarks/plan.py` compares
+the predictions with real runs.
 """
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,13 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from modeling_visualchat import VisualChatConfig
+from visualchat.loading import check_model_type
 from visualchat.planning.memory import STATES, Parameter, Peak, Setting, plan_peak
 from visualchat.planning.trace import StepShape, Trace, trace_step
-from visualchat.training.train import ModelArguments, set_mode
+from visualchat.training.arguments import ModelArguments
+from visualchat.training.train import set_mode
 from visualchat.training.trainer import VisualChatTrainingArguments, group_parameters
 
 
-DEEPSPEED = Path(__file__).parent / "deepspeed"
+DEEPSPEED = Path(__file__).parents[1] / "training" / "deepspeed"
 # From the fastest to the most frugal; the first that fits is recommended. ZeRO-2 communicates as little as ZeRO-0 and 1
 NAMES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 PREFERRED = (
@@ -69,43 +60,6 @@ class Row:
     tokens_per_second: float | None
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a folder with config.json (hub_configs/7b), or a Hub id")
-    parser.add_argument("--gpus", type=int, required=True, help="processes in all, one a GPU")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="GB of one GPU")
-    parser.add_argument("--reserve", type=float, default=4, help="GB that stay free: CUDA context, NCCL, fragments")
-    parser.add_argument("--mode", choices=("alignment", "lora", "full"), default="alignment", help="as in train.py")
-    parser.add_argument("--batch", type=int, default=1, help="samples of a micro-batch (per_device_train_batch_size)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step (gradient_accumulation_steps)")
-    parser.add_argument("--seq-length", type=int, help="tokens of a sample, images included (the model's most, up to 4096)")
-    parser.add_argument("--images", type=int, default=1, help="images of a sample")
-    parser.add_argument("--supervised", type=int, help="tokens of a sample that are learned (all of its text)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights, and of training")
-    parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="both", help="gradient checkpointing")
-    parser.add_argument("--lora-target", choices=("decoder", "tower", "both"), default="decoder", help="as in train.py")
-    parser.add_argument("--lora-rank", type=int, default=16, help="as in train.py")
-    parser.add_argument("--matrix-rate", type=float, help="TFLOP/s that a GPU reaches, for tokens/s")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON, in bytes")
-    args = parser.parse_args(argv)
-    for name in ("gpus", "gpu_memory", "batch", "accumulation", "seq_length", "supervised", "lora_rank", "matrix_rate"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0, got {value:g}")
-    for name in ("images", "reserve"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must be 0 or more, got {getattr(args, name):g}")
-    if args.reserve >= args.gpu_memory:
-        parser.error(f"--reserve {args.reserve:g} leaves nothing of --gpu-memory {args.gpu_memory:g}")
-    try:
-        args.config, args.shape = check_shape(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return args
-
-
 def check_shape(args: argparse.Namespace) -> tuple[VisualChatConfig, StepShape]:
     """
     Loads the config and completes the shape of a sample.
@@ -115,14 +69,13 @@ def check_shape(args: argparse.Namespace) -> tuple[VisualChatConfig, StepShape]:
         ValueError: If it is not a VisualChat's, or if the sample does not fit it. The numbers are given.
     """
     try:
-        config = AutoConfig.from_pretrained(args.config)
-    except (OSError, ValueError) as error:
-        raise OSError(f"{args.config}: neither a folder with a config.json nor a Hub id that can be read") from error
-    if not isinstance(config, VisualChatConfig):
-        raise ValueError(f"{args.config}: its model_type is {config.model_type!r}, not 'visualchat'")
+        check_model_type(args.model, args.trust_remote_code)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise OSError(f"{args.model}: neither a folder with a config.json nor a Hub id that can be read") from error
     if config.multimodal_attention == "mmca_released":
         raise ValueError(
-            f"{args.config}: multimodal_attention 'mmca_released' is for converted checkpoints, not for training"
+            f"{args.model}: multimodal_attention 'mmca_released' is for converted checkpoints, not for training"
         )
     limit = config.text_config.max_position_embeddings
     length = args.seq_length or min(4096, limit)
@@ -146,7 +99,7 @@ def check_shape(args: argparse.Namespace) -> tuple[VisualChatConfig, StepShape]:
 def build_model(
     config: VisualChatConfig, model_args: ModelArguments, dtype: torch.dtype, checkpointing: bool = False
 ) -> tuple[torch.nn.Module, list[Parameter]]:
-    """The model on the meta device, as `train.py` would train it, and its parameters with their optimizer groups."""
+    """The model on the meta device, as `visualchat train` would train it, and its parameters with their optimizer groups."""
     with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
         model = set_mode(model, model_args)
@@ -177,7 +130,7 @@ class Planner:
     Args:
         config (`VisualChatConfig`): The model's.
         shape (`StepShape`): The micro-batch; its samples are asked for in [`Planner.peak`].
-        model_args (`ModelArguments`): What trains, as in train.py.
+        model_args (`ModelArguments`): What trains, as in `visualchat train`.
         dtype (`torch.dtype`): Of the weights.
         device (`str`): `cuda`, or `cpu` with gloo.
     """
@@ -298,8 +251,8 @@ def _line_heads() -> list[str]:
     return [*(HEADS.get(name, name) for name in STATES), "step", "peak", "host", "fits", "batch", "tokens/s  "]
 
 
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
+def run(args: argparse.Namespace) -> None:
+    """Prints the plan for the options of `visualchat plan`, completed by [`check_shape`]."""
     planner, rows = plan(args)
     if args.json:
         chosen = recommend(rows)
@@ -311,7 +264,3 @@ def main(argv: list[str]) -> None:
         print(json.dumps(report, indent=2))
     else:
         print(describe(args, planner, rows))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

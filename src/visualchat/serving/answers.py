@@ -21,7 +21,8 @@ from transformers import LogitsProcessor, StoppingCriteria
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.serving.requests import ChatRequest, Limits, RequestError
+from visualchat.serving.limits import Limits
+from visualchat.serving.requests import ChatRequest, RequestError
 from visualchat.serving.sampling import DECODING, Adjusting, Logprobs, Sampling, make_warpers
 
 

@@ -2,7 +2,6 @@
 """From the body of a chat completion request to a checked conversation. After this, what strangers send is safe."""
 
 import io
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -15,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from modeling_visualchat.chat_visualchat import Round, cut_section
 from modeling_visualchat.image_loading_visualchat import DATA_URL, crop_for_clip, decode_base64, load_image
+from visualchat.serving.limits import Limits
 
 
 # Pillow reads many more, some of them by programs of the system
@@ -36,32 +36,6 @@ class RequestError(Exception):
 
     def to_response(self) -> JSONResponse:
         return JSONResponse({"error": self.error}, self.status, self.headers)
-
-
-@dataclass
-class Limits:
-    """
-    Args:
-        body_bytes (`int`): Of a request.
-        body_seconds (`float`): For which a request may be under way.
-        images (`int`): In a conversation.
-        choices (`int`): Answers to a request.
-        image_bytes (`int`): Of each encoded picture.
-        image_pixels (`int`): Of each picture.
-        fetch_seconds (`float`): For each picture from an allowed host.
-        new_tokens (`int`): Of an answer.
-        hosts (`frozenset[str]`): From which pictures are fetched, with the port unless it is the scheme's own.
-    """
-
-    body_bytes: int = 32_000_000
-    body_seconds: float = 60
-    images: int = 16
-    choices: int = 8
-    image_bytes: int = 10_000_000
-    image_pixels: int = 25_000_000
-    fetch_seconds: float = 10
-    new_tokens: int = 512
-    hosts: frozenset[str] = frozenset()
 
 
 class Checked(BaseModel):

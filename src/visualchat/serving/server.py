@@ -1,14 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Serves a VisualChat folder or Hub id by OpenAI's chat completions API:
-
-    python examples/serve.py outputs/demo/model --port 8000
-    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
-      "model": "outputs/demo/model", "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 -w0 first.png)'"}},
-        {"type": "text", "text": "What digit is in image 1?"}]}]}'
-
-A picture that was sent before is remembered, in whatever conversation. GET /v1/models, /health and /metrics (Prometheus).
+The HTTP server of `visualchat serve`, which speaks the OpenAI chat completions API.
 
 Not built on `transformers serve`: it answers most broken requests with status 500, opens any path and URL that a request
 names, has no limits and no bounded queue, and goes on with an answer whose client has gone unless it was streamed.
@@ -30,15 +22,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 from modeling_visualchat.image_loading_visualchat import DATA_URL
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from visualchat.loading import load_model, load_processor
 from visualchat.serving.answers import Answer, AnswerService, Conversation, DisconnectedError, Piece
+from visualchat.serving.limits import Limits
 from visualchat.serving.requests import (
     ChatRequest,
-    Limits,
     RequestError,
     decode_data_url,
     fetch_picture,
@@ -217,75 +208,14 @@ def internal_error() -> RequestError:
     return RequestError("The server failed to answer; its log says why", code="internal_error", status=500)
 
 
-def load_model(name: str, device: str, dtype: str) -> VisualChatForCausalLM:
+def run(args: argparse.Namespace) -> None:
+    """Serves with the options of `visualchat serve`, until the process is stopped."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = AutoConfig.from_pretrained(name)
-        if not isinstance(config, VisualChatConfig):
-            raise SystemExit(f"{name} holds a model of the type {config.model_type!r}, which is not a VisualChat model")
-        return AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+        model = load_model(args.model, args.trust_remote_code, dtype=args.dtype).to(device).eval()
+        processor = load_processor(args.model, args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot load {name}: {error}") from error
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--model-name", help="what requests call it; by default as it is given here")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default %(default)s); the server asks nobody for a key"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="default here: %(default)s")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved, the default), float32, bfloat16, float16")
-    parser.add_argument("--concurrency", type=positive, default=1, help="answers at a time (default %(default)s)")
-    parser.add_argument(
-        "--queue", type=natural, default=32, help="requests that may wait, others get a 503 (default %(default)s)"
-    )
-    parser.add_argument("--image-memory-gb", type=float, default=4.0, help="for remembered pictures (default %(default)s)")
-    parser.add_argument(
-        "--image-memory-folder",
-        help="keeps remembered pictures as files as well, for the next start; nothing is deleted there",
-    )
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="HOST[:PORT]",
-        help="fetch pictures from this host, by http and https; repeat for several (default: from none)",
-    )
-    limits = Limits()
-    parser.add_argument("--max-body-mb", type=float, default=limits.body_bytes / 1e6, help="default %(default)g")
-    parser.add_argument("--max-images", type=natural, default=limits.images, help="of a conversation (default %(default)s)")
-    parser.add_argument(
-        "--max-choices", type=positive, default=limits.choices, help="`n` of a request (default %(default)s)"
-    )
-    parser.add_argument("--max-image-mb", type=float, default=limits.image_bytes / 1e6, help="default %(default)g")
-    parser.add_argument(
-        "--max-image-megapixels", type=float, default=limits.image_pixels / 1e6, help="of each picture (default %(default)g)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=limits.new_tokens, help="of an answer, at most (default %(default)s)"
-    )
-    return parser.parse_args(argv)
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, …, got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("expected 1, 2, 3, …, got '0'")
-    return int(text)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    model = load_model(args.model, args.device, args.dtype)
-    processor = AutoProcessor.from_pretrained(args.model)
+        raise SystemExit(f"cannot load {args.model}: {error}") from error
     config = model.config
     numbered = len(config.image_number_token_ids) if config.image_number_keys else args.max_images
     limits = Limits(
@@ -305,7 +235,3 @@ def main(argv: list[str] | None = None) -> None:
     app = build_app(service, args.model_name or args.model, limits)
     # Ctrl-C waits this long for open connections, then breaks them off
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)
-
-
-if __name__ == "__main__":
-    main()

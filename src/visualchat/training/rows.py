@@ -2,7 +2,7 @@
 Rows for training: loaded, measured, cut to length, mixed and counted before the first step, then batched.
 
 Training sees one schema, transformers' and TRL's own: `messages` with text and image parts, and `images` that fill the image
-parts in reading order. `prepare_data.py` makes it of the paper's sources; any dataset that has it trains as it is.
+parts in reading order. `visualchat prepare` makes it of the paper's sources; any dataset that has it trains as it is.
 """
 
 import logging
@@ -38,7 +38,7 @@ def load_rows(
     Opens one dataset of the schema. Pictures stay undecoded until a batch is made.
 
     Args:
-        name (`str`): A folder of parquet shards (what `prepare_data.py` writes), a `.parquet`, `.json` or `.jsonl` file, a
+        name (`str`): A folder of parquet shards (as `visualchat prepare` writes), a `.parquet`, `.json` or `.jsonl` file, a
             folder of `save_to_disk`, or a Hub id, with `:split` for another split than `train`.
         streaming (`bool`): Reads rows as they are needed, for data that does not fit the disk.
         extra_columns (`tuple[str, ...]`): Further columns to keep.
@@ -289,7 +289,7 @@ def report_faults(faults: dict[str, list[str]], skip: bool, shown: int = 20) -> 
         return
     raise ValueError(
         "\n".join(lines) + f"\n{len(found)} rows have a fault: mend them, or leave them out with --skip_broken_images."
-        f" examples/prepare_data.py --dataset {names} --check names all of them, and all broken pictures"
+        f" `visualchat prepare --dataset {names} --check` names all of them, and all broken pictures"
     )
 
 
@@ -400,4 +400,4 @@ class TrainingCollator:
                 return {"messages": self.read(row)}
             except ValueError:  # it is named and counted when its turn comes
                 continue
-        raise ValueError("No row can be used: run prepare_data.py --check")
+        raise ValueError("No row can be used: run visualchat prepare --check")

@@ -1,30 +1,14 @@
-"""
-Fine-tunes a VisualChat: seed → logging → data → model → Trainer → train → save → evaluate → card → push.
-
-One recipe is one run, and any field of it can be given on the command line as well:
-
-    python examples/train.py examples/recipes/tiny.yaml
-    python examples/train.py examples/recipes/tiny.yaml --mode lora --learning_rate 2e-4 --resume
-
-With DeepSpeed, on one machine (`--use_cpu` where there is no accelerator):
-
-    torchrun --nproc_per_node 8 examples/train.py examples/recipes/paper-7b.yaml
-"""
+"""Fine-tunes a VisualChat model: seed → logging → data → model → Trainer → train → save → evaluate → card → push."""
 
 import json
 import logging
-import os
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     HfArgumentParser,
@@ -40,6 +24,8 @@ from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, 
 from modeling_visualchat.modeling_visualchat import check_parts
 from visualchat.data.checks import Needs
 from visualchat.hub.push import check_access, is_hub_id, push
+from visualchat.loading import check_model_type, load_model, load_processor
+from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
 from visualchat.training.trainer import (
@@ -61,48 +47,10 @@ LORA_TARGETS = {
 }
 
 
-@dataclass
-class ModelArguments:
-    """What is trained."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat: a folder or a Hub id."})
-    vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a CLIP vision tower to join …"})
-    text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
-    multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model."})
-    image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model."})
-    projector: str = field(default="linear", metadata={"help": "Of a joined model."})
-    dtype: str = field(default="auto", metadata={"help": "What the weights are loaded in."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}
-    )
-    mode: Literal["alignment", "lora", "full"] = field(
-        default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
-    )
-    lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA goes."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA's matrices."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, times rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the decoder in 4 bits (needs bitsandbytes)."})
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on."""
-
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub ids; see load_rows."})
-    weights: list[float] | None = field(default=None, metadata={"help": "Of each dataset in the mixture."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of the rows that is held out."})
-    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set --max_steps."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure rows."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Go on past bad rows and pictures; they are counted."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
-
-
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, VisualChatTrainingArguments]:
     """A recipe's fields are defaults, which the command line overrides."""
     kinds = (ModelArguments, DataArguments, VisualChatTrainingArguments)
-    parser = HfArgumentParser(kinds, description=__doc__.strip().splitlines()[0])
+    parser = HfArgumentParser(kinds, prog="visualchat train", description=__doc__)
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe = yaml.safe_load(Path(argv[0]).read_text())
         known = {one.name for kind in kinds for one in fields(kind)}
@@ -148,7 +96,7 @@ def check_arguments(
         raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
 
 
-def load_processor(model_args: ModelArguments) -> VisualChatProcessor:
+def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     """
     The model's, or one made of the parts'.
 
@@ -157,13 +105,12 @@ def load_processor(model_args: ModelArguments) -> VisualChatProcessor:
         TypeError: If the parts are of families that cannot be joined.
     """
     if model_args.model_name_or_path:
-        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
-        if type(processor).__name__ != VisualChatProcessor.__name__:  # which may come with the model
-            raise ValueError(
-                f"{model_args.model_name_or_path} has no processor of a VisualChat, but a {type(processor).__name__}: to"
-                " join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
-            )
-        return processor
+        try:
+            check_model_type(model_args.model_name_or_path, model_args.trust_remote_code)
+            return load_processor(model_args.model_name_or_path, model_args.trust_remote_code)
+        except ValueError as error:
+            join = "To join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
+            raise ValueError(f"--model_name_or_path: {error} {join}") from error
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
@@ -188,9 +135,11 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     processor.save_pretrained(folder)
 
 
-def fit_context(max_length: int, model_name: str) -> int:
+def fit_context(max_length: int, model_args: ModelArguments) -> int:
     """`max_length`, or the decoder's context if that is shorter: the model would refuse a longer conversation."""
-    text_config = AutoConfig.from_pretrained(model_name, trust_remote_code=True).text_config
+    text_config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    ).text_config
     context = text_config.max_position_embeddings
     if max_length <= context or text_config.rope_parameters["rope_type"] == "dynamic":
         return max_length
@@ -198,7 +147,7 @@ def fit_context(max_length: int, model_name: str) -> int:
     return context
 
 
-def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
+def prepare_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
     """The model, with what the mode trains set to train."""
     quantization = None
     if model_args.load_in_4bit:
@@ -208,9 +157,9 @@ def load_model(model_args: ModelArguments, training_args: VisualChatTrainingArgu
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],  # whole names
         )
-    model = AutoModel.from_pretrained(
+    model = load_model(
         model_args.model_name_or_path,
-        trust_remote_code=True,
+        model_args.trust_remote_code,
         dtype=model_args.dtype,
         attn_implementation="sdpa",
         quantization_config=quantization,
@@ -304,15 +253,15 @@ def main(argv: list[str]) -> dict[str, float]:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False)
 
     # Data
-    processor = load_processor(model_args)
+    processor = prepare_processor(model_args)
     if not model_args.model_name_or_path:
         model_args.model_name_or_path = str(output_dir / "joined")
         with training_args.main_process_first(desc="joining tower and decoder"):
             joined = (output_dir / "joined" / "processor_config.json").exists()  # written last
             if training_args.process_index == 0 and not (data_args.resume and joined):
                 join_parts(model_args, processor, output_dir / "joined")
-        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, trust_remote_code=True)
-    max_length = fit_context(data_args.max_length, model_args.model_name_or_path)
+        processor = load_processor(model_args.model_name_or_path)
+    max_length = fit_context(data_args.max_length, model_args)
     with training_args.main_process_first(desc="preparing rows"):
         prepared = prepare_rows(
             data_args.datasets,
@@ -337,7 +286,7 @@ def main(argv: list[str]) -> dict[str, float]:
             train_rows, eval_rows = split["train"], split["test"]
 
     # Model
-    model = load_model(model_args, training_args)
+    model = prepare_model(model_args, training_args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("Mode %s trains %s parameters", model_args.mode, f"{trained:,}")
 
@@ -390,8 +339,3 @@ def main(argv: list[str]) -> dict[str, float]:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return metrics
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(sys.argv[1:])
