@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from visualchat.conversion import released as converter
+from visualchat.cli import main as visualchat
 from safetensors.torch import load_file, save_file
 from test_reload import run_elsewhere
 from helpers.tiny import copy_llama_weights, digit_image, make_config, make_inputs, make_model, make_tokenizer, user
@@ -341,9 +341,9 @@ class ReleasedCheckpoint:
     def convert(self, *arguments):
         torch.save(self.weights, self.folder / "pytorch_model.bin")
         (self.folder / "config.json").write_text(json.dumps(self.config))
-        paths = {"checkpoint": "pytorch_model.bin", "config": "config.json", "output": "converted"}
-        given = [part for name, path in paths.items() for part in (f"--{name}", str(self.folder / path))]
-        converter.main([*given, *map(str, arguments)])
+        paths = ["pytorch_model.bin", "--config", "config.json", "--output", "converted"]
+        given = [word if word.startswith("--") else str(self.folder / word) for word in paths]
+        visualchat(["convert", "released", *given, *map(str, arguments)])
         return AutoModel.from_pretrained(self.folder / "converted").eval()
 
 
@@ -424,8 +424,8 @@ class TestConverter:
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
     @pytest.mark.parametrize("variant", ["mmca_released", "causal"])
     def test_parity_with_the_released_code(self, variant, implementation, tmp_path):
-        converter.main([
-            "--checkpoint", str(PARITY / "released_linear_pytorch_model.bin"),
+        visualchat([
+            "convert", "released", str(PARITY / "released_linear_pytorch_model.bin"),
             "--config", str(PARITY / "released_linear_config.json"),
             "--attention", variant, "--output", str(tmp_path),
         ])  # fmt: skip

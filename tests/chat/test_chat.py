@@ -1,18 +1,17 @@
 """A session answers as the whole conversation would from the beginning, computes what is new only, and stays valid."""
 
-import importlib
 import io
 import json
 import signal
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from benchmarks import chat_rounds
 from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as models_of_tokens
@@ -760,12 +759,10 @@ def test_sessions_share_a_store(model):
     assert_as_from_scratch(second)
 
 
-def test_the_benchmark_runs(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    benchmark = importlib.import_module("chat_rounds")
+def test_the_benchmark_runs():
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    sides = benchmark.make_model_and_processor(text, {**vision, "image_size": 16, "patch_size": 8})
-    seconds = benchmark.measure_rounds(*sides, rounds=3, repeats=2)
+    sides = chat_rounds.make_model_and_processor(text, {**vision, "image_size": 16, "patch_size": 8})
+    seconds = chat_rounds.measure_rounds(*sides, rounds=3, repeats=2)
     assert [len(rounds) for rounds in seconds.values()] == [3, 3]
-    assert len(benchmark.to_results(seconds)) == 3
+    assert len(chat_rounds.to_results(seconds)) == 3

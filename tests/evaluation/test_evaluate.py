@@ -8,7 +8,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from PIL import Image
 from visualchat.data import digits
 from visualchat.evaluation import answers, evaluate, scores
 from visualchat.evaluation.conversations import read_labelled
-from visualchat.training.merge import main as merge
+from visualchat.cli import main as visualchat
+from helpers.commands import command
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 
 from modeling_visualchat import VisualChatDataCollator
@@ -79,10 +79,11 @@ def encode(picture: Image.Image) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def run(root: Path, output: Path, *words, data=("--conversations", "eval.json"), model=("--model", "first")) -> int:
+def run(root: Path, output: Path, *words, data=("--conversations", "eval.json"), model=("first",)) -> int:
     option, *names = data
-    words = [option, *(root / name for name in names), model[0], *(root / name for name in model[1:]), *words]
-    return evaluate.main([str(word) for word in [*words, "--output", output, "--max-new-tokens", 6, "--device", "cpu"]])
+    words = [*(root / name for name in model), option, *(root / name for name in names), *words]
+    words += ["--output", output, "--max-new-tokens", 6, "--device", "cpu"]
+    return visualchat(["evaluate", *map(str, words)])
 
 
 def journal(output: Path, name: str = "answers.jsonl", model: str = "first") -> list[dict]:
@@ -117,7 +118,7 @@ def labelled(root, tmp_path_factory):
 
 class TestConversations:
     def test_answers_are_a_chat_sessions(self, root, conversations):
-        model, processor = evaluate.load_model(str(root / "first"), "auto", "cpu"), make_processor()
+        model, processor = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False), make_processor()
         found = by_round(journal(conversations))
         for name, rounds in CONVERSATIONS.items():
             chat = model.start_chat(processor)
@@ -216,9 +217,9 @@ class TestResume:
         tests = {f"test {k}": [["What is this?", str(root / f"pictures/{k % 8}.png")], ["1 2 3"]] for k in range(60)}
         (tmp_path / "eval.json").write_text(json.dumps(tests))
         data = ("--conversations", tmp_path / "eval.json")
-        words = [*data, "--model", root / "first", "--output", tmp_path / "killed", "--batch-size", "2"]
-        command = [sys.executable, EXAMPLES / "evaluate.py", *words, "--max-new-tokens", "6", "--device", "cpu"]
-        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        words = [root / "first", *data, "--output", tmp_path / "killed", "--batch-size", "2"]
+        words = command("evaluate", *words, "--max-new-tokens", "6", "--device", "cpu")
+        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         started = time.monotonic()
         while not list((tmp_path / "killed").glob("*/answers.jsonl")) and time.monotonic() < started + 60:
             time.sleep(0.005)
@@ -246,7 +247,7 @@ class TestResume:
 
     def test_other_weights_are_refused(self, root, tmp_path, capsys):
         save_tiny(tmp_path / "model")
-        words = ["--model", tmp_path / "model"]
+        words = [tmp_path / "model"]
         assert run(root, tmp_path / "out", model=words) == 0
         save_tiny(tmp_path / "model", seed=1)
         assert run(root, tmp_path / "out", model=words) == 2
@@ -319,7 +320,7 @@ class TestBroken:
         assert f"{root}/nothing.json: there is no such file" in capsys.readouterr().err
         assert run(root, tmp_path, data=("--labelled", "nothing.parquet")) == 2
         assert "nothing.parquet" in capsys.readouterr().err
-        assert run(root, tmp_path, model=("--model", "nothing")) == 2
+        assert run(root, tmp_path, model=("nothing",)) == 2
         assert f"{root}/nothing is neither a folder nor a Hub id" in capsys.readouterr().err
         (tmp_path / "bad.jsonl").write_text('{"messages": [\n')
         assert run(root, tmp_path, data=("--labelled", tmp_path / "bad.jsonl")) == 2
@@ -335,7 +336,7 @@ class TestBroken:
         make_processor({"shortest_edge": 16}).save_pretrained(tmp_path / "model")
         Image.new("L", (400_000, 1)).save(tmp_path / "thin.png")
         (tmp_path / "eval.json").write_text(json.dumps({"thin": [["1"], ["And this?", "thin.png"]], "short": [["1"]]}))
-        paths = {"data": ("--conversations", tmp_path / "eval.json"), "model": ("--model", tmp_path / "model")}
+        paths = {"data": ("--conversations", tmp_path / "eval.json"), "model": (tmp_path / "model",)}
         assert run(root, tmp_path / "out", **paths) == 1
         (failure,) = results(tmp_path / "out", root, tmp_path / "model")["failures"]
         assert (failure["test_name"], failure["round"]) == ("thin", 2)
@@ -369,7 +370,7 @@ class TestBroken:
 
 class TestLabelled:
     def test_every_answer_is_given_with_the_true_ones_before_it(self, root, labelled):
-        model, processor = evaluate.load_model(str(root / "first"), "auto", "cpu"), make_processor()
+        model, processor = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False), make_processor()
         rows = [make_row(k, images=k % 3, rounds=1 + k % 3) for k in range(9)]
         found = by_round(journal(labelled))
         assert len(found) == sum(len(row["task"]) for row in rows)
@@ -381,7 +382,7 @@ class TestLabelled:
                 assert [found[row["id"], number]] == expected
 
     def test_the_loss_is_the_models_own(self, root, labelled):
-        model, processor = evaluate.load_model(str(root / "first"), "auto", "cpu"), make_processor()
+        model, processor = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False), make_processor()
         rows = [make_row(k, images=k % 3, rounds=1 + k % 3) for k in range(9)]
         batch = VisualChatDataCollator(processor)(rows)
         with torch.no_grad():
@@ -409,7 +410,7 @@ class TestLabelled:
 
 class TestCompare:
     def test_two_checkpoints_side_by_side(self, root, tmp_path):
-        assert run(root, tmp_path, data=LABELLED, model=("--compare", "first", "other")) == 0
+        assert run(root, tmp_path, data=LABELLED, model=("first", "other")) == 0
         first, other = by_round(journal(tmp_path)), by_round(journal(tmp_path, model="other"))
         assert first != other
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -424,31 +425,31 @@ class TestCompare:
         assert differences["loss"]["low"] <= differences["loss"]["value"] <= differences["loss"]["high"]
 
     def test_a_checkpoint_that_was_evaluated_is_not_again(self, root, tmp_path, monkeypatch):
-        assert run(root, tmp_path, model=("--model", "first")) == 0
+        assert run(root, tmp_path, model=("first",)) == 0
         seen = []
         generate = evaluate.generate_answers
         monkeypatch.setattr(
             evaluate, "generate_answers", lambda *given, **settings: seen.append(1) or generate(*given, **settings)
         )
-        assert run(root, tmp_path, model=("--compare", "first", "other"), data=("--conversations", "eval.json")) == 0
+        assert run(root, tmp_path, model=("first", "other"), data=("--conversations", "eval.json")) == 0
         assert len(seen) == max(map(len, CONVERSATIONS.values()))  # the other's alone, all dialogues at once
 
     def test_the_same_twice_is_refused(self, root, tmp_path, capsys):
-        assert run(root, tmp_path, model=("--compare", "first", "first")) == 2
+        assert run(root, tmp_path, model=("first", "first")) == 2
         assert "is given twice" in capsys.readouterr().err
 
     def test_an_adapter_answers_as_merged(self, root, tmp_path):
         from peft import LoraConfig, get_peft_model
 
-        base = evaluate.load_model(str(root / "first"), "auto", "cpu")
+        base = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False)
         base.name_or_path = str(root / "first")
         torch.manual_seed(0)
         targets = r".*language_model\.layers\..*\.v_proj"
         adapted = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
         adapted.save_pretrained(tmp_path / "adapter")
         make_processor().save_pretrained(tmp_path / "adapter")
-        merge(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
-        models = ("--compare", "first", tmp_path / "adapter", tmp_path / "merged")
+        visualchat(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+        models = ("first", tmp_path / "adapter", tmp_path / "merged")
         assert run(root, tmp_path / "out", model=models) == 0
         plain, adapter, merged = (by_round(journal(tmp_path / "out", model=one)) for one in ("first", "adapter", "merged"))
         assert adapter == merged != plain

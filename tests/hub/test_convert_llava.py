@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from visualchat.conversion import llava as converter
+from visualchat.cli import main as visualchat
 from safetensors.torch import load_file, save_file
 from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
 from transformers import (
@@ -43,7 +43,7 @@ def make_llava(folder, **overrides):
 
 
 def convert(folder, *arguments):
-    convert_llava.main(["--model", str(folder / "llava"), "--output", str(folder / "ours"), *arguments])
+    visualchat(["convert", "llava", str(folder / "llava"), "--output", str(folder / "ours"), *arguments])
     return AutoModel.from_pretrained(folder / "ours").eval()
 
 

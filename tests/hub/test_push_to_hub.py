@@ -18,7 +18,8 @@ from test_reload import CODE_FILES, run_elsewhere
 from test_training import arguments, parts  # noqa: F401 (a fixture)
 from helpers.tiny import digit_image, make_inputs, make_model, make_processor
 from transformers import Trainer, TrainingArguments
-from visualchat.hub.push import main
+from visualchat.cli import main as visualchat
+from helpers.commands import command
 from visualchat.training.train import main as train
 from visualchat.hub.push import collect
 from visualchat.hub.push import push
@@ -95,7 +96,7 @@ class TestDryRun:
         save_run(tmp_path / "model")
         monkeypatch.delenv("HF_TOKEN")
         capsys.readouterr()
-        main([str(tmp_path / "model"), "user/name", "--dry-run"])
+        visualchat(["push", str(tmp_path / "model"), "user/name", "--dry-run"])
         assert hub.requests == []
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         sent = {words[2]: words[:2] for words in lines if words[0] != "left"}
@@ -164,7 +165,7 @@ class TestPush:
         words = command("push", tmp_path / "model", "user/name", "--private")
         environment = {**os.environ, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
         result = subprocess.run(
-            [*command, "--revision", "v1"], capture_output=True, text=True, env=environment, timeout=300, check=False
+            [*words, "--revision", "v1"], capture_output=True, text=True, env=environment, timeout=300, check=False
         )
         assert result.returncode == 0, result.stderr[-3000:]
         assert "/preupload/" in result.stderr and TOKEN not in result.stdout + result.stderr
@@ -233,7 +234,7 @@ class TestPush:
         monkeypatch.setenv("HF_TOKEN", {"wrong": wrong, "none": "", "another's name": TOKEN}[given])
         name = "somebody/name" if given == "another's name" else "user/name"
         with pytest.raises(SystemExit) as error:
-            main([str(tmp_path / "model"), name])
+            visualchat(["push", str(tmp_path / "model"), name])
         message = {
             "wrong": f"{hub.endpoint} refuses the access token: make one with the right to write",
             "none": f"There is no access token for {hub.endpoint}: log in by `hf auth login`",

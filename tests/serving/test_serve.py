@@ -4,7 +4,6 @@ import base64
 import contextlib
 import functools
 import http.server
-import importlib
 import inspect
 import io
 import json
@@ -27,9 +26,13 @@ from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_process
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from benchmarks import serve_load
-from visualchat.serving import requests, sampling, server as program
-from visualchat.serving.answers import AnswerService
-from visualchat.serving.requests import Limits, parse_request
+from visualchat.cli import main as visualchat
+from visualchat.serving import server as program
+from visualchat.serving import sampling
+from visualchat.serving.answers import AnswerService, cut_at_stop
+from visualchat.serving.limits import Limits
+from visualchat.serving.requests import ChatRequest, parse_request
+from visualchat.serving.server import build_app
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
@@ -56,7 +59,7 @@ class Server:
         )
         self.store = ImageMemoryStore(self.model, 2**30)
         self.service = AnswerService(self.model, self.processor, self.store, concurrency, queue)
-        app = serve.build_app(self.service, "tiny", limits or Limits(images=12))
+        app = build_app(self.service, "tiny", limits or Limits(images=12))
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
@@ -432,8 +435,8 @@ class TestGenerationConfig:
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     def test_scores_are_narrowed_as_generate_does(self, server, configure, settings):
         def narrow(asked):
-            warpers = serve_sampling.make_warpers(asked, server.model.generation_config, output.scores[0].device)
-            return serve_sampling.LogitsProcessorList(warpers)(inputs["input_ids"], allowed)
+            warpers = sampling.make_warpers(asked, server.model.generation_config, output.scores[0].device)
+            return sampling.LogitsProcessorList(warpers)(inputs["input_ids"], allowed)
 
         inputs = server.processor.tokenizer("What is this?", return_tensors="pt")
         configure(do_sample=True, **settings)
@@ -443,7 +446,7 @@ class TestGenerationConfig:
         allowed = output.logits[0].clone()
         allowed[:, server.processor.image_token_id] = -torch.inf
         torch.testing.assert_close(narrow(request()), output.scores[0])
-        named = {name: settings[name] for name in settings if name in serve_requests.ChatRequest.model_fields}
+        named = {name: settings[name] for name in settings if name in ChatRequest.model_fields}
         # The same by the request, against what the model says
         configure(**{name: value for name, value in (("temperature", 9.0), ("top_k", 2), ("top_p", 0.1)) if name in named})
         torch.testing.assert_close(narrow(request(**named)), output.scores[0])
@@ -488,18 +491,18 @@ class TestGenerationConfig:
         model.save_pretrained(tmp_path)
         make_processor().save_pretrained(tmp_path)
         with pytest.raises(SystemExit, match=r"cannot serve .*num_beams=3.*set num_beams to 1"):
-            serve.main([str(tmp_path)])
+            visualchat(["serve", str(tmp_path)])
 
 
 class TestSpelling:
     def test_of_byte_level_tokens(self):
         tokenizer = make_processor().tokenizer
         ids = tokenizer(" a€𝄞b", add_special_tokens=False)["input_ids"]
-        spelled = [serve_sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
+        spelled = [sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
         assert b"".join(spelling for _, spelling in spelled).decode() == " a€𝄞b"
         assert spelled[0][0] == " a" and spelled[-1] == ("b", b"b")
         assert (r"bytes:\xe2", b"\xe2") in spelled
-        assert serve_sampling.spell(tokenizer, ids, tokenizer.eos_token_id) == ("</s>", None)
+        assert sampling.spell(tokenizer, ids, tokenizer.eos_token_id) == ("</s>", None)
 
     def test_of_tokens_with_blanks_and_bytes(self):
         """As LLaMA's tokenizer writes them: ▁ for a blank, stripped at a beginning, and <0x..> for what has no token."""
@@ -511,7 +514,7 @@ class TestSpelling:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
         names = ["▁a", "▁a", "<0xE2>", "<0x82>", "<0xAC>", "b", "<0xE2>", "é"]
         ids = tokenizer.convert_tokens_to_ids(names)
-        spelled = [serve_sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
+        spelled = [sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
         texts = ["a", " a", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "b", r"bytes:\xe2", "é"]
         assert [one for one, _ in spelled] == texts
         assert b"".join(spelling for _, spelling in spelled) == "a a€b".encode() + b"\xe2" + "é".encode()
@@ -521,8 +524,8 @@ def test_sampling_follows_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.5, -1.0, -torch.inf]]).repeat(40_000, 1)
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.8)):
         asked = request(temperature=temperature, top_p=top_p)
-        warpers = serve_sampling.make_warpers(asked, GenerationConfig(), scores.device)
-        sampling = serve_sampling.Sampling(scores.device, warpers, seed=0)
+        warpers = sampling.make_warpers(asked, GenerationConfig(), scores.device)
+        drawn = sampling.Sampling(scores.device, warpers, seed=0)
         drawn = sampling(None, scores).argmax(-1).bincount(minlength=5) / len(scores)
         expected = (scores[0] / temperature).softmax(-1)
         kept = expected.cumsum(-1) - expected < top_p
@@ -534,7 +537,7 @@ def test_sampling_follows_the_distribution():
 @given(st.lists(st.text(alphabet="ab", max_size=4)), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
 def test_text_is_cut_before_a_stop_string_however_it_arrives(pieces, stop):
     whole = "".join(pieces)
-    shown = "".join(serve_answers.cut_at_stop(iter(pieces), stop))
+    shown = "".join(cut_at_stop(iter(pieces), stop))
     assert whole.startswith(shown)
     assert not any(one in shown for one in stop)
     if len(stop) < 2:
@@ -923,9 +926,9 @@ def test_the_script_under_load(folder):
 
 def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     built, run = [], []
-    monkeypatch.setattr(serve, "build_app", lambda *arguments: built.extend(arguments))
-    monkeypatch.setattr(serve.uvicorn, "run", lambda app, **settings: run.append(settings))
-    serve.main([folder])
+    monkeypatch.setattr(program, "build_app", lambda *arguments: built.extend(arguments))
+    monkeypatch.setattr(program.uvicorn, "run", lambda app, **settings: run.append(settings))
+    visualchat(["serve", folder])
     service, name, limits = built
     assert (name, limits, service.places) == (folder, Limits(images=12), 33)
     assert run[0]["host"] == "127.0.0.1" and run[0]["port"] == 8000
@@ -933,7 +936,7 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
     arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
-    serve.main([folder, *arguments.split()])
+    visualchat(["serve", folder, *arguments.split()])
     service, name, limits = built
     assert (name, service.places, service.model.dtype) == ("m", 5, torch.bfloat16)
     assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
@@ -945,7 +948,7 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
 
 def test_help_and_wrong_arguments(capsys, tmp_path):
     with pytest.raises(SystemExit):
-        serve.main(["--help"])
+        visualchat(["serve", "--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--allow-host", "--image-memory-gb", "--queue", "--max-image-megapixels"))
     for arguments, message in (
@@ -954,10 +957,10 @@ def test_help_and_wrong_arguments(capsys, tmp_path):
         (["x", "--queue", "-"], "expected 0"),
     ):
         with pytest.raises(SystemExit):
-            serve.main(arguments)
+            visualchat(["serve", *arguments])
         assert message in capsys.readouterr().err
     make_model().model.language_model.config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="is not a VisualChat model"):
-        serve.main([str(tmp_path)])
+        visualchat(["serve", str(tmp_path)])
     with pytest.raises(SystemExit, match="cannot load"):
-        serve.main([str(tmp_path / "nothing")])
+        visualchat(["serve", str(tmp_path / "nothing")])

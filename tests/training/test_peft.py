@@ -21,7 +21,7 @@ from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_p
 from transformers import AutoModel
 
 from modeling_visualchat import VisualChatDataCollator
-from visualchat.training.merge import main as merge
+from visualchat.cli import main as visualchat
 from visualchat.training.train import ModelArguments
 from visualchat.training.train import set_mode
 
@@ -153,7 +153,7 @@ class TestTiedDecoder:
         inputs = make_inputs(["titit"], adapted)
         with torch.no_grad():
             expected = adapted.eval()(**inputs).logits
-        merge(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+        visualchat(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
 
         config = json.loads((tmp_path / "merged" / "config.json").read_text())
         assert not config.get("tie_word_embeddings", False)

@@ -1,4 +1,4 @@
-"""`examples/train.py`: what it reads, what it trains in each mode, and what it leaves behind."""
+"""`visualchat train`: what it reads, what it trains in each mode, and what it leaves behind."""
 
 import base64
 import functools
@@ -20,19 +20,18 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from modeling_visualchat import VisualChatForCausalLM
 from examples.digits_demo import make_tiny
 from modeling_visualchat.data_collator_visualchat import fill_images
-from visualchat.data import prepare as prepare_data
+from visualchat.cli import main as visualchat
 from visualchat.data.checks import Needs
 from visualchat.training import train
 from visualchat.training import trainer as training_loop
-from visualchat.training.merge import main as merge
 from visualchat.training.rows import TrainingCollator
 from visualchat.training.rows import drop_rounds
 from visualchat.training.rows import load_rows
 from visualchat.training.rows import measure
 from visualchat.training.rows import prepare_rows
 from visualchat.training.train import fastest_attention
-from visualchat.training.train import load_model
-from visualchat.training.train import load_processor
+from visualchat.training.train import prepare_model
+from visualchat.training.train import prepare_processor
 from visualchat.training.train import main
 from visualchat.training.train import parse_arguments
 from visualchat.training.trainer import VisualChatTrainer
@@ -41,7 +40,7 @@ from visualchat.training.trainer import find_whole_checkpoint
 from visualchat.training.trainer import group_parameters
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
     {
@@ -157,7 +156,7 @@ class TestModes:
         before = {name: weight.clone() for name, weight in base.state_dict().items()}
         adapted = PeftModel.from_pretrained(base, tmp_path / "model").eval()
 
-        merge(["--adapter", str(tmp_path / "model"), "--output", str(tmp_path / "merged")])
+        visualchat(["merge", str(tmp_path / "model"), "--output", str(tmp_path / "merged")])
         merged = AutoModel.from_pretrained(tmp_path / "merged").eval()
         inputs = {"input_ids": torch.arange(20, 40)[None]}
         inputs["input_ids"][:, 3:8] = merged.config.image_token_id
@@ -216,10 +215,10 @@ class TestInvariants:
         for strategy in ("sequential", "group_by_length"):
             words = arguments(parts, tmp_path, train_sampling_strategy=strategy)
             model_args, _, training_args = parse_arguments([*words, "--remove_unused_columns", "False"])
-            processor = load_processor(model_args)
+            processor = prepare_processor(model_args)
             rows = prepare_rows([str(parts / "data")] * 5, processor, 512).rows
             trainer = VisualChatTrainer(
-                model=load_model(model_args, training_args),
+                model=prepare_model(model_args, training_args),
                 args=training_args,
                 train_dataset=rows,
                 data_collator=TrainingCollator(processor),
@@ -283,7 +282,7 @@ class TestRows:
         whole = measure(row, processor, 10_000)
         assert (whole["num_images"], whole["num_rounds"], whole["dropped_rounds"], whole["dropped_images"]) == (3, 3, 0, 0)
         inputs = processor.apply_chat_template(
-            [{**m, "content": [p for p in m["content"]]} for m in make_filled(row)], tokenize=True, return_dict=True
+            [{**m, "content": [p for p in m["content"]]} for m in fill_images(row, "row")], tokenize=True, return_dict=True
         )
         assert whole["length"] == len(inputs["input_ids"][0])
         cut = measure(row, processor, whole["length"] - 1)
@@ -381,7 +380,7 @@ class TestRows:
         monkeypatch.chdir(tmp_path)
         Path("pictures").mkdir()
         digit_image(0).save("pictures/cat.jpg")
-        readme = (EXAMPLES.parent / "README.md").read_text()
+        readme = (ROOT / "README.md").read_text()
         Path("rows.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
         rows = prepare_rows(["rows.jsonl"], make_processor(), 512).rows
         batch = TrainingCollator(make_processor())([rows[0]])
@@ -491,7 +490,7 @@ class TestBadRows:
         needs = Needs.of(processor, AutoConfig.from_pretrained(model))
         for name, (kind, field, _) in BAD_ROWS.items():
             self.write(name)
-            assert prepare_data.main(["--dataset", "rows.jsonl", "--check", "--model", str(model), "--num-proc", "1"]) == 1
+            assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--model", str(model), "--num-proc", "1"]) == 1
             shown = capsys.readouterr().out
             found = [line.strip() for line in shown.splitlines() if line.startswith("  rows.jsonl, row ")]
             assert len(found) == 1 and found[0].startswith(f"rows.jsonl, row 1, {field}: {kind}: "), (name, shown)
@@ -558,9 +557,9 @@ class TestBadRows:
                 source = {"url": source} if key == "image_url" else source
                 rows.append({"messages": [user([{"type": kind, key: source}, text_part("Which?")]), assistant("seven")]})
         Path("rows.jsonl").write_text("".join(json.dumps({"images": [], **row}) + "\n" for row in rows))
-        assert prepare_data.main(["--dataset", "rows.jsonl", "--check", "--model", "model", "--num-proc", "1"]) == 0
+        assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--model", "model", "--num-proc", "1"]) == 0
         for options in ([], ["--embed-images", "--overwrite"]):
-            assert prepare_data.main(["--dataset", "rows.jsonl", "--output", "out", "--num-proc", "1", *options]) == 0
+            assert visualchat(["prepare", "--dataset", "rows.jsonl", "--output", "out", "--num-proc", "1", *options]) == 0
             for name in ("rows.jsonl", "out/rows"):
                 collate = TrainingCollator(make_processor())
                 prepared = prepare_rows([name], make_processor(), 512).rows
@@ -573,7 +572,7 @@ class TestBadRows:
         Path("rows.jsonl").write_text(json.dumps({**self.GOOD, "images": "good.png"}) + "\n")
         with pytest.raises(ValueError, match=r"rows\.jsonl: the column `images` must hold a list of pictures in each row"):
             load_rows("rows.jsonl")
-        assert prepare_data.main(["--dataset", "rows.jsonl", "--check"]) == 2
+        assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check"]) == 2
         assert "the column `images` must hold a list" in capsys.readouterr().err
 
     def test_what_the_check_takes_as_a_model(self, model, capsys):
@@ -583,10 +582,10 @@ class TestBadRows:
         make_processor({"shortest_edge": 14}).image_processor.save_pretrained("tower")  # 14² · 400,000 pixels are few enough
         make_model().model.language_model.config.save_pretrained("decoder")
         check = ["--dataset", "rows.jsonl", "--check", "--num-proc", "1"]
-        assert prepare_data.main(check) == 1
+        assert visualchat(["prepare", *check]) == 1
         assert "with a shorter side of 224" in capsys.readouterr().out
-        assert prepare_data.main([*check, "--model", "tower"]) == 0
-        assert prepare_data.main([*check, "--model", "decoder"]) == 2
+        assert visualchat(["prepare", *check, "--model", "tower"]) == 0
+        assert visualchat(["prepare", *check, "--model", "decoder"]) == 2
         assert "--model takes a VisualChat or its tower" in capsys.readouterr().err
 
 
@@ -625,7 +624,7 @@ class TestContradictions:
 
         folder = make_checkpoint(tmp_path)
         words = [*arguments(parts, tmp_path), "--resume"]
-        monkeypatch.setattr(train, "load_processor", no_work)
+        monkeypatch.setattr(train, "prepare_processor", no_work)
         with pytest.raises(AssertionError, match="the run had begun"):
             train.main(words)
         (folder / "global_step4").mkdir()
@@ -657,9 +656,9 @@ class TestQuantized:
             given.update(kwargs)
             return make_model()
 
-        monkeypatch.setattr(train.AutoModel, "from_pretrained", from_pretrained)
+        monkeypatch.setattr(AutoModel, "from_pretrained", from_pretrained)
         model_args, _, training_args = train.parse_arguments(arguments(parts, tmp_path, mode="lora", load_in_4bit=True))
-        train.load_model(model_args, training_args)
+        train.prepare_model(model_args, training_args)
         config = given["quantization_config"]
         assert config.load_in_4bit
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
@@ -704,7 +703,7 @@ def make_paper_model(size: str):
 
 @pytest.mark.parametrize("size", sorted(LLAMA_2))
 def test_the_papers_recipes_fill_their_deepspeed_json_and_reach_the_batch_they_name(size, tmp_path, monkeypatch):
-    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.chdir(ROOT)
     recipe = Path(f"examples/recipes/paper-{size}.yaml")
     batch, processes = map(int, re.search(r"batch (\d+) on (\d+) GPUs", recipe.read_text()).groups())
     command = re.search(r"# +torchrun (.*) examples/train.py (\S+)", recipe.read_text())
@@ -734,7 +733,7 @@ def test_the_readmes_arithmetic_of_memory():
         model = make_paper_model(size)
         total = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        recipe = yaml.safe_load((EXAMPLES / "recipes" / f"paper-{size}.yaml").read_text())
+        recipe = yaml.safe_load((ROOT / "examples" / "recipes" / f"paper-{size}.yaml").read_text())
         micro, accumulation = recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
         gpus = 128 // (micro * accumulation)
         name = Path(recipe["deepspeed"]).stem
@@ -755,7 +754,7 @@ def test_the_readmes_arithmetic_of_memory():
                 "GB of the host that gathers weights on save": f"{2 * total / 1e9:.0f}" if name == "zero3" else "–",
             }
         )
-    readme = (EXAMPLES.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for key in columns[0]:
         assert f"| {' | '.join([key, *(column[key] for column in columns)])} |" in readme
 
@@ -789,12 +788,8 @@ def test_trls_sft_trainer_needs_no_glue(parts, tmp_path, answers_only):
     assert moved(before, model.state_dict()) == ALIGNMENT
 
 
-def make_filled(row):
-    return fill_images(row, "row")
-
-
 def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
-    for recipe in sorted((EXAMPLES / "recipes").glob("*.yaml")):
+    for recipe in sorted((ROOT / "examples" / "recipes").glob("*.yaml")):
         model_args, data_args, training_args = parse_arguments(
             [str(recipe), "--use_cpu", "--bf16", "False", "--fp16", "False", "--output_dir", str(tmp_path), "--seed", "7"]
         )
@@ -845,7 +840,7 @@ def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_p
 def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tiny.main(["--rows", "40"])
-    words = [str(EXAMPLES / "recipes" / "tiny.yaml"), "--per_device_train_batch_size", "4"]
+    words = [str(ROOT / "examples" / "recipes" / "tiny.yaml"), "--per_device_train_batch_size", "4"]
     metrics = main([*words, "--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--generation_samples", "2"])
     assert {"eval_loss", "eval_exact_answers"} <= set(metrics)
     assert list(Path("outputs/tiny/run").glob("**/events.out.tfevents.*"))
