@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from test_reload import PRELUDE
-from benchmarks import load_7b
-from helpers.tiny import make_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from benchmarks import load_7b
+from helpers.elsewhere import PRELUDE
+from helpers.tiny import make_tokenizer
 from modeling_visualchat import VisualChatProcessor
 
 

@@ -1,14 +1,12 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Loading under ZeRO-3 in two processes: what each of them needs while it loads, and what it keeps."""
 
-import os
-import shutil
-
 import pytest
 
+from helpers.distributed import needs_compiler
 
-if shutil.which("g++") is None and "CI" not in os.environ:
-    pytest.skip("DeepSpeed compiles its CPU operators: no g++ was found", allow_module_level=True)
+
+pytestmark = needs_compiler
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from helpers.tiny import digit_image, make_model, make_processor
 from transformers import LlamaConfig
-from visualchat.cli import main as visualchat
+
 from helpers.commands import command
+from helpers.tiny import digit_image, make_model, make_processor
+from visualchat.cli import main as visualchat
 
 
 ROOT = Path(__file__).parents[2]

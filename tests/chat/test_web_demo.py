@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+
 from helpers.tiny import digit_image, make_model, make_processor
 from visualchat.chat.page import ChatPage
+from visualchat.chat.page_conversation import EXAMPLES, digit_examples
 from visualchat.cli.web import parse_arguments
-from visualchat.chat.page_conversation import EXAMPLES
-from visualchat.chat.page_conversation import digit_examples
 
 
 SETTINGS = (6, 0, 1, -1)  # max new tokens, temperature, top-p, seed

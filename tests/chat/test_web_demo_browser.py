@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
 from helpers.commands import command
 from helpers.tiny import digit_image, make_model, make_processor
 

@@ -8,22 +8,21 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
-from helpers.raw_data import COCO, as_base64, copy_raw, llava, write_json, write_picture
-from visualchat.cli import main as visualchat
-from helpers.commands import command
-from visualchat.data import shards
-from visualchat.training.rows import load_rows
-from visualchat.data.sources import SOURCES
-from helpers.tiny import TOKENS_PER_IMAGE, make_processor
 
+from helpers.commands import command
+from helpers.raw_data import COCO, as_base64, copy_raw, llava, write_json, write_picture
+from helpers.tiny import TOKENS_PER_IMAGE, make_processor
 from modeling_visualchat import VisualChatDataCollator
+from visualchat.cli import main as visualchat
+from visualchat.data import shards
+from visualchat.data.sources import SOURCES
+from visualchat.training.rows import load_rows
 
 
 DETAIL, REASONING = "llava/detail_23k.json", "llava/complex_reasoning_77k.json"

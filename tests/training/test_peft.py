@@ -1,7 +1,6 @@
 """PEFT's methods on our model: they train, are saved and generate; rows with adapters of their own; merged tied decoders."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +16,12 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_processor, user
 from transformers import AutoModel
 
+from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_processor, user
 from modeling_visualchat import VisualChatDataCollator
 from visualchat.cli import main as visualchat
-from visualchat.training.train import ModelArguments
-from visualchat.training.train import set_mode
+from visualchat.training.train import ModelArguments, set_mode
 
 
 DECODER = r".*language_model.*\.(q_proj|k_proj|v_proj|down_proj)"
