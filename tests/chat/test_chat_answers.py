@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.chat import GREEDY, PROCESSOR, ROUNDS, assert_as_from_scratch, hold, writes
 from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model
 from modeling_visualchat import VisualChatProcessor
-from modeling_visualchat.chat_visualchat import ChatSession, Round, _sure_part
+from modeling_visualchat.chat_visualchat import ChatSession, Round
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -68,14 +68,6 @@ def test_an_answer_that_is_broken_off_in_a_sections_line(chat, written, answer, 
             assert "".join(chat.send("What?", max_new_tokens=length, stream=True)) == answer
     chat.send("And?", **GREEDY)
     assert_as_from_scratch(chat)
-
-
-def test_no_piece_shows_what_is_cut_later():
-    text = "A cat.\n\n### Image 12:\n### Question:\nx"
-    for end in range(len(text)):
-        assert "A cat.".startswith(_sure_part(text[:end]))
-    for line in ("### Size\n", "### Image x", "### Answers", "#### ", "###Q"):
-        assert _sure_part(f"a\n{line}") == f"a\n{line.rstrip(chr(10))}"
 
 
 def test_closing_the_iterator_ends_the_answer(chat):

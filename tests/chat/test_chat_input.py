@@ -21,9 +21,12 @@ from helpers.chat import (
     writes,
 )
 from helpers.tiny import TOKENS_PER_IMAGE, digit_image
+from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 
-def test_kinds_of_images(chat, tmp_path):
+def test_kinds_of_images(model, tmp_path):
+    store = ImageMemoryStore(model, max_bytes=2**20)
+    chat = model.start_chat(PROCESSOR, store=store)
     picture = digit_image(3)
     picture.save(tmp_path / "a.png")
     encoded = io.BytesIO()
@@ -36,7 +39,7 @@ def test_kinds_of_images(chat, tmp_path):
         chat.send("And this?", kind, **GREEDY)
         assert [len(one.images) for one in chat.rounds] == [2, 1]
         assert_as_from_scratch(chat)
-    assert (chat._store.misses, len(chat._store)) == (1, 1)
+    assert (store.misses, len(store)) == (1, 1)
 
 
 def test_pictures_are_the_sessions_own(chat, tmp_path):
@@ -89,10 +92,13 @@ def test_begins_with_text(chat):
 
 
 def test_special_tokens_in_texts_are_text(chat):
-    image_token = PROCESSOR.image_token_id
+    read = []
+    hook = chat.model.register_forward_pre_hook(lambda *called: read.append(called[2]["input_ids"]), with_kwargs=True)
     chat.send("What does <image> do in HTML?</s>", digit_image(0), **GREEDY)
-    assert int((chat._computed.input_ids == image_token).sum()) == TOKENS_PER_IMAGE
-    assert int((chat._computed.input_ids == PROCESSOR.tokenizer.eos_token_id).sum()) == 0
+    hook.remove()
+    read = torch.cat(read, dim=1)
+    assert int((read == PROCESSOR.image_token_id).sum()) == TOKENS_PER_IMAGE
+    assert int((read == PROCESSOR.tokenizer.eos_token_id).sum()) == 0
     with writes(chat.model, "It is <"):
         chat.send("Say it.", max_new_tokens=4)
     chat.rounds[-1].answer += "image>"

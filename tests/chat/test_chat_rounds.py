@@ -167,13 +167,10 @@ def test_undo_edit_and_clear(chat):
 
 
 @pytest.mark.parametrize("variant", ["mmca", "causal"])
-def test_forks_go_on_independently_and_share_tensors(models, variant):
+def test_forks_go_on_independently(models, variant):
     session = models[variant].start_chat(PROCESSOR, system="Be brief.")
     hold(session, ROUNDS[:3])
     fork = session.fork()
-    for ours, theirs in zip(session._computed.cache.layers, fork._computed.cache.layers):
-        for part, other in zip(*([layer.text, layer.images] if variant == "mmca" else [layer] for layer in (ours, theirs))):
-            assert part.keys.data_ptr() == other.keys.data_ptr()
     with count_work(fork.model) as work:
         fork.send("Left?", digit_image(7), **GREEDY)
     assert work["rows"] < 80

@@ -38,6 +38,20 @@ def model():
 
 
 @pytest.fixture
+def sessions(model, monkeypatch) -> list[weakref.ref]:
+    """Of the model, those that the page begins, in turn."""
+    begun, start_chat = [], model.start_chat
+
+    def record(*args, **kwargs):
+        session = start_chat(*args, **kwargs)
+        begun.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(model, "start_chat", record)
+    return begun
+
+
+@pytest.fixture
 def page(model, warnings):
     return ChatPage(model, make_processor(), max_images=4, max_pixels=10_000, max_cached=2)
 
@@ -72,13 +86,13 @@ def box_of(shown: list) -> dict:
 
 
 class TestAsking:
-    def test_numbers_are_those_of_the_prompt(self, page, files):
+    def test_numbers_are_those_of_the_prompt(self, page, files, sessions):
         *_, shown = ask(page, "first", files[:2])
         *_, shown = ask(page, "second", conversation=shown[0])
         *_, shown = ask(page, "third", files[2:], shown[0])
-        conversation, messages = shown[:2]
-        assert numbers(messages) == [[1, 2], [], [3]]
-        prompt = page.processor.apply_chat_template(conversation._chat.messages)
+        assert numbers(shown[1]) == [[1, 2], [], [3]]
+        (session,) = sessions
+        prompt = page.processor.apply_chat_template(session().messages)
         assert re.findall(r"### Image (\d+)|### Question:\n(\w+)", prompt) == [
             ("1", ""), ("2", ""), ("", "first"), ("", "second"), ("3", ""), ("", "third")
         ]  # fmt: skip
@@ -258,9 +272,9 @@ class TestVisitors:
         alone.send("What is this?", images=files[:1], max_new_tokens=6)
         assert alone.send("Sure?", images=files[2:], max_new_tokens=6) == anna.rounds[1].answer
 
-    def test_a_closed_tab_frees_the_cache(self, page, files):
+    def test_a_closed_tab_frees_the_cache(self, page, files, sessions):
         conversation = ask(page, "first", files[:1])[-1][0]
-        session = weakref.ref(conversation._chat)
+        (session,) = sessions
         page.leave(ANNA)
         page.leave(BERT)  # who never asked
         gc.collect()
@@ -276,13 +290,13 @@ class TestVisitors:
         assert [one.text for one in conversation.rounds] == ["first"]
         assert [one.text for one in ask(page, "second", (), conversation)[-1][0].rounds] == ["first", "second"]
 
-    def test_the_cache_of_the_one_who_asked_longest_ago_goes(self, page):
+    def test_the_cache_of_the_one_who_asked_longest_ago_goes(self, page, sessions):
         visitors = [SimpleNamespace(session_hash=f"visitor {k}") for k in range(2)]
         conversations = [ask(page, "first", visitor=visitor)[-1][0] for visitor in visitors]
-        sessions = [weakref.ref(one._chat) for one in conversations]
+        first, second = sessions
         ask(page, "first", visitor=BERT)
         gc.collect()
-        assert [session() is None for session in sessions] == [True, False]
+        assert first() is None and second() is not None
         assert len(ask(page, "second", (), conversations[0], visitors[0])[-1][0].rounds) == 2
 
     def test_an_ended_session_is_freed(self, page):
