@@ -1,6 +1,6 @@
 """What computes the attention by modality on a GPU: masked calls and flex attention, on the CPU as far as they run there.
 
-This file alone of the attention's tests puts others in the place of private functions: the compiled kernel runs on a GPU only.
+This file alone of the attention's tests replaces private functions, since the compiled kernel trains on a GPU only.
 """
 
 import copy
