@@ -15,7 +15,6 @@ from helpers.tiny import digit_image, make_model, make_processor
 from visualchat.cli import main as visualchat
 
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "\n> "
 # One thread: the tests' own process, and the answer's, need no more
 ENVIRONMENT = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}

@@ -23,7 +23,6 @@ from helpers.tiny import digit_image, make_model, make_processor
 from visualchat.hub.push import EXCEPTIONS
 
 
-ROOT = Path(__file__).parents[2]
 WATCH = """
 import json, os, sys
 sys.modules["modeling_visualchat"] = None  # importing it raises
