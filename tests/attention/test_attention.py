@@ -121,8 +121,15 @@ def test_weights_of_a_text_row_sum_to_two_after_the_first_image():
 
 
 @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    ("implementation", "variant"),
+    [
+        *(("sdpa", variant) for variant in VARIANTS),
+        ("flex_attention", "mmca"),
+        ("flex_attention", "mmca_merged"),
+        pytest.param("flex_attention", "causal", marks=pytest.mark.slow),  # transformers compiles it for a minute or two
+    ],
+)
 def test_backends_equal_eager(implementation, variant, numbered, monkeypatch):
     monkeypatch.setattr(decoder_visualchat, "computes_by_flex", lambda device: True)  # on a CPU too
     # The tower is the same on both sides: its rounding is not what is compared
