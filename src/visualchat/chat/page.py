@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.chat.page_conversation import EXAMPLES, Conversation, Example, DisplayedRound
+from visualchat.chat.page_conversation import EXAMPLES, Conversation, DisplayedRound, Example
 from visualchat.loading import load_model, load_processor
 
 

@@ -76,9 +76,7 @@ class Terminal:
         command, expected = commands[name]
         words = shlex.split(rest)
         if expected is not None and len(words) != expected:
-            raise ValueError(
-                f"{name} takes {expected or 'no'} argument{'s' * (expected != 1)}, got {len(words)}. Type /help for a list of the commands"
-            )
+            raise ValueError(f"{name} takes {expected or 'no'} argument{'s' * (expected != 1)}, got {len(words)}: see /help")
         command(*words)
 
     def answer(self, ask: Callable[[], Iterator[str]]) -> None:
