@@ -146,13 +146,11 @@ def convert_weights(weights: dict[str, torch.Tensor], config: VisualChatConfig) 
         weight = weights[theirs]
         if theirs.startswith("projection.attn.in_proj_"):  # query, key and value projections in one weight
             if len(weight) != 3 * len(expected[name]):
-                raise ValueError(
-                    f"{theirs} has {len(weight)} rows, but with this config it must have {3 * len(expected[name])}"
-                )
+                raise ValueError(f"{theirs} has {len(weight)} rows, but this config needs {3 * len(expected[name])}")
             weight = weight.chunk(3)["qkv".index(name.removeprefix("model.multi_modal_projector.")[0])]
         if weight.shape != expected[name].shape:
             raise ValueError(
-                f"{theirs} has the shape {tuple(weight.shape)}, but with this config it must be {tuple(expected[name].shape)}"
+                f"{theirs} has the shape {tuple(weight.shape)}, but this config needs {tuple(expected[name].shape)}"
             )
         converted[name] = weight
     return converted
@@ -213,14 +211,10 @@ def run(args: argparse.Namespace) -> None:
     if args.lora == "fused":
         print("The LoRA factors were dropped, since the weights include them")
     if processor is None:
-        print(
-            "No processor was saved, because --tokenizer was not given: the model can be called with tensors, not with messages"
-        )
+        print("No processor was saved, since --tokenizer was not given: the folder cannot be used with messages")
     if args.attention == "mmca":
         print(
             "The checkpoint was not trained with this attention: fine-tune the projector and the token embedding before use"
         )
     if args.attention == "causal":
-        print(
-            "The checkpoint was trained with images in reverse order: pass the images of a conversation last to first, or fine-tune"
-        )
+        print("The checkpoint was trained with images in reverse order: pass images last to first, or fine-tune")

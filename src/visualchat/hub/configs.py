@@ -111,8 +111,8 @@ MODELS = {
     "70b": HubModel(
         "CLIP ViT-L/14 and LLaMA-2-70B", CLIP_VIT_L_14, LLAMA_2_70B, base_models=(CLIP_ID, "meta-llama/Llama-2-70b-hf")
     ),
-    # 448 pixels and 256 tokens per image, as with the paper's second vision tower, that of Qwen-VL. With a linear projector an
-    # image would have 1,025 tokens, so that only 3 images would fit into a context of 4,096 tokens.
+    # 448 pixels and 256 tokens per image, as with the paper's second vision tower, that of Qwen-VL. With a linear projector
+    # an image would have 1,025 tokens, so that only 3 images would fit into a context of 4,096 tokens.
     "7b-448": HubModel(
         "CLIP ViT-L/14 at 448 pixels and LLaMA-2-7B",
         {**CLIP_VIT_L_14, "image_size": 448},
