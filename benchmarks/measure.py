@@ -1,4 +1,4 @@
-"""Seconds and bytes of several sides, measured in turns within one process."""
+"""Measures the time and memory of several implementations (sides), which take turns in one process."""
 
 import gc
 import json
@@ -14,7 +14,7 @@ import torch
 
 
 def interleave(sides: dict[str, Callable], repeats: int, warmups: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call of each side. The sides take turns, and take turns in going first."""
+    """The seconds of each call of each side. The sides alternate, and so does the side that goes first."""
     seconds = {name: [] for name in sides}
     for _ in range(warmups):
         for call in sides.values():
@@ -28,7 +28,7 @@ def interleave(sides: dict[str, Callable], repeats: int, warmups: int = 1) -> di
 
 
 def graph_of(call: Callable) -> Callable:
-    """Replays of what `call` does on the GPU, without the time of launching it."""
+    """Captures the GPU work of `call` as a CUDA graph. Returns its replay, which has no launch overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -39,23 +39,31 @@ def graph_of(call: Callable) -> Callable:
     with torch.cuda.graph(graph):
         call()
 
-    def replay(call=call):  # holds what the graph reads
+    def replay(call=call):  # keeps the tensors of the graph alive
         graph.replay()
 
     return replay
 
 
 def compare(claim: str, ours: list[float], theirs: list[float], target: float | None = None, unit: str = "s") -> dict:
-    """One result: the median of the ratios ours / theirs of each turn, and the median of each side."""
-    ratio = median(one / other for one, other in zip(ours, theirs))
+    """
+    One result.
+
+    Returns:
+        `dict`: `ratio` is the median of the ratios ours / theirs of the single turns, and `ratio_range` their minimum and
+        maximum. `ours` and `theirs` are the medians of each side. Their ratio is not `ratio` in general, so a table should
+        show one or the other.
+    """
+    ratios = [one / other for one, other in zip(ours, theirs)]
+    ratio, ratio_range = round(median(ratios), 3), [round(min(ratios), 3), round(max(ratios), 3)]
     medians = {"ours": float(f"{median(ours):.3g}"), "theirs": float(f"{median(theirs):.3g}"), "unit": unit}
-    return {"claim": claim, "ratio": round(ratio, 3), "target": target, **medians}
+    return {"claim": claim, "ratio": ratio, "ratio_range": ratio_range, "target": target, **medians}
 
 
 def peak_memory(call: Callable) -> float:
-    """MiB by which this process grows at most while `call` runs (Linux)."""
+    """The peak memory of `call` in MiB, beyond what this process uses before it (Linux)."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmHWM")
     call()
     return (_status("VmHWM") - before) / 1024
@@ -63,8 +71,9 @@ def peak_memory(call: Callable) -> float:
 
 def peaks_of(module: str):
     """
-    What `python -m module memory` prints as JSON on its last line. It runs in a process of its own, whose allocator gives
-    back at once what is freed: by default glibc keeps much of it, and the peak would be more than what is in use.
+    The JSON that `python -m module memory` prints on its last line. It runs in a separate process, in which glibc returns
+    freed memory to the system at once. By default glibc keeps much of it, so that the peak would be larger than the memory
+    in use.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     output = subprocess.check_output([sys.executable, "-m", module, "memory"], env=environment, text=True)
