@@ -162,9 +162,9 @@ def generate(model: VisualChatForCausalLM, inputs: dict, attention: str) -> Iter
     yield "tokens of beams", model.generate(**inputs, **GENERATION, num_beams=3, num_return_sequences=2)
     if attention == "eager":  # kept in 4 bits, of float32
         model.float()
-        pictures = {name: states.float() for name, states in inputs.items() if name == "pixel_values"}
+        pixels = {name: states.float() for name, states in inputs.items() if name == "pixel_values"}
         quantized = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
-        yield "tokens of a quantized cache", model.generate(**{**inputs, **pictures}, **GENERATION, **quantized)
+        yield "tokens of a quantized cache", model.generate(**{**inputs, **pixels}, **GENERATION, **quantized)
         model.double()
 
 
