@@ -64,9 +64,9 @@ def peak_memory(call: Callable) -> float:
     """The peak memory of `call` in MiB, beyond what this process uses before it (Linux)."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmHWM")
+    before = memory_of_process("VmHWM")
     call()
-    return (_status("VmHWM") - before) / 1024
+    return memory_of_process("VmHWM") - before
 
 
 def peaks_of(module: str):
@@ -80,6 +80,7 @@ def peaks_of(module: str):
     return json.loads(output.splitlines()[-1])
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+def memory_of_process(field: str, pid: int | str = "self") -> float:
+    """A memory field of `/proc/PID/status`, such as `VmRSS`, in MiB (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
+from benchmarks.measure import memory_of_process
 from benchmarks.report import RESULTS, write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
@@ -87,16 +88,6 @@ def predict(case: Case) -> dict:
     return {"mib": (peak.largest + peak.host) / 2**20, "parts": parts}
 
 
-def anonymous() -> float:
-    """The current anonymous resident memory of this process in MiB."""
-    return _status("RssAnon")
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
 class PeakOfSecondStep(TrainerCallback):
     """Measures the peak anonymous memory in MiB: the peak of all memory minus file and shared pages, which hardly change."""
 
@@ -107,7 +98,7 @@ class PeakOfSecondStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            self.peak = _status("VmHWM") - _status("RssFile") - _status("RssShmem")
+            self.peak = memory_of_process("VmHWM") - memory_of_process("RssFile") - memory_of_process("RssShmem")
 
 
 class FixedBatch:
@@ -169,7 +160,7 @@ def run_case(case: Case, folder: str) -> None:
     toy = make_config(TOY_TEXT, TOY_VISION)
     train(case, toy, IMAGES * toy.image_seq_length + 8, folder)
     gc.collect()
-    before = anonymous()
+    before = memory_of_process("RssAnon")
     peak = train(case, make_config(TEXT, VISION), case.length, folder)
     Path(folder, f"measured-{os.environ['RANK']}.json").write_text(json.dumps(peak - before))
     torch.distributed.barrier()

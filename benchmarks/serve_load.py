@@ -30,6 +30,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoModel, AutoProcessor
 
 import modeling_visualchat  # noqa: F401  registers the classes
+from benchmarks.measure import memory_of_process
 from benchmarks.report import write_results
 
 
@@ -203,11 +204,6 @@ def is_right(sent: Request, got: Response) -> bool:
     return got.status == 200 and read_answer(got.text) == sent.expected
 
 
-def resident_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-
 def measure_load(model_dir: str, count: int = 500, clients: int = 16, invalid: float = 0.05) -> list[dict]:
     """
     Runs the benchmark. The first fifth of the requests is not timed, and the server's memory at the end is compared with its
@@ -226,9 +222,9 @@ def measure_load(model_dir: str, count: int = 500, clients: int = 16, invalid: f
 
         with ThreadPoolExecutor(clients) as pool:
             first = list(pool.map(send, requests[:warm]))
-            before, start = resident_mib(pid), time.perf_counter()
+            before, start = memory_of_process("VmRSS", pid), time.perf_counter()
             rest = list(pool.map(send, requests[warm:]))
-            seconds, after = time.perf_counter() - start, resident_mib(pid)
+            seconds, after = time.perf_counter() - start, memory_of_process("VmRSS", pid)
         metrics = dict(
             line.rsplit(" ", 1) for line in ask(port, "GET", "/metrics").text.splitlines() if not line.startswith("#")
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 import deepspeed
 from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, TrainingArguments
 
+from benchmarks.measure import memory_of_process
 from benchmarks.report import write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
@@ -31,8 +32,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 def resident() -> tuple[float, float]:
     """Anonymous and file-backed resident memory of this process, in MiB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return memory_of_process("RssAnon"), memory_of_process("RssFile")
 
 
 def load(folder: str) -> None:
