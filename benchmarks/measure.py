@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 
@@ -46,18 +47,11 @@ def graph_of(call: Callable) -> Callable:
 
 
 def compare(claim: str, ours: list[float], theirs: list[float], target: float | None = None, unit: str = "s") -> dict:
-    """
-    One result.
-
-    Returns:
-        `dict`: `ratio` is the median of the ratios ours / theirs of the single turns, and `ratio_range` their minimum and
-        maximum. `ours` and `theirs` are the medians of each side. Their ratio is not `ratio` in general, so a table should
-        show one or the other.
-    """
+    """One result: the median and the quartiles of the ratios ours / theirs of each turn, and the median of each side."""
     ratios = [one / other for one, other in zip(ours, theirs)]
-    ratio, ratio_range = round(median(ratios), 3), [round(min(ratios), 3), round(max(ratios), 3)]
+    quartiles = [round(float(value), 3) for value in np.percentile(ratios, [25, 75])]
     medians = {"ours": float(f"{median(ours):.3g}"), "theirs": float(f"{median(theirs):.3g}"), "unit": unit}
-    return {"claim": claim, "ratio": ratio, "ratio_range": ratio_range, "target": target, **medians}
+    return {"claim": claim, "ratio": round(median(ratios), 3), "quartiles": quartiles, "target": target, **medians}
 
 
 def peak_memory(call: Callable) -> float:
