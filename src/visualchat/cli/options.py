@@ -33,6 +33,15 @@ def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=choices, default="auto", help="of the weights; auto, the default: as saved")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="such as cpu or cuda:1; by default the accelerator if there is one")
+
+
 def natural(text: str) -> int:
     """An argument that is 0, 1, 2, …"""
     if not text.isdecimal():

@@ -14,7 +14,7 @@ The server remembers an image that was sent before, in whatever conversation. It
 
 import argparse
 
-from visualchat.cli.options import add_model, make_parser, natural, positive
+from visualchat.cli.options import add_device, add_dtype, add_model, make_parser, natural, positive
 from visualchat.serving.limits import Limits
 
 
@@ -26,8 +26,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s); there is no authentication"
     )
     parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
-    parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved, the default), float32, bfloat16, float16")
+    add_device(parser)
+    add_dtype(parser)
     parser.add_argument("--concurrency", type=positive, default=1, help="answers at a time (default %(default)s)")
     parser.add_argument(
         "--queue", type=natural, default=32, help="requests that may wait, others get a 503 (default %(default)s)"

@@ -13,6 +13,7 @@ All fields of transformers.TrainingArguments are options as well.
 """
 
 from visualchat.cli.options import make_parser
+from visualchat.errors import InputError
 from visualchat.training.arguments import DataArguments, ModelArguments, describe_fields
 
 
@@ -30,6 +31,12 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print_help()
         return
-    from visualchat.training.train import main as train
+    from visualchat.training.train import prepare, train
 
-    train(argv)
+    try:
+        run = prepare(argv)
+    except ModuleNotFoundError:  # `visualchat` names the extra
+        raise
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise InputError(error) from error
+    train(run)

@@ -9,6 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector
+from visualchat.errors import input_errors
 
 
 def check_config(config: LlavaConfig) -> None:
@@ -84,10 +85,12 @@ def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcess
 
 def run(args: argparse.Namespace) -> None:
     """Converts with the options of `visualchat convert llava`."""
-    check_config(LlavaConfig.from_pretrained(args.model))
-    llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
-    model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
-    make_processor(args.model, model).save_pretrained(args.output)
+    with input_errors(f"cannot convert {args.model}: "):
+        check_config(LlavaConfig.from_pretrained(args.model))
+        llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
+        model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
+        processor = make_processor(args.model, model)
+    processor.save_pretrained(args.output)
     model.save_pretrained(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters, {model.dtype}", *lines, sep="\n  ")
     print("Train the projector before use: it has not seen this attention, nor LLaVA's weights this projector")

@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from visualchat.errors import input_errors
+
 
 # Of the folder's own files, no subfolder's. Pickles are no part of a repository: `training_args.bin` may hold a token.
 PUBLISHED = re.compile(
@@ -295,7 +297,7 @@ def push(
 
 def run(args: argparse.Namespace) -> None:
     """Uploads with the options of `visualchat push`."""
-    try:
+    with input_errors():  # PermissionError, ConnectionError and FileNotFoundError among them
         if args.dry_run:
             print(collect(args.model, args.base_model, args.token).describe())
             return
@@ -307,6 +309,4 @@ def run(args: argparse.Namespace) -> None:
             token=args.token,
             base_model=args.base_model,
         )
-    except (OSError, ValueError) as error:  # PermissionError, ConnectionError and FileNotFoundError among them
-        raise SystemExit(f"error: {error}") from error
     print(f'{commit.commit_url}\nfrom_pretrained("{args.repository}", trust_remote_code=True, revision="{commit.oid}")')
