@@ -53,7 +53,7 @@ def address(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "examples/web_demo.py", str(folder), "--port", str(port), "--examples", "digits"]
-    command += ["--max-images", "5", "--max-upload", "100kb"]
+    command += ["--max-images", "5", "--max-image-mb", "0.1"]
     with open(folder / "log", "w+") as log:
         server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:

@@ -1,11 +1,23 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Loads models and processors for the commands, without running code that comes with them unless that is asked for."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from visualchat.hub.push import is_hub_id
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: If a name is no folder here, and cannot be a Hub id either.
+    """
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise FileNotFoundError(f"there is no folder {name}")
 
 
 def check_model_type(name: str, trust_remote_code: bool = False) -> None:
@@ -21,6 +33,7 @@ def check_model_type(name: str, trust_remote_code: bool = False) -> None:
         OSError: If there is no config of that name.
         ValueError: If the model is of another type.
     """
+    check_name(name)
     config, _ = PreTrainedConfig.get_config_dict(name)
     if not config:
         raise OSError(f"{name} is neither a folder with a config.json nor a model on the Hub that can be read")
@@ -44,6 +57,7 @@ def load_model(name: str, trust_remote_code: bool = False, **kwargs) -> VisualCh
         OSError: If it cannot be loaded.
         ValueError: If it is of another type.
     """
+    check_name(name)
     if find_adapter_config_file(name) is not None:
         return load_merged(name, trust_remote_code=trust_remote_code, **kwargs)
     check_model_type(name, trust_remote_code)
@@ -64,6 +78,7 @@ def load_merged(adapter: str, base: str | None = None, trust_remote_code: bool =
     """
     from peft import PeftConfig, PeftModel  # of the extra `train`
 
+    check_name(adapter)
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     check_model_type(base, trust_remote_code)
     model = AutoModel.from_pretrained(base, trust_remote_code=trust_remote_code, **kwargs)
@@ -80,8 +95,13 @@ def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProc
         OSError: If it cannot be loaded.
         ValueError: If it is no processor of a VisualChat model.
     """
+    check_name(name)
     if find_adapter_config_file(name) is None:
         check_model_type(name, trust_remote_code)
+    if Path(name).is_dir() and not (Path(name) / "processor_config.json").is_file():
+        raise FileNotFoundError(
+            f"{name} has no processor_config.json: save the processor there, by processor.save_pretrained"
+        )
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not isinstance(processor, VisualChatProcessor) and not trust_remote_code:
         raise ValueError(f"{name} has no processor of a VisualChat model, but a {type(processor).__name__}")

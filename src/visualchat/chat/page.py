@@ -298,17 +298,17 @@ def run(options: argparse.Namespace) -> None:
         processor,
         EXAMPLES[options.examples](),
         options.max_images,
-        options.max_pixels,
+        int(options.max_image_megapixels * 1e6),
         options.max_cached,
-        int(options.store_gb * 2**30),
+        int(options.image_memory_gb * 2**30),
     )
     app = page.build().queue(max_size=options.max_waiting, api_open=False)
-    with input_errors():  # a port that is taken, a size that is none
+    with input_errors():  # a port that is taken
         app.launch(
             server_name=options.host,
             server_port=options.port,
             share=options.share,
-            max_file_size=options.max_upload,
+            max_file_size=int(options.max_image_mb * 1e6),
             state_session_capacity=options.max_sessions,
             theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
             css=CSS,

@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
         set_seed(arguments.seed)
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with input_errors():
+    with input_errors(f"cannot chat with {arguments.model}: "):
         terminal = Terminal(start_session(arguments), generation, interactive)
         if arguments.load:
             terminal.load(arguments.load)

@@ -24,7 +24,9 @@ from visualchat.cli.options import add_device, add_dtype, add_model, make_parser
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("evaluate", __doc__)
     add_model(
-        parser, help="folders or Hub ids of VisualChat models or adapters; the others are compared with the first", nargs="+"
+        parser,
+        help="folders or Hub ids of VisualChat models or adapters; the others are compared with the first",
+        nargs="+",
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--conversations", type=Path, help="JSON: name → rounds [question] or [question, 'path path …']")

@@ -24,7 +24,7 @@ from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, 
 from modeling_visualchat.modeling_visualchat import check_parts
 from visualchat.data.checks import Needs
 from visualchat.hub.push import check_access, is_hub_id, push
-from visualchat.loading import check_model_type, load_model, load_processor
+from visualchat.loading import check_model_type, check_name, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
@@ -58,7 +58,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Vis
             raise ValueError(f"{argv[0]}: unknown fields {', '.join(unknown)}")
         parser.set_defaults(**recipe)
         argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown options {' '.join(unknown)}")
+    return tuple(parsed)
 
 
 def read_recipe(path: Path) -> dict:
@@ -116,6 +119,7 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     The model's, or one made of the parts'.
 
     Raises:
+        OSError: If it cannot be read.
         ValueError: If neither is given, or the model is no VisualChat.
         TypeError: If the parts are of families that cannot be joined.
     """
@@ -128,6 +132,8 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
             raise ValueError(f"--model_name_or_path: {error} {join}") from error
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    check_name(model_args.vision_name_or_path)
+    check_name(model_args.text_name_or_path)
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
     return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
