@@ -53,7 +53,7 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = command("web", folder, "--port", port, "--examples", "digits", "--max-images", 5, "--max-upload", "100kb")
+    words = command("web", folder, "--port", port, "--examples", "digits", "--max-images", 5, "--max-image-mb", "0.1")
     with open(folder / "log", "w+") as log:
         server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
         try:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.chat.page_conversation import EXAMPLES, Conversation, DisplayedRound, Example
+from visualchat.errors import input_errors
 from visualchat.loading import load_model, load_processor
 
 
@@ -293,29 +294,29 @@ def _warn(error: Exception) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs `visualchat web` with these options, until the process is stopped."""
-    try:
+    with input_errors(f"cannot load {options.model}: "):
         model = load_model(options.model, options.trust_remote_code, dtype="auto", device_map="auto")
         processor = load_processor(options.model, options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot load {options.model}: {error}") from error
     page = ChatPage(
         model,
         processor,
         EXAMPLES[options.examples](),
         options.max_images,
-        options.max_pixels,
+        int(options.max_image_megapixels * 1e6),
         options.max_cached,
-        int(options.store_gb * 2**30),
+        int(options.image_memory_gb * 2**30),
     )
-    page.build().queue(max_size=options.max_waiting, api_open=False).launch(
-        server_name=options.host,
-        server_port=options.port,
-        share=options.share,
-        max_file_size=options.max_upload,
-        state_session_capacity=options.max_sessions,
-        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
-        css=CSS,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-    )
+    app = page.build().queue(max_size=options.max_waiting, api_open=False)
+    with input_errors():  # the port may be in use
+        app.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            max_file_size=int(options.max_image_mb * 1e6),
+            state_session_capacity=options.max_sessions,
+            theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+        )

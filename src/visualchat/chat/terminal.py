@@ -13,6 +13,7 @@ from transformers import set_seed
 from modeling_visualchat import ChatSession
 from modeling_visualchat.image_loading_visualchat import load_image
 from visualchat.chat.commands import COMMANDS
+from visualchat.errors import input_errors
 from visualchat.loading import load_model, load_processor
 
 
@@ -181,15 +182,12 @@ def run(arguments: argparse.Namespace) -> int:
         set_seed(arguments.seed)
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    try:
+    with input_errors(f"cannot chat with {arguments.model}: "):
         terminal = Terminal(start_session(arguments), generation, interactive)
         if arguments.load:
             terminal.load(arguments.load)
         if arguments.image:
             terminal.attach(*arguments.image)
-    except (OSError, ValueError) as error:
-        print_status(f"{error}")
-        return 2
     if interactive:
         print_status("Type a question, or /help for a list of the commands.")
     return terminal.run(read_lines(arguments.history) if interactive else iter(sys.stdin))

@@ -4,11 +4,29 @@ import argparse
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector
+from visualchat.errors import input_errors
+from visualchat.loading import check_name
+
+
+def read_config(name: str) -> LlavaConfig:
+    """
+    Args:
+        name (`str`): A folder or a Hub id.
+
+    Raises:
+        OSError: If the config cannot be read.
+        ValueError: If the model is of another type. The error names it.
+    """
+    check_name(name)
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    if config.get("model_type") != LlavaConfig.model_type:
+        raise ValueError(f"the model is of the type {config.get('model_type')!r}, not {LlavaConfig.model_type!r}")
+    return LlavaConfig.from_pretrained(name)
 
 
 def check_config(config: LlavaConfig) -> None:
@@ -86,10 +104,12 @@ def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcess
 
 def run(args: argparse.Namespace) -> None:
     """Runs `visualchat convert llava` with these options."""
-    check_config(LlavaConfig.from_pretrained(args.model))
-    llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
-    model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
-    make_processor(args.model, model).save_pretrained(args.output)
+    with input_errors(f"cannot convert {args.model}: "):
+        check_config(read_config(args.model))
+        llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
+        model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
+        processor = make_processor(args.model, model)
+    processor.save_pretrained(args.output)
     model.save_pretrained(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters, {model.dtype}", *lines, sep="\n  ")
     print("Train the projector before use: LLaVA's weights were trained with another attention and another projector")

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from visualchat.errors import input_errors
 
 
 PROJECTORS = {"baseline": "linear", "vit": "vit", "perceiver": "perceiver_released"}
@@ -73,6 +75,19 @@ def read_config(path: Path, multimodal_attention: str) -> tuple[VisualChatConfig
         multimodal_attention=multimodal_attention,
     )
     return config, base
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """
+    Reads a checkpoint that `torch.save` wrote. It is a pickle, of which only tensors are read, so that no code in it runs.
+
+    Raises:
+        ValueError: If the file is not such a checkpoint, or contains other objects.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a file of weights that torch.save wrote: {error}") from error
 
 
 def fuse_lora(weights: dict[str, torch.Tensor], lora: str | None) -> dict[str, torch.Tensor]:
@@ -193,12 +208,12 @@ def make_processor(
 
 def run(args: argparse.Namespace) -> None:
     """Runs `visualchat convert released` with these options."""
-    config, base_vocab_size = read_config(args.config, args.attention)
-    processor = None
-    if args.tokenizer:
-        processor = make_processor(AutoTokenizer.from_pretrained(args.tokenizer), config, base_vocab_size)
-    weights = torch.load(args.model, map_location="cpu", weights_only=True, mmap=True)
-    weights = convert_weights(fuse_lora(weights, args.lora), config)
+    with input_errors(f"cannot convert {args.model}: "):
+        config, base_vocab_size = read_config(args.config, args.attention)
+        processor = None
+        if args.tokenizer:
+            processor = make_processor(AutoTokenizer.from_pretrained(args.tokenizer), config, base_vocab_size)
+        weights = convert_weights(fuse_lora(read_weights(args.model), args.lora), config)
     dtype = weights["model.language_model.embed_tokens.weight"].dtype
     model = VisualChatForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if processor is not None:

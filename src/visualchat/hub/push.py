@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from visualchat.errors import input_errors
+
 
 # The files of a folder (not of its subfolders) that are uploaded. Pickles are not: `training_args.bin` may hold a token.
 PUBLISHED = re.compile(
@@ -297,7 +299,7 @@ def push(
 
 def run(args: argparse.Namespace) -> None:
     """Runs `visualchat push` with these options."""
-    try:
+    with input_errors():  # includes PermissionError, ConnectionError and FileNotFoundError
         if args.dry_run:
             print(collect_files(args.model, args.base_model, args.token).describe())
             return
@@ -309,6 +311,4 @@ def run(args: argparse.Namespace) -> None:
             token=args.token,
             base_model=args.base_model,
         )
-    except (OSError, ValueError) as error:  # OSError includes PermissionError, ConnectionError and FileNotFoundError
-        raise SystemExit(f"error: {error}") from error
     print(f'{commit.commit_url}\nfrom_pretrained("{args.repository}", trust_remote_code=True, revision="{commit.oid}")')

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import torch
 import uvicorn
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response
@@ -26,7 +25,8 @@ from starlette.requests import ClientDisconnect
 
 from modeling_visualchat.image_loading_visualchat import DATA_URL
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.loading import load_model, load_processor
+from visualchat.errors import input_errors
+from visualchat.loading import choose_device, load_model, load_processor
 from visualchat.serving.answers import Answer, AnswerChunk, AnswerService, Conversation, DisconnectedError
 from visualchat.serving.limits import Limits
 from visualchat.serving.requests import (
@@ -215,12 +215,10 @@ def internal_server_error() -> RequestError:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `visualchat serve` with these options, until the process is stopped."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = load_model(args.model, args.trust_remote_code, dtype=args.dtype).to(device).eval()
+    with input_errors(f"cannot load {args.model}: "):
+        model = load_model(args.model, args.trust_remote_code, dtype=args.dtype)
+        model = model.to(choose_device(args.device)).eval()
         processor = load_processor(args.model, args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot load {args.model}: {error}") from error
     config = model.config
     numbered = len(config.image_number_token_ids) if config.image_number_keys else args.max_images
     limits = Limits(
@@ -233,10 +231,8 @@ def run(args: argparse.Namespace) -> None:
         hosts=frozenset(host.lower() for host in args.allow_host),
     )
     store = ImageMemoryStore(model, int(args.image_memory_gb * 2**30), args.image_memory_folder)
-    try:
+    with input_errors(f"cannot serve {args.model}: "):
         service = AnswerService(model, processor, store, args.concurrency, args.queue)
-    except ValueError as error:
-        raise SystemExit(f"cannot serve {args.model}: {error}") from error
     app = build_app(service, args.model_name or args.model, limits)
     # After Ctrl-C, the server waits this many seconds for open connections before it closes them
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)
