@@ -7,8 +7,12 @@ from transformers import DynamicCache
 from helpers.tiny import make_inputs, make_model
 
 
-VARIANTS = ["mmca", "mmca_merged", "causal"]
-IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
+CASES = [
+    *((implementation, variant) for implementation in ("eager", "sdpa") for variant in ("mmca", "mmca_merged", "causal")),
+    ("flex_attention", "mmca"),
+    ("flex_attention", "mmca_merged"),
+    pytest.param("flex_attention", "causal", marks=pytest.mark.slow),  # compiles a kernel for each test
+]
 
 
 def pack(conversations: list[dict]) -> dict[str, torch.Tensor]:
@@ -27,8 +31,7 @@ def block_diagonal_mask(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "variant"), CASES)
 class TestPackedConversations:
     def test_equal_those_that_stand_alone(self, implementation, variant, numbered):
         implementation = {"text_config": implementation, "vision_config": "sdpa"}

@@ -316,12 +316,13 @@ def test_missing_raw_files_and_arguments_are_named(tmp_path, capsys):
     for arguments, message in (
         (["--source", "llava"], "--data-root, --output missing"),
         (["--check"], "--source or --dataset missing"),
-        (["--source", "lava", "--data-root", "x"], "invalid choice: 'lava'"),
         (["--list", "--num-proc", "0"], "--num-proc must be at least 1"),
     ):
         with pytest.raises(SystemExit):
             visualchat(["prepare", *arguments])
         assert message in capsys.readouterr().err
+    assert run(tmp_path, tmp_path / "out", source="lava") == 2
+    assert "there is no source 'lava': use one of" in capsys.readouterr().err
 
 
 def test_list_shows_each_source_and_its_files(capsys):

@@ -208,7 +208,7 @@ class TestPush:
         shards = sorted(tmp_path.glob("*.safetensors"))
         hub.broken = {sha256(shards[-1])}
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        with pytest.raises(ConnectionError, match=rf"{shards[-1].name}.*The same command goes on with it"):
+        with pytest.raises(ConnectionError, match=rf"{shards[-1].name}.*Run the command again to resume"):
             push(tmp_path, "user/name")
         assert hub.files("user/name") == {}
         arrived = set(hub.uploads) - hub.broken

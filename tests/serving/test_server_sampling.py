@@ -157,8 +157,8 @@ def test_sampling_follows_the_distribution():
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.8)):
         asked = request(temperature=temperature, top_p=top_p)
         warpers = sampling.make_warpers(asked, GenerationConfig(), scores.device)
-        drawn = sampling.Sampling(scores.device, warpers, seed=0)
-        drawn = sampling(None, scores).argmax(-1).bincount(minlength=5) / len(scores)
+        sampler = sampling.Sampling(scores.device, warpers, seed=0)
+        drawn = sampler(None, scores).argmax(-1).bincount(minlength=5) / len(scores)
         expected = (scores[0] / temperature).softmax(-1)
         kept = expected.cumsum(-1) - expected < top_p
         expected = torch.where(kept, expected, 0) / expected[kept].sum()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.commands import command
 from helpers.distributed import ENVIRONMENT, ROOT, TRAIN, launch, needs_compiler, settings, write_config
 from helpers.elsewhere import run_elsewhere
 from helpers.tensor_parallel import CASES
 from helpers.tiny import make_model, make_processor
 from helpers.training import FEATURES, losses, make_row
+from visualchat.training.train import main as train
 
 
 TESTS = ROOT / "tests"
@@ -103,10 +103,6 @@ def settings_with_evaluation(parts: Path, output: Path, processes: int, **overri
     return settings(parts, output, processes, **{**evaluation, **overrides})
 
 
-def train_alone(words: list[str]) -> None:
-    subprocess.run(command("train", *words), env=ENVIRONMENT, check=True, capture_output=True)
-
-
 def train_with_fsdp(words: list[str]) -> None:
     """The README's line, with two processes, in fp32, and with FSDP on CPU processes."""
     accelerate = [
@@ -142,7 +138,7 @@ def compare_weights(run: Path, alone: Path) -> None:
 def alone(parts, tmp_path_factory):
     """One process, without FSDP or DeepSpeed."""
     output = tmp_path_factory.mktemp("alone")
-    train_alone(settings_with_evaluation(parts, output, 1))
+    train(settings_with_evaluation(parts, output, 1))
     return output
 
 
@@ -168,7 +164,7 @@ class TestOneProcessWithoutImages:
     @pytest.mark.slow
     @pytest.mark.parametrize("mode", ["full", "lora"])
     def test_fsdp2_in_other_modes(self, parts, tmp_path, mode):
-        train_alone(settings_with_evaluation(parts, tmp_path / "alone", 1, mode=mode))
+        train(settings_with_evaluation(parts, tmp_path / "alone", 1, mode=mode))
         train_with_fsdp(settings_with_evaluation(parts, tmp_path / "run", 2, mode=mode))
         assert_same_run(tmp_path / "run", tmp_path / "alone")
 

@@ -153,5 +153,8 @@ def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_p
     with pytest.raises(TypeError, match=r"`vision`: .*decoder has the model_type 'llama', but the vision tower must be of"):
         main([*words[:where], *words[where + 2 :]])
     assert not (tmp_path / "run" / "joined").exists()
-    with pytest.raises(ValueError, match=r"decoder has no processor of a VisualChat, but a .*: to join"):
+    with pytest.raises(
+        ValueError,
+        match=r"decoder holds a model of the type 'llama', not 'visualchat'\. To join a tower and a decoder, give",
+    ):
         main(arguments(parts, tmp_path / "run", model_name_or_path=tmp_path / "decoder"))
