@@ -159,7 +159,7 @@ def test_a_conversation(visit, pictures):
     send(page, "And now?", pictures[2:])
     wait_for_answer(page, rounds=2)
     assert captions(page) == ["Image 1", "Image 2", "Image 3"]
-    assert page.get_by_text("The next picture is Image 4").is_visible()
+    assert page.get_by_text("The next image will be Image 4").is_visible()
     (ROOT / "outputs").mkdir(exist_ok=True)
     page.screenshot(path=ROOT / "outputs" / "web_demo.png")
 
