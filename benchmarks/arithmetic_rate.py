@@ -1,8 +1,8 @@
 """
-Arithmetic rate of our prefill of 8 images, tower excluded, against the rate of `torch.mm` at the same shapes. The matrix
-products of one prefill are counted as they are dispatched, by the rows really computed. Attention's own products are not
-counted, though their time is. The rate of `torch.mm` is that of all these products one after another: each shape is timed
-alone, and weighted by how often it occurs.
+The arithmetic rate of our prefill of 8 images without the vision tower, against the rate of `torch.mm` at the same shapes.
+The matrix products of a prefill are counted when they are dispatched, so padding that is not computed does not count. The
+products inside attention are not counted, but their time is included. The rate of `torch.mm` is that of the same products
+one after another: each shape is timed separately, and weighted by the number of its products.
 
     python -m benchmarks.arithmetic_rate
 """
@@ -41,7 +41,7 @@ def compare_rates(ours, images: int = IMAGES, repeats: int = REPEATS) -> list[di
     flops = sum(2 * rows * inner * columns * count for (rows, inner, columns), count in counted.shapes.items())
     sides = {"prefill": lambda: prefill(ours, inputs)}
     for rows, inner, columns in counted.shapes:
-        # As in nn.Linear: the weight is stored with a row for each column of the result
+        # As in nn.Linear, the weight is stored transposed
         left, right = torch.randn(rows, inner), torch.randn(columns, inner).t()
         sides[rows, inner, columns] = lambda left=left, right=right: torch.mm(left, right)
     seconds = interleave(sides, repeats, warmups=2)

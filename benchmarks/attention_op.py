@@ -1,12 +1,12 @@
 """
-The attention operation of one layer alone: queries, keys and values in, what the output projection takes out. Rotation,
-which both sides have, and masks and layout, made once for all layers, are excluded.
+The attention operation of one layer alone, from queries, keys and values to the input of the output projection. Rotary
+embeddings, which all sides have, are excluded, as are masks and the layout, which are made once for all layers.
 
-- ours: `ModalityLayout.attend` for the text rows, and the copy of the image rows' values behind them;
-- causal SDPA: one call with `is_causal` over all rows, and the transposition to rows, as in transformers' LLaMA;
-- dense, as released (DeepSpeed-VisualChat, modeling_llama.py): scores of all rows with all keys, two additive masks, two
-  softmaxes, their sum, times the values;
-- two masked SDPA calls: what `attention_visualchat.py` does where rows cannot be sorted.
+- ours: `ModalityLayout.attend` for the text tokens, and a copy of the image tokens' values;
+- causal SDPA: one call with `is_causal` over all tokens, and the transposition of its output, as in transformers' LLaMA;
+- dense, as released (DeepSpeed-VisualChat, modeling_llama.py): the scores of all queries with all keys, two additive masks,
+  two softmaxes, and their sum times the values;
+- two masked SDPA calls: what `attention_visualchat.py` does where tokens cannot be sorted by modality.
 
     python -m benchmarks.attention_op
 """
@@ -40,13 +40,13 @@ def compare_attention(
     is_image = torch.tensor([([True] * image_tokens + [False] * TEXT_TOKENS) * images])
     length = is_image.shape[1]
     torch.manual_seed(0)
-    rows = torch.randn(3, length, heads, HEAD_SIZE)
-    q, k, v = (part[None].transpose(1, 2) for part in rows)
+    states = torch.randn(3, length, heads, HEAD_SIZE)
+    q, k, v = (part[None].transpose(1, 2) for part in states)
     k, v = k.contiguous(), v.contiguous()  # as a cache returns them
 
     rotary = (torch.ones(1, length, HEAD_SIZE),) * 2
     layout = ModalityLayout(is_image, None, rotary, (1, length), image_tokens)
-    queries, own_values = q[:, :, ~is_image[0]], rows[2][is_image[0]]
+    queries, own_values = q[:, :, ~is_image[0]], states[2][is_image[0]]
     keys, values = ((part[:, :, ~is_image[0]], part[:, :, is_image[0]]) for part in (k, v))
 
     def ours():
@@ -64,7 +64,7 @@ def compare_attention(
         "two masked SDPA calls": lambda: two_masked_calls(q, k, v, *masks, is_image),
     }
     for name in ("dense MMCA as released", "two masked SDPA calls"):
-        # Text rows: the released code's image rows look at text, too
+        # Only text queries are compared: in the released code, image queries attend to text, too
         torch.testing.assert_close(sides[name]()[0, ~is_image[0]], ours()[: queries.shape[2]], rtol=1e-4, atol=1e-4)
 
     milliseconds = {name: [1000 * one for one in times] for name, times in interleave(sides, repeats).items()}

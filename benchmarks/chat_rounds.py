@@ -1,8 +1,9 @@
 """
-Time to the first token, round by round, of a conversation that brings a picture in each round: a `ChatSession`, which
-computes what is new, against running the whole conversation again from its pixel values.
+The time to the first token in each round of a conversation with a new image per round: a `ChatSession`, which computes only
+what is new, against a prefill of the whole conversation from its pixel values.
 
-The decoder has hidden 512 and 6 layers, the tower hidden 384 and 6 layers and makes 257 tokens of a picture; fp32.
+The decoder has 6 layers of hidden size 512, the vision tower 6 layers of hidden size 384. An image has 257 tokens. All in
+fp32.
 
     python -m benchmarks.chat_rounds
 """
@@ -24,11 +25,11 @@ TEXT = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "
 VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
 VISION |= {"image_size": 224, "patch_size": 14}
 ROUNDS, REPEATS = 8, 3
-QUESTION = "What has changed since the picture before?"
+QUESTION = "What has changed since the previous image?"
 
 
 def make_model_and_processor(text: dict, vision: dict) -> tuple[VisualChatForCausalLM, VisualChatProcessor]:
-    """Random weights, and a tokenizer of one token a byte."""
+    """A model with random weights, and a processor whose tokenizer has one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<unk>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -52,21 +53,22 @@ def make_model_and_processor(text: dict, vision: dict) -> tuple[VisualChatForCau
 
 def measure_rounds(model, processor, rounds: int = ROUNDS, repeats: int = REPEATS) -> dict[str, list[list[float]]]:
     """
-    Seconds to the first token of each round, `repeats` of each. The two sides take turns, and answer alike.
+    Seconds to the first token of each round, with `repeats` measurements per round. The two sides take turns, and their
+    answers must be the same.
     """
     side = model.config.vision_config.image_size
     generator = np.random.default_rng(0)
     seconds = {"ours": [[] for _ in range(rounds)], "theirs": [[] for _ in range(rounds)]}
     settings = {"do_sample": False, "max_new_tokens": 1, "suppress_tokens": [0, 1, processor.image_token_id]}
     for repeat in range(repeats):
-        session = model.start_chat(processor)  # with an image memory of its own: each picture is new
+        session = model.start_chat(processor)  # with its own image memory, so that each image is new
         for number in range(rounds):
-            picture = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
-            question = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+            image = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            question = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
             messages = [*session.messages, {"role": "user", "content": question}]
 
-            def send(session=session, picture=picture):
-                return session.send(QUESTION, picture, **settings)
+            def send(session=session, image=image):
+                return session.send(QUESTION, image, **settings)
 
             def run_again(messages=messages):
                 inputs = processor.apply_chat_template(
@@ -86,11 +88,11 @@ def measure_rounds(model, processor, rounds: int = ROUNDS, repeats: int = REPEAT
 
 
 def to_results(seconds: dict[str, list[list[float]]]) -> list[dict]:
-    """The last round of one side against the other's; and against the second round of its own, when all is warm."""
+    """The last round of our side against theirs, and of each side against its own second round."""
     ours, theirs = seconds["ours"], seconds["theirs"]
     last = f"round {len(ours)}"
     return [
-        compare(f"first token in {last} of a chat, a picture in each, against the full re-run", ours[-1], theirs[-1]),
+        compare(f"first token in {last} of a chat, an image in each, against the full re-run", ours[-1], theirs[-1]),
         compare(f"first token of a chat, {last} against round 2", ours[-1], ours[1]),
         compare(f"first token of the full re-run, {last} against round 2", theirs[-1], theirs[1]),
     ]
@@ -104,14 +106,14 @@ def draw_rounds(seconds: dict[str, list[list[float]]]) -> None:
     for name, label, marker in (("theirs", "whole conversation again", "s"), ("ours", "ChatSession", "o")):
         numbers = range(1, len(seconds[name]) + 1)
         axis.plot(numbers, np.median(seconds[name], axis=1), marker=marker, label=label, color="black")
-    axis.set(xlabel="round, with a picture in each", ylabel="seconds to the first token", ylim=(0, None))
+    axis.set(xlabel="round, with an image in each", ylabel="seconds to the first token", ylim=(0, None))
     axis.legend(frameon=False)
     figure.savefig(RESULTS / "chat_rounds.png", dpi=110)
     plt.close(figure)
 
 
 def main():
-    torch.set_num_threads(1)  # what else runs on the machine costs a single thread the least
+    torch.set_num_threads(1)  # a single thread is disturbed least by other processes
     seconds = measure_rounds(*make_model_and_processor(TEXT, VISION))
     print("| round | ChatSession | whole conversation again |\n|---|---|---|")
     for number, (ours, theirs) in enumerate(zip(seconds["ours"], seconds["theirs"]), 1):

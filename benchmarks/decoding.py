@@ -1,6 +1,6 @@
 """
-Time per decoded token after a prefill of 8 images, against LLaVA, token by token in turns: each side goes on from its own
-dynamic cache, and both are given the same tokens.
+The time per decoded token after a prefill of 8 images, against LLaVA. The two sides take turns after each token. Each has
+its own dynamic cache, and both get the same tokens.
 
     python -m benchmarks.decoding
 """

@@ -1,19 +1,21 @@
 """
-VisualChat against LLaVA on one GPU, with the shapes of LLaMA-2-7B and CLIP ViT-L/14: bf16, random weights, 257 tokens an
-image and 32 text tokens after each. Both models (28 GB) are on the GPU at once and take turns; seconds end when it is done.
+VisualChat against LLaVA on one GPU, with the shapes of LLaMA-2-7B and CLIP ViT-L/14: bf16, random weights, 257 tokens per
+image and 32 text tokens after each. Both models (28 GB) are on the GPU and take turns. The GPU is synchronized before a time
+is taken.
 
 - Prefill, first token of a new question about known images, training step: as in `prefill.py`, `image_memory.py` and
-  `training_step.py`. Peak memory is what torch has allocated at most, beyond what it had before.
-- Time per decoded token after 8 images, both sides given the same tokens: with the default dynamic cache, as in
-  `decoding.py`; the same without cuDNN's attention, which plans each new length of a cache anew and which ours leaves out by
-  itself; and with a static cache, the step being captured as a CUDA graph and replayed.
-- Rates, worked out from these times. Decoding reads the decoder's layers, its last norm, the head, and the prompt's keys and
-  values once for each token; against copying 2 GB on the same GPU, which is read and written. Prefill computes matrix
-  products, counted as in `arithmetic_rate.py`, without attention's own; against the product of two 8192 × 8192 matrices.
-- Prefill of up to 56 images (16,184 tokens), tower excluded: time and peak memory.
-- Flex attention beside SDPA, both ours: prefill and training step by the number of images, and the first step of each size,
-  which compiles a kernel or finds one. Here it computes every size; `attn_implementation="flex_attention"` leaves small ones
-  (`MIN_FLEX_SCORES`) to SDPA.
+  `training_step.py`. Peak memory is the most that torch has allocated, minus what was allocated before.
+- Time per decoded token after 8 images, with the same tokens on both sides: with the default dynamic cache, as in
+  `decoding.py`; the same without cuDNN's attention, which makes a new plan for each length of the cache, and which ours
+  never uses; and with a static cache, where the step is captured as a CUDA graph and replayed.
+- Rates, computed from these times. The memory bandwidth of decoding counts the decoder's layers, its last norm, the head,
+  and the prompt's keys and values once per token. It is compared with a copy of 2 GB on the same GPU, which reads and
+  writes. The arithmetic rate of prefill counts matrix products as in `arithmetic_rate.py`, without those inside attention.
+  It is compared with the product of two 8192 × 8192 matrices.
+- Prefill of up to 56 images (16,184 tokens) without the vision tower: time and peak memory.
+- Flex attention against SDPA, both ours: prefill and training step by the number of images, and the first step of each size,
+  which compiles a kernel or finds a compiled one. Flex attention is used for all sizes here, whereas
+  `attn_implementation="flex_attention"` uses SDPA for small ones (`MIN_FLEX_SCORES`).
 
     python -m benchmarks.gpu_7b  # some minutes on an H100, 80 GB
 """
@@ -43,7 +45,7 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 VISION |= {"image_size": 224, "patch_size": 14}
 IMAGES, TRAINING_IMAGES, GROWTH, FLEX_IMAGES = (1, 2, 4, 8), 4, (16, 32, 56), (8, 16, 24, 32)
 REPEATS, TRAINING_REPEATS, GROWTH_REPEATS = 9, 7, 3
-# Decoded tokens; those before them, which are not measured; and how many a static cache has room for
+# Decoded tokens that are measured, decoded tokens before them, and the tokens that a static cache has room for
 TOKENS, WARMUPS, ROOM = 32, 4, 128
 DYNAMIC, STATIC = "dynamic cache", "static cache, CUDA graph"
 DYNAMIC_WITHOUT_CUDNN = f"{DYNAMIC}, torch's cuDNN attention switched off"
@@ -51,8 +53,8 @@ COPIED_BYTES, MATRIX_SIZE, CALLS = 2 * 10**9, 8192, 10
 
 
 @contextmanager
-def waiting(*models: torch.nn.Module) -> Iterator[None]:
-    """A call of one of the models ends when the GPU has done it."""
+def synchronizing(*models: torch.nn.Module) -> Iterator[None]:
+    """Synchronizes the GPU after each forward pass of the models."""
     hooks = [model.register_forward_hook(lambda *_: torch.cuda.synchronize()) for model in models]
     try:
         yield
@@ -62,7 +64,7 @@ def waiting(*models: torch.nn.Module) -> Iterator[None]:
 
 
 def peak_memory(call: Callable) -> float:
-    """MiB of the GPU that `call` needs at most, beyond what is allocated before it."""
+    """The peak GPU memory of `call` in MiB, beyond what is allocated before it."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -94,7 +96,7 @@ def compare_first_token(ours, llava, images: int, repeats: int) -> list[dict]:
 
 
 def decode_dynamic(model, inputs: dict, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A step of decoding after the prefill: it takes the next of `tokens` and gives the logits."""
+    """Prefills, and returns a decoding step, which takes the next of `tokens` and returns the logits."""
     cache = prefill(model, inputs).past_key_values
     past, remaining = inputs["input_ids"].shape[1], iter(tokens)
     mask = inputs["attention_mask"].new_ones(1, past + len(tokens))
@@ -109,7 +111,7 @@ def decode_dynamic(model, inputs: dict, tokens: torch.Tensor) -> Callable[[], to
 
 
 def decode_static(model, inputs: dict, tokens: torch.Tensor, room: int) -> Callable[[], torch.Tensor]:
-    """The same with a static cache. The step is captured; to warm up, the capture decodes the first token three times."""
+    """The same with a static cache and a CUDA graph. The warm-up of the capture decodes the first token three times."""
     past = inputs["input_ids"].shape[1]
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=past + room)
     prefill(model, {**without(inputs, "attention_mask"), "past_key_values": cache})
@@ -133,7 +135,7 @@ def compare_decoding(ours, llava, images: int, tokens: int) -> Iterator[dict]:
     inputs = make_inputs(ours, images)
     total = WARMUPS + tokens
     new_tokens = torch.randint(3, 300, (total, 1, 1), generator=torch.Generator().manual_seed(0)).to(ours.device)
-    new_tokens[:3] = new_tokens[0]  # as `decode_static` has it
+    new_tokens[:3] = new_tokens[0]  # as in the warm-up of `decode_static`
     last_logits = {}
 
     def measure(steps: dict[str, Callable], cache: str, warmups: int) -> dict:
@@ -146,7 +148,7 @@ def compare_decoding(ours, llava, images: int, tokens: int) -> Iterator[dict]:
 
     models = {"ours": ours, "theirs": llava}
     for cache, setting in ((DYNAMIC, nullcontext), (DYNAMIC_WITHOUT_CUDNN, without_cudnn)):
-        with waiting(ours, llava), setting():
+        with synchronizing(ours, llava), setting():
             steps = {name: decode_dynamic(model, inputs, new_tokens) for name, model in models.items()}
             yield measure(steps, cache, WARMUPS)
     steps = {name: decode_static(model, inputs, new_tokens, ROOM) for name, model in models.items()}
@@ -159,8 +161,8 @@ def decoding_claim(images: int, cache: str) -> str:
     return f"time per decoded token after {images} images, {cache}, against LLaVA"
 
 
-def own_rate(amount: float, call: Callable) -> float:
-    """What the GPU does of `amount` in a second."""
+def measure_rate(amount: float, call: Callable) -> float:
+    """The rate per second of the GPU at a `call` that processes `amount` bytes or operations."""
 
     def calls():
         for _ in range(CALLS):
@@ -173,8 +175,8 @@ def own_rate(amount: float, call: Callable) -> float:
 def compare_rates(ours, llava, images: int, medians: dict[str, dict]) -> Iterator[dict]:
     """
     Args:
-        images (`int`): In the prompt of what was timed.
-        medians (`dict[str, dict]`): Results so far by their claims, of which these rates are worked out.
+        images (`int`): The number of images in the prompt.
+        medians (`dict[str, dict]`): The results so far by their claims, from which the rates are computed.
     """
     inputs = make_inputs(ours, images)
     length = inputs["input_ids"].shape[1]
@@ -187,7 +189,7 @@ def compare_rates(ours, llava, images: int, medians: dict[str, dict]) -> Iterato
         yield compare(f"tokens per second, {work}, against LLaVA", [our_rate], [their_rate], unit="tokens/s")
 
     source, copied = torch.empty(2, COPIED_BYTES, dtype=torch.uint8, device=ours.device)
-    own_bandwidth = own_rate(2 * COPIED_BYTES, lambda: copied.copy_(source)) / 1e12
+    own_bandwidth = measure_rate(2 * COPIED_BYTES, lambda: copied.copy_(source)) / 1e12
     read = (*ours.model.language_model.layers, ours.model.language_model.norm, ours.lm_head)
     read_bytes = sum(weight.nbytes for part in read for weight in part.parameters())
     read_bytes += length * ours.image_memory_nbytes // ours.config.image_seq_length
@@ -198,7 +200,7 @@ def compare_rates(ours, llava, images: int, medians: dict[str, dict]) -> Iterato
         yield compare(claim, [reached], [own_bandwidth], unit="TB/s")
 
     left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=ours.device, dtype=ours.dtype)
-    own_products = own_rate(2 * MATRIX_SIZE**3, lambda: torch.mm(left, right)) / 1e12
+    own_products = measure_rate(2 * MATRIX_SIZE**3, lambda: torch.mm(left, right)) / 1e12
     for name, side, model in (("VisualChat", "ours", ours), ("LLaVA", "theirs", llava)):
         given = leave_out_tower(model, inputs)
         with CountProducts() as counted:
@@ -279,14 +281,14 @@ def main():
         torch.cuda.empty_cache()
 
     print(HEAD, flush=True)
-    with waiting(ours, llava):
+    with synchronizing(ours, llava):
         for images in IMAGES:
             show(compare_prefill(ours, llava, images, REPEATS))
         show(compare_first_token(ours, llava, IMAGES[-1], REPEATS))
     show(compare_decoding(ours, llava, IMAGES[-1], TOKENS))
     show(compare_rates(ours, llava, IMAGES[-1], results))
     show(compare_training(ours, llava, TRAINING_IMAGES, TRAINING_REPEATS))
-    with waiting(ours, llava):
+    with synchronizing(ours, llava):
         show(compare_growth(ours, llava, GROWTH, GROWTH_REPEATS))
     with patch.object(visibility_visualchat, "MIN_FLEX_SCORES", 0):
         show(compare_flex(ours, FLEX_IMAGES, GROWTH_REPEATS))

@@ -1,17 +1,17 @@
 """
-Which kernel computes MMCA's attention fastest on a GPU, and from which size on: bf16, 32 heads of 128 (LLaMA-2-7B), 257
-tokens an image and 32 text tokens after each. The operation alone, as in `attention_op.py`; GPU time, from replays of a CUDA
-graph over eight layers' worth of tensors (more than the GPU's cache holds).
+Finds the fastest kernel for MMCA's attention on a GPU, by the size of the input: bf16, 32 heads of 128 (LLaMA-2-7B), 257
+tokens per image and 32 text tokens after each. Only the attention operation is measured, as in `attention_op.py`. The times
+are GPU times of replays of a CUDA graph over the tensors of eight layers, which do not fit into the GPU's cache.
 
-Prefill, in which text rows look at text keys and at image keys:
-- SDPA, masked: the text keys by a causal call, the image keys by calls under a mask, one for so many queries, each over the
-  keys up to the last that they see (`ModalityLayout` on a GPU);
+Prefill, in which text queries attend to text keys and to image keys:
+- SDPA, masked: a causal call for the text keys, and masked calls for the image keys, each for a block of queries and over
+  the keys up to the last one that these see (`ModalityLayout` on a GPU);
 - SDPA, a call for each run of text that sees the same images, without a mask (`ModalityLayout` on a CPU);
-- flex: in place of the masked calls, flex attention with a block mask (`attn_implementation="flex_attention"`).
-Training adds the backward pass. Against them, plain causal SDPA over all rows, as LLaVA computes it.
+- flex: flex attention with a block mask instead of the masked calls (`attn_implementation="flex_attention"`).
+Training adds the backward pass. The reference is plain causal SDPA over all tokens, as in LLaVA.
 
-Decoding, in which one text row looks at all keys: two calls of SDPA without or with masks (a static cache has a buffer of
-which a part is in use), or products and softmax written out; against one call over all keys.
+Decoding, in which one text query attends to all keys: two calls of SDPA without or with masks (a static cache has a buffer
+that is partly in use), or matrix products and a softmax. The reference is one call over all keys.
 
     python -m benchmarks.gpu_attention
 """
@@ -30,7 +30,7 @@ from modeling_visualchat.layout_visualchat import ModalityLayout
 
 
 HEADS, HEAD_SIZE, IMAGE_TOKENS, TEXT_TOKENS, LAYERS, REPEATS = 32, 128, 257, 32, 8, 20
-# Images, and the queries of a call that are tried
+# Number of images: the numbers of queries per call that are tried
 SIZES = {1: (), 8: (128,), 32: (128, 256, 512), 56: (256, 512)}
 
 
@@ -74,7 +74,7 @@ def products(q, k, v, mask=None):
 
 def decoding_sides(images: int, batch_size: int) -> dict:
     used, image = images * TEXT_TOKENS, images * IMAGE_TOKENS
-    text = used + 128  # a static buffer has room for what is to come
+    text = used + 128  # a static buffer is larger than what is in use
     keep_text = (torch.arange(text, device="cuda") < used).expand(batch_size, 1, 1, -1)
     keep_image = torch.ones(batch_size, 1, 1, image, device="cuda", dtype=torch.bool)
     keep_all = torch.cat([keep_text, keep_image], -1)
@@ -94,7 +94,7 @@ def decoding_sides(images: int, batch_size: int) -> dict:
 
 
 def measure(sides: dict, batch_size: int = 1, trains: bool = False) -> dict[str, list[float]]:
-    """Microseconds of one layer."""
+    """The time of one layer in microseconds."""
     replays = {}
     for name, (attend, lengths) in sides.items():
         layers = [[draw(length, batch_size).requires_grad_(trains) for length in lengths] for _ in range(LAYERS)]

@@ -1,7 +1,7 @@
 """
-Time and peak memory of the prefill as images are added: 1 to 56 images of 257 tokens, 32 text tokens after each, so 289 to
-16,184 tokens. Tower excluded on all sides: it costs each image the same. Memory is what a prefill needs beyond what is
-resident before it; what the image memory itself holds is added to it.
+The time and peak memory of the prefill by the number of images: 1 to 56 images of 257 tokens with 32 text tokens after each,
+so 289 to 16,184 tokens. The vision tower, whose time per image is constant, is excluded. The peak memory is what a prefill
+needs beyond the memory before it. The size of the image memory is added to it.
 
     python -m benchmarks.growth
 """
@@ -19,14 +19,14 @@ from benchmarks.sides import build_sides, encoder_outputs, make_inputs, prefill
 from modeling_visualchat.image_memory_visualchat import ImageMemory
 
 
-# Images, and how often they are measured
+# Number of images: number of measurements
 REPEATS = {1: 9, 2: 9, 4: 7, 8: 5, 16: 3, 32: 3, 56: 1}
 WITH_MEMORY = "VisualChat with image memory"
 STYLES = {"LLaVA": "k--s", "VisualChat": "k-o", WITH_MEMORY: "k:^"}
 
 
 def encode(ours, features: torch.Tensor) -> ImageMemory:
-    """The memory of projected features."""
+    """The image memory of projected features."""
     memories = []
     for part in features.split(8):
         memories.append(ImageMemory(*ours.model.language_model.encode_images(part), ours.image_fingerprint()))
@@ -34,7 +34,7 @@ def encode(ours, features: torch.Tensor) -> ImageMemory:
 
 
 def make_sides(ours, llava, counts: Iterable[int]) -> dict[int, dict[str, Callable]]:
-    """For each number of images, the prefill of each side."""
+    """The prefill of each side, for each number of images."""
     size = (max(counts), ours.config.image_seq_length, ours.config.text_config.hidden_size)
     features = torch.randn(size, generator=torch.Generator().manual_seed(0))
     known = encode(ours, features)
@@ -80,12 +80,12 @@ def to_results(counts: Iterable[int], seconds_of: list[dict], peaks_of_sides: li
 
 def draw(results: list[dict]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, unit, label in zip(axes, ("s", "MiB"), ("seconds of a prefill", "GiB at the peak of a prefill")):
+    for axis, unit, label in zip(axes, ("s", "MiB"), ("prefill time, s", "peak memory of the prefill, GiB")):
         scale = 1 if unit == "s" else 1024
-        rows = [result for result in results if result["unit"] == unit]
+        chosen = [result for result in results if result["unit"] == unit]
         for name, style in STYLES.items():
             side, value = ("VisualChat", "theirs") if name == "LLaVA" else (name, "ours")
-            points = [(row["tokens"], row[value] / scale) for row in rows if row["side"] == side]
+            points = [(result["tokens"], result[value] / scale) for result in chosen if result["side"] == side]
             axis.plot(*zip(*points), style, label=name, markersize=5)
         axis.set_xlabel("tokens (289 for an image and its text)")
         axis.set_ylabel(label)

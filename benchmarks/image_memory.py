@@ -1,7 +1,7 @@
 """
-The first token of a new question about known images. Our side remembers them, so it computes the text of the conversation,
-all 256 tokens of it; LLaVA computes everything. With the tower, LLaVA starts from pixels, and so do we: the pictures are
-hashed and found in an `ImageMemoryStore`.
+The time to the first token of a new question about known images. Our side has their image memory, so it computes only the
+256 text tokens of the conversation. LLaVA computes all tokens. With the tower included, both sides start from pixel values,
+and our side finds the images in an `ImageMemoryStore` by their hash.
 
     python -m benchmarks.image_memory
 """

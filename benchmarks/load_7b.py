@@ -1,10 +1,10 @@
 """
-Seconds to load a model of 7 billion random parameters (`hub_configs/7b`, bf16, files of 5 GB), beside reading the same files
-with safetensors alone, and the memory that writing and loading take.
+The time to load a model of 7 billion random parameters (`hub_configs/7b`, bf16, files of 5 GB), against reading the same
+files with safetensors alone, and the memory that saving and loading need.
 
-Both sides map the files, which are read when they are needed: timed is the return, and the moment when every page of every
-weight has been read. The files are dropped from the system's cache before each turn, and each turn is a process of its own,
-whose imports are not counted.
+Both sides map the files into memory, so that pages are read when they are used. Two times are measured: until the function
+returns, and until every page of every weight has been read. The files are dropped from the system's cache before each turn.
+Each turn is a separate process, whose imports are not counted.
 
     python -m benchmarks.load_7b  # 15 GB of disk in the temporary folder, 18 GB of memory, some minutes
 """
@@ -28,14 +28,13 @@ from modeling_visualchat import VisualChatForCausalLM
 
 HUB_CONFIG = Path(__file__).parent.parent / "hub_configs" / "7b"
 PAGE = 4096  # bytes
-KINDS = {"RssAnon": "anonymous", "VmHWM": "resident"}  # what Linux calls them
+KINDS = {"RssAnon": "anonymous", "VmHWM": "resident"}  # the names in /proc/PID/status
 
 
 def run_watched(command: list[str], **settings) -> tuple[str, dict[str, float]]:
     """
-    Runs a command. Returns what it prints, and the peaks of its memory in GB (10⁹ bytes): `anonymous`, what it needs, seen a
-    hundred times a second; `resident`, with the pages of files that it has mapped, which the system takes back when it wants
-    the room.
+    Runs a command. Returns its output and its peak memory in GB (10⁹ bytes): `anonymous` is the memory that it needs,
+    sampled a hundred times per second. `resident` includes pages of mapped files, which the system can drop.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings)
     peaks = {"anonymous": 0.0, "resident": 0.0}
@@ -52,7 +51,7 @@ def run_watched(command: list[str], **settings) -> tuple[str, dict[str, float]]:
 
 
 def write(folder: str) -> None:
-    """Saves the model as any other is saved: in one piece in memory, in bf16, in files of 5 GB."""
+    """Creates the model in bf16 and saves it in files of 5 GB."""
     config = AutoConfig.from_pretrained(HUB_CONFIG)
     torch.manual_seed(0)
     model = VisualChatForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -73,7 +72,7 @@ def load_files(folder: str) -> dict[str, torch.Tensor]:
 
 
 def take_turn(side: str, folder: str) -> dict[str, float]:
-    """Seconds until one side says that it is done, and until all was read."""
+    """The seconds until the function of a side returns, and until all weights have been read."""
     start = time.perf_counter()
     tensors = list(load_model(folder).state_dict().values() if side == "ours" else load_files(folder).values())
     returned = time.perf_counter() - start
@@ -90,7 +89,7 @@ def drop_from_cache(folder: str) -> None:
 
 
 def run_alone(task: str, folder: str) -> dict[str, float]:
-    """`task` ("write", "ours" or "theirs") in a process of its own: its seconds and peaks of memory."""
+    """Runs `task` ("write", "ours" or "theirs") in a separate process. Returns its seconds and peak memory."""
     output, peaks = run_watched([sys.executable, "-m", "benchmarks.load_7b", task, folder])
     return {**json.loads(output.splitlines()[-1]), **peaks}
 

@@ -1,6 +1,6 @@
 """
-Peak memory of one training step in alignment mode, with logits at every position and with logits where there is a label,
-each in a process of its own.
+The peak memory of a training step in alignment mode, with logits at all positions and with logits only at positions that
+have a label, each in a separate process.
 
     python -m benchmarks.logits_memory
 """
@@ -20,7 +20,7 @@ BATCH, LENGTH, ANSWER, VOCABULARY = 4, 512, 32, 32001
 
 
 def step(supervised_only: bool) -> None:
-    """Prints the process's resident memory in MiB before the step, and its peak."""
+    """Runs a step. Prints the resident memory in MiB before it, the peak memory, and the loss."""
     torch.manual_seed(0)
     text = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4

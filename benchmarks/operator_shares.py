@@ -1,7 +1,7 @@
 """
-Where the time goes in a prefill of 8 images, with the vision tower and without it, on our side and LLaVA's, and in the first
-token of a new question about 8 known images: the share of each operator, by torch's profiler; and of all matrix products how
-many operations each side needs, by torch's `FlopCounterMode`, which does not count attention on a CPU.
+The share of each operator in the time of a prefill of 8 images (with and without the vision tower, VisualChat and LLaVA) and
+of the first token of a new question about 8 known images, by torch's profiler. Also the number of floating-point operations
+in matrix products, by torch's `FlopCounterMode`, which does not count attention on a CPU.
 
     python -m benchmarks.operator_shares
 """
@@ -18,7 +18,7 @@ IMAGES, SHOWN = 8, 6
 
 
 def operator_shares(call: Callable) -> dict[str, float]:
-    """Of each operator, without those that it calls, the largest first."""
+    """The share of each operator, without the operators that it calls, in descending order."""
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
@@ -27,7 +27,7 @@ def operator_shares(call: Callable) -> dict[str, float]:
 
 
 def count_operations(call: Callable) -> int:
-    """2 for a multiplication and an addition."""
+    """The number of floating-point operations. A multiplication and an addition count as 2."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

@@ -1,13 +1,14 @@
 """
-Predictions of `visualchat plan` against real training steps: two processes of the Trainer with DeepSpeed and gloo, one
-thread each, on a model whose parts are tens of MB.
+Compares the memory that `visualchat plan` predicts with real training steps: two processes of the Trainer with DeepSpeed
+and gloo, one thread each, on a model whose parts are tens of MB.
 
-Measured is the anonymous memory of a process at its peak within the second step (forward, backward and the optimizer's
-step), less what it had after a whole run of a toy model, which brings in all code and DeepSpeed's engine. The larger of the
-two processes counts. glibc gives back at once what is freed (`MALLOC_MMAP_THRESHOLD_`), as a GPU's allocator uses it again.
-Predicted is the same step with the attention kernels of the CPU, and with gloo: empty buffers take no memory until they are
-written, and gloo gathers and scatters through a copy. Where a JSON offloads, host and device are one memory here, so their
-sum is compared: that checks what there is, not where it is.
+The measured value is the peak anonymous memory of a process in the second step (forward, backward and the optimizer's step),
+minus its memory after a whole run of a toy model, which loads all code and DeepSpeed's engine. The larger of the two
+processes counts. glibc returns freed memory at once (`MALLOC_MMAP_THRESHOLD_`), as a GPU's allocator reuses it.
+
+The prediction is for the same step with the attention kernels of the CPU and with gloo: empty buffers take no memory until
+they are written, and gloo gathers and scatters through a copy. With offload, host and device share one memory here, so the
+sum of both is compared. This checks the amount of memory, not on which device it is.
 
     python -m benchmarks.plan
 """
@@ -24,16 +25,17 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
+from benchmarks.measure import memory_of_process
 from benchmarks.report import RESULTS, write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-# In bytes. What is larger goes back to the system as soon as it is freed. Shares of single weights are below 1 MiB
+# In bytes. Larger blocks are returned to the system when they are freed. Partitions of single weights are below 1 MiB
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-PROCESSES, IMAGES, SAMPLES = 2, 2, 2
-TARGET = 1.1  # and no less than 1 / 1.1
+PROCESSES, IMAGES, SEQUENCES = 2, 2, 2
+TARGET = 1.1  # and at least 1 / 1.1
 TEXT = {"vocab_size": 16001, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
 VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 6}
 VISION |= {"image_size": 112, "patch_size": 14}
@@ -43,7 +45,7 @@ TOY_VISION = {**VISION, "hidden_size": 24, "intermediate_size": 48, "num_hidden_
 
 @dataclass(frozen=True)
 class Case:
-    """A JSON of `examples/deepspeed/`, what trains, and on how many tokens of a sample."""
+    """One measurement: a JSON of `examples/deepspeed/`, the training mode, and the number of tokens per sequence."""
 
     name: str
     mode: str
@@ -53,7 +55,7 @@ class Case:
 
     def __str__(self) -> str:
         layers = "checkpointing" if self.checkpointing else "no checkpointing"
-        return f"{self.name}, {self.mode}, {SAMPLES} × {self.length} tokens, {layers}, {self.dtype}"
+        return f"{self.name}, {self.mode}, {SEQUENCES} × {self.length} tokens, {layers}, {self.dtype}"
 
 
 MODES = ("alignment", "lora", "full")
@@ -72,45 +74,35 @@ def make_config(text: dict, vision: dict) -> VisualChatConfig:
 
 
 def predict(case: Case) -> dict:
-    """The peak in MiB, on device and host together, and its parts."""
+    """The predicted peak in MiB, of device and host together, and its parts."""
     from visualchat.planning.plan import DTYPES, Planner, read_zero
     from visualchat.planning.trace import StepShape
     from visualchat.training.train import ModelArguments
 
     config = make_config(TEXT, VISION)
     text = case.length - IMAGES * config.image_seq_length
-    shape = StepShape(SAMPLES, case.length, IMAGES, text - 1)
+    shape = StepShape(SEQUENCES, case.length, IMAGES, text - 1)
     planner = Planner(config, shape, ModelArguments(mode=case.mode), DTYPES[case.dtype], device="cpu")
-    peak = planner.peak(planner.setting(read_zero(case.name), PROCESSES), SAMPLES, case.checkpointing)
+    peak = planner.peak(planner.setting(read_zero(case.name), PROCESSES), SEQUENCES, case.checkpointing)
     parts = {name: round(size / 2**20) for name, size in {**peak.parts, "step": peak.step, "host": peak.host}.items()}
     return {"mib": (peak.largest + peak.host) / 2**20, "parts": parts}
 
 
-def anonymous() -> float:
-    """Anonymous resident memory of this process in MiB, now."""
-    return _status("RssAnon")
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
 class PeakOfSecondStep(TrainerCallback):
-    """The peak of anonymous memory in MiB: that of all memory, less pages of files and shared ones, which hardly change."""
+    """Measures the peak anonymous memory in MiB: the peak of all memory minus file and shared pages, which hardly change."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            self.peak = _status("VmHWM") - _status("RssFile") - _status("RssShmem")
+            self.peak = memory_of_process("VmHWM") - memory_of_process("RssFile") - memory_of_process("RssShmem")
 
 
 class FixedBatch:
-    """In place of the collator: the batch that the planner plans with, and different pictures."""
+    """A collator that always returns the batch of the planner, with new random images."""
 
     def __init__(self, config: VisualChatConfig, length: int):
         from visualchat.planning.trace import StepShape, make_tokens
@@ -118,16 +110,16 @@ class FixedBatch:
         self.broken_rows = torch.zeros((), dtype=torch.long)
         self.broken_rows.value = 0
         text = length - IMAGES * config.image_seq_length
-        self.tokens = make_tokens(config, StepShape(SAMPLES, length, IMAGES, text - 1))
+        self.tokens = make_tokens(config, StepShape(SEQUENCES, length, IMAGES, text - 1))
         size = config.vision_config.image_size
-        self.pictures = SAMPLES * IMAGES, 3, size, size
+        self.pixel_values_shape = SEQUENCES * IMAGES, 3, size, size
 
-    def __call__(self, rows: list) -> dict[str, torch.Tensor]:
-        return {**self.tokens, "pixel_values": torch.randn(self.pictures)}
+    def __call__(self, examples: list) -> dict[str, torch.Tensor]:
+        return {**self.tokens, "pixel_values": torch.randn(self.pixel_values_shape)}
 
 
 def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> float:
-    """Trains for two steps. Returns the peak of the second in MiB."""
+    """Trains for two steps. Returns the peak memory of the second in MiB."""
     import deepspeed
 
     from visualchat.planning.plan import DTYPES
@@ -139,7 +131,7 @@ def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> flo
         use_cpu=True,
         deepspeed=str(EXAMPLES / "deepspeed" / f"{case.name}.json"),
         bf16=case.dtype == "bf16",
-        per_device_train_batch_size=SAMPLES,
+        per_device_train_batch_size=SEQUENCES,
         max_steps=2,
         max_grad_norm=1.0,
         save_strategy="no",
@@ -154,9 +146,9 @@ def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> flo
     model.config.use_cache = not case.checkpointing
     model = set_mode(model, ModelArguments(mode=case.mode))
     watch = PeakOfSecondStep()
-    rows = list(range(4 * SAMPLES * PROCESSES))
+    dataset = list(range(4 * SEQUENCES * PROCESSES))
     batch = FixedBatch(config, length)
-    trainer = VisualChatTrainer(model, arguments, data_collator=batch, train_dataset=rows, callbacks=[watch])
+    trainer = VisualChatTrainer(model, arguments, data_collator=batch, train_dataset=dataset, callbacks=[watch])
     trainer.train()
     engine = trainer.model_wrapped
     assert torch.distributed.get_world_size() == PROCESSES and type(engine).__name__ == "DeepSpeedEngine", type(engine)
@@ -164,11 +156,11 @@ def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> flo
 
 
 def run_case(case: Case, folder: str) -> None:
-    """In a process of its own: writes what it needed beyond a toy's run, in MiB."""
+    """Runs in a separate process. Writes the peak memory in MiB, minus the memory after a run of the toy model."""
     toy = make_config(TOY_TEXT, TOY_VISION)
     train(case, toy, IMAGES * toy.image_seq_length + 8, folder)
     gc.collect()
-    before = anonymous()
+    before = memory_of_process("RssAnon")
     peak = train(case, make_config(TEXT, VISION), case.length, folder)
     Path(folder, f"measured-{os.environ['RANK']}.json").write_text(json.dumps(peak - before))
     torch.distributed.barrier()
@@ -176,15 +168,15 @@ def run_case(case: Case, folder: str) -> None:
 
 
 def measure(case: Case) -> float:
-    """MiB of the process that needs more."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja there
+    """The measured peak in MiB of the process that needs more."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed needs ninja on it
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **GIVE_BACK}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     with tempfile.TemporaryDirectory() as folder:
         command = [*torchrun, "-m", "benchmarks.plan", json.dumps(asdict(case)), folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         files = [Path(folder, f"measured-{rank}.json") for rank in range(PROCESSES)]
-        if not all(file.exists() for file in files):  # a finished run may abort at its exit
+        if not all(file.exists() for file in files):  # the exit status does not count: a finished run may abort at exit
             raise RuntimeError(f"{case}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return max(json.loads(file.read_text()) for file in files)
 
@@ -199,7 +191,7 @@ def compare(case: Case) -> dict:
 
 
 def draw(results: list[dict], cases: list[Case]) -> None:
-    """Writes results/plan.png: predicted over measured, by mode, and the band of the target."""
+    """Writes results/plan.png: predicted against measured memory by mode, and the range of the target."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.2, 5), layout="constrained")

@@ -1,6 +1,6 @@
 """
-Prefill of a conversation of 1, 2, 4 and 8 images, 32 text tokens after each, against LLaVA: with the vision tower, and
-without it, the projected features being given to both sides.
+The time of the prefill of a conversation of 1, 2, 4 and 8 images with 32 text tokens after each, against LLaVA: with the
+vision tower, and without it, where both sides get the projected features.
 
     python -m benchmarks.prefill
 """

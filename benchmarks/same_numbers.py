@@ -1,12 +1,12 @@
 """
-Says whether a change of the code changed a number: what one version of the code computes, against what another one does.
+Checks whether a change of the code changes a number: compares what two versions of the code compute.
 
-    python -m benchmarks.same_numbers record outputs/before   # with the code as it was
-    python -m benchmarks.same_numbers compare outputs/before  # with the code as it is, exit status 1 if something differs
+    python -m benchmarks.same_numbers record outputs/before   # with the old code
+    python -m benchmarks.same_numbers compare outputs/before  # with the new code; exit status 1 if something differs
 
-`record` saves tiny models of every variant with and without numbered keys, and what they compute in float64 on one thread:
+`record` saves tiny models of all variants with and without numbered keys, and their results in float64 on one thread:
 logits, all gradients, shapes of caches, tokens of greedy and beam search. It also saves an image memory and a chat.
-`compare` loads what was saved, with the code at hand and with the code in the folders, and computes all of it again.
+`compare` loads the models with the new code and with the code in their folders, and computes everything again.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from transformers import (
 from modeling_visualchat import ChatSession, ImageMemory, VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 
 
-BOUND = 1e-12  # of the largest value of a tensor
+TOLERANCE = 1e-12  # relative to the largest value of a tensor
 IMAGE_SIZE, IMAGE_TOKENS = 16, 5
 VARIANTS = {"mmca": (False, True), "mmca_merged": (False, True), "causal": (False, True), "mmca_released": (False,)}
-# A run of two text tokens, an image
+# t: two text tokens, i: an image
 LAYOUTS = {"several images": ["titit", "tt", "iit"], "text": ["tttt", "tt"]}
 GENERATION = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 RELOAD = """
@@ -54,7 +54,7 @@ with torch.no_grad():
 
 
 def make_processor() -> VisualChatProcessor:
-    """A token for each byte, and `<s>` and `</s>`."""
+    """A processor whose tokenizer has one token per byte, and `<s>` and `</s>`."""
     vocabulary = {token: k for k, token in enumerate(["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -121,7 +121,7 @@ def make_inputs(layout: list[str], image_token_id: int, padding_side: str) -> di
 
 
 def compute(model: VisualChatForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a model computes, by name."""
+    """Yields the results of a model, with their names."""
     remembers = model.config.multimodal_attention in ("mmca", "mmca_merged")
     for attention, (name, layout), side in itertools.product(("eager", "sdpa"), LAYOUTS.items(), ("left", "right")):
         model.set_attn_implementation({"text_config": attention, "vision_config": "sdpa"})
@@ -162,13 +162,13 @@ def generate(model: VisualChatForCausalLM, inputs: dict, attention: str) -> Iter
     yield "tokens of beams", model.generate(**inputs, **GENERATION, num_beams=3, num_return_sequences=2)
     if attention == "eager":  # kept in 4 bits, of float32
         model.float()
-        pictures = {name: states.float() for name, states in inputs.items() if name == "pixel_values"}
+        pixels = {name: states.float() for name, states in inputs.items() if name == "pixel_values"}
         quantized = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
-        yield "tokens of a quantized cache", model.generate(**{**inputs, **pictures}, **GENERATION, **quantized)
+        yield "tokens of a quantized cache", model.generate(**{**inputs, **pixels}, **GENERATION, **quantized)
         model.double()
 
 
-def picture(seed: int) -> Image.Image:
+def make_image(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -182,61 +182,63 @@ def each_model(folder: Path) -> Iterator[tuple[str, Path, str, bool]]:
 
 def record(folder: Path) -> None:
     processor = make_processor()
-    for name, place, variant, numbered in each_model(folder):
+    for name, model_folder, variant, numbered in each_model(folder):
         print(f"{name} …", flush=True)
         model = make_model(processor, variant, numbered)
-        model.save_pretrained(place)
-        processor.save_pretrained(place)
+        model.save_pretrained(model_folder)
+        processor.save_pretrained(model_folder)
         inputs = make_inputs(LAYOUTS["several images"], model.config.image_token_id, "left")
         inputs["pixel_values"] = inputs["pixel_values"].float()
         with torch.no_grad():
-            torch.save({"inputs": inputs, "logits": model(**inputs).logits}, place / "expected.pt")
+            torch.save({"inputs": inputs, "logits": model(**inputs).logits}, model_folder / "expected.pt")
         if variant in ("mmca", "mmca_merged"):
-            model.encode_images(inputs["pixel_values"]).save(place / "memory.safetensors")
+            model.encode_images(inputs["pixel_values"]).save(model_folder / "memory.safetensors")
         chat = model.start_chat(processor)
-        answers = [chat.send(f"Question {k}?", images=[picture(k)], max_new_tokens=8) for k in range(2)]
-        (place / "answers.json").write_text(json.dumps(answers))
-        chat.save(place / "chat")
-        keys = {"state_dict": sorted(model.state_dict()), "config": json.loads((place / "config.json").read_text())}
-        (place / "names.json").write_text(json.dumps(keys))
+        answers = [chat.send(f"Question {k}?", images=[make_image(k)], max_new_tokens=8) for k in range(2)]
+        (model_folder / "answers.json").write_text(json.dumps(answers))
+        chat.save(model_folder / "chat")
+        keys = {"state_dict": sorted(model.state_dict()), "config": json.loads((model_folder / "config.json").read_text())}
+        (model_folder / "names.json").write_text(json.dumps(keys))
         model.double()
-        save_file({key: value.contiguous() for key, value in compute(model)}, place / "numbers.safetensors")
+        save_file({key: value.contiguous() for key, value in compute(model)}, model_folder / "numbers.safetensors")
 
 
 def compare(folder: Path) -> int:
     problems = []
-    for name, place, variant, _ in each_model(folder):
-        model, processor = AutoModel.from_pretrained(place), AutoProcessor.from_pretrained(place)
-        names = json.loads((place / "names.json").read_text())
+    for name, model_folder, variant, _ in each_model(folder):
+        model, processor = AutoModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
+        names = json.loads((model_folder / "names.json").read_text())
         if sorted(model.state_dict()) != names["state_dict"]:
             problems.append(f"{name}: the state dict has other keys")
-        model.config.save_pretrained(place / "again")
-        again = json.loads((place / "again" / "config.json").read_text())
+        model.config.save_pretrained(model_folder / "again")
+        again = json.loads((model_folder / "again" / "config.json").read_text())
         for field in sorted(again.keys() | names["config"].keys()):
             if again.get(field) != names["config"].get(field) and field not in ("dtype", "vision_config", "text_config"):
                 problems.append(f"{name}: config.{field} was {names['config'].get(field)!r}, is {again.get(field)!r}")
-        reload = subprocess.run([sys.executable, "-c", RELOAD, str(place)], capture_output=True, text=True, check=False)
+        reload = subprocess.run(
+            [sys.executable, "-c", RELOAD, str(model_folder)], capture_output=True, text=True, check=False
+        )
         if reload.returncode:
             problems.append(f"{name}: the code in the folder: {reload.stderr.strip().splitlines()[-1]}")
-        answers = json.loads((place / "answers.json").read_text())
-        chat = ChatSession.load(place / "chat", model, processor)
+        answers = json.loads((model_folder / "answers.json").read_text())
+        chat = ChatSession.load(model_folder / "chat", model, processor)
         if [one.answer for one in chat.rounds] != answers or chat.edit(1, "Question 1?", max_new_tokens=8) != answers[1]:
-            problems.append(f"{name}: the chat that was saved goes on otherwise")
-        expected = torch.load(place / "expected.pt")
+            problems.append(f"{name}: the saved chat continues with other answers")
+        expected = torch.load(model_folder / "expected.pt")
         with torch.no_grad():
             inputs = expected["inputs"]
             if not torch.equal(model(**inputs).logits, expected["logits"]):
                 problems.append(f"{name}: other logits in float32")
             if variant in ("mmca", "mmca_merged"):
                 inputs = {key: value for key, value in inputs.items() if key != "pixel_values"}
-                model(**inputs, image_memory=ImageMemory.load(place / "memory.safetensors"))
-        problems += compare_numbers(name, place, model.double())
+                model(**inputs, image_memory=ImageMemory.load(model_folder / "memory.safetensors"))
+        problems += compare_numbers(name, model_folder, model.double())
     print("\n".join(problems) or "No number differs.")
     return 1 if problems else 0
 
 
-def compare_numbers(name: str, place: Path, model: VisualChatForCausalLM) -> list[str]:
-    before, problems, worst, equal = load_file(place / "numbers.safetensors"), [], 0.0, 0
+def compare_numbers(name: str, model_folder: Path, model: VisualChatForCausalLM) -> list[str]:
+    before, problems, worst, equal = load_file(model_folder / "numbers.safetensors"), [], 0.0, 0
     after = dict(compute(model))
     if missing := before.keys() ^ after.keys():
         problems.append(f"{name}: only one side has {', '.join(sorted(missing)[:5])}")
@@ -249,10 +251,10 @@ def compare_numbers(name: str, place: Path, model: VisualChatForCausalLM) -> lis
         equal += torch.equal(old, new)
         difference = float((old - new).abs().max() / old.abs().max().clamp(min=1))
         worst = max(worst, difference)
-        if difference > BOUND:
+        if difference > TOLERANCE:
             problems.append(f"{name}: {key} differs by {difference:.1e}")
     print(
-        f"{name}: {len(before)} results, of the tensors of numbers {equal} to the bit, the others within {worst:.1e}",
+        f"{name}: {len(before)} results, {equal} floating-point tensors identical, the others within {worst:.1e}",
         flush=True,
     )
     return problems

@@ -1,6 +1,7 @@
 """
-500 requests by 16 clients at once, of which 5 % are broken: every good one gets the answer that `model.generate` gives,
-every broken one a 4xx, and the server's memory stays flat. More pictures are sent than its image memory holds.
+Sends 500 requests to the server, from 16 clients at the same time, of which 5 % are invalid. Checks that each valid request
+gets the answer of `model.generate` and each invalid one a status 4xx, and that the server's memory does not grow. The
+requests have more images than the image memory holds.
 
     make demo && python -m benchmarks.serve_load
 """
@@ -29,32 +30,33 @@ from sklearn.datasets import load_digits
 from transformers import AutoModel, AutoProcessor
 
 import modeling_visualchat  # noqa: F401  registers the classes
+from benchmarks.measure import memory_of_process
 from benchmarks.report import write_results
 
 
 ROOT = Path(__file__).parent.parent
 MODEL = "visualchat"
-CONVERSATIONS, PICTURES, NEW_TOKENS = 60, 150, 8
+CONVERSATIONS, IMAGES, NEW_TOKENS = 60, 150, 8
 IMAGE_MEMORY_GB = 0.001
 
 
-class Sent(NamedTuple):
-    """`expected` is the answer's text, or `None` for a broken request."""
+class Request(NamedTuple):
+    """A request. `expected` is the text of the answer, or `None` if the request is invalid."""
 
     body: bytes
     expected: str | None
 
 
-class Got(NamedTuple):
+class Response(NamedTuple):
     status: int
     text: str
     seconds: float
 
 
 def make_conversations(count: int, seed: int = 0) -> list[list[dict]]:
-    """Questions about one to three digits, in one or two rounds, in the schema of transformers."""
+    """Conversations of one or two rounds about one to three digits, in the message format of transformers."""
     draw = random.Random(seed)
-    scans = [Image.fromarray(np.uint8(scan * 15)).convert("RGB") for scan in load_digits().images[:PICTURES]]
+    scans = [Image.fromarray(np.uint8(scan * 15)).convert("RGB") for scan in load_digits().images[:IMAGES]]
 
     def ask(number: int) -> dict:
         images = [{"type": "image", "image": draw.choice(scans)} for _ in range(draw.randint(1, 3))]
@@ -70,7 +72,7 @@ def make_conversations(count: int, seed: int = 0) -> list[list[dict]]:
 
 
 def answer_directly(model_dir: str, conversations: list[list[dict]]) -> list[str]:
-    """What `model.generate` answers, without server, session or image memory."""
+    """The answers of `model.generate`, without server, chat session or image memory."""
     model, processor = AutoModel.from_pretrained(model_dir).eval(), AutoProcessor.from_pretrained(model_dir)
     answers = []
     for messages in conversations:
@@ -83,7 +85,7 @@ def answer_directly(model_dir: str, conversations: list[list[dict]]) -> list[str
 
 
 def to_request(messages: list[dict], **settings) -> dict:
-    """The same in OpenAI's schema."""
+    """The request for a conversation, in OpenAI's format."""
 
     def to_part(part: dict) -> dict:
         if part["type"] == "text":
@@ -106,7 +108,7 @@ def image_part(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def broken_bodies() -> list[bytes]:
+def invalid_bodies() -> list[bytes]:
     def body(*content, role: str = "user", **settings) -> bytes:
         return json.dumps({"model": MODEL, "messages": [{"role": role, "content": list(content)}], **settings}).encode()
 
@@ -115,8 +117,8 @@ def broken_bodies() -> list[bytes]:
         b'{"model": ',
         body(text, role="tool"),
         body(image_part("data:image/png;base64,&&&&"), text),
-        body(image_part("data:image/png;base64," + base64.b64encode(b"no picture").decode()), text),
-        body(image_part("http://127.0.0.1:9/picture.png"), text),
+        body(image_part("data:image/png;base64," + base64.b64encode(b"no image").decode()), text),
+        body(image_part("http://127.0.0.1:9/image.png"), text),
         body(image_part("/etc/passwd"), text),
         body({"type": "text", "text": "too long " * 5000}),
         body(text, max_tokens="many"),
@@ -124,22 +126,22 @@ def broken_bodies() -> list[bytes]:
     ]
 
 
-def mix(conversations: list[list[dict]], answers: list[str], count: int, broken: float, seed: int = 0) -> list[Sent]:
-    """Requests in random order, half of them streamed."""
+def mix(conversations: list[list[dict]], answers: list[str], count: int, invalid: float, seed: int = 0) -> list[Request]:
+    """Valid and invalid requests in random order. Half of the valid ones are streamed."""
     draw = random.Random(seed)
-    bodies = broken_bodies()
-    num_broken = round(broken * count)
-    requests = [Sent(bodies[k % len(bodies)], None) for k in range(num_broken)]
-    for k in range(count - num_broken):
+    bodies = invalid_bodies()
+    num_invalid = round(invalid * count)
+    requests = [Request(bodies[k % len(bodies)], None) for k in range(num_invalid)]
+    for k in range(count - num_invalid):
         which = k % len(conversations)
-        requests.append(Sent(json.dumps(to_request(conversations[which], stream=k % 2 == 1)).encode(), answers[which]))
+        requests.append(Request(json.dumps(to_request(conversations[which], stream=k % 2 == 1)).encode(), answers[which]))
     draw.shuffle(requests)
     return requests
 
 
 @contextmanager
 def serving(model_dir: str, *arguments: str, seconds: float = 120) -> Iterator[tuple[int, int]]:
-    """The port and process id of `visualchat serve`."""
+    """Runs `visualchat serve`. Yields its port and process id."""
     with socket.socket() as free, tempfile.TemporaryFile() as log:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -174,7 +176,7 @@ def serving(model_dir: str, *arguments: str, seconds: float = 120) -> Iterator[t
             process.wait(30)
 
 
-def ask(port: int, method: str, path: str, body: bytes | None = None) -> Got:
+def ask(port: int, method: str, path: str, body: bytes | None = None) -> Response:
     start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
@@ -183,11 +185,11 @@ def ask(port: int, method: str, path: str, body: bytes | None = None) -> Got:
         text = response.read().decode()
     finally:
         connection.close()
-    return Got(response.status, text, time.perf_counter() - start)
+    return Response(response.status, text, time.perf_counter() - start)
 
 
 def read_answer(text: str) -> str:
-    """Of a response, streamed or not."""
+    """The text of the answer in a response, streamed or not."""
     if not text.startswith("data: "):
         return json.loads(text)["choices"][0]["message"]["content"]
     events = [event.removeprefix("data: ") for event in text.strip().split("\n\n")]
@@ -196,44 +198,40 @@ def read_answer(text: str) -> str:
     return "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
 
 
-def is_right(sent: Sent, got: Got) -> bool:
+def is_right(sent: Request, got: Response) -> bool:
     if sent.expected is None:
         return 400 <= got.status < 500 and bool(json.loads(got.text)["error"]["message"])
     return got.status == 200 and read_answer(got.text) == sent.expected
 
 
-def resident_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-
-def measure_load(model_dir: str, count: int = 500, clients: int = 16, broken: float = 0.05) -> list[dict]:
+def measure_load(model_dir: str, count: int = 500, clients: int = 16, invalid: float = 0.05) -> list[dict]:
     """
-    The first fifth of the requests is not timed, and memory is compared with what it was after them.
+    Runs the benchmark. The first fifth of the requests is not timed, and the server's memory at the end is compared with its
+    memory after them.
 
     Raises:
-        RuntimeError: If a request was lost or answered wrongly.
+        RuntimeError: If a request gets no answer or a wrong one.
     """
     conversations = make_conversations(min(CONVERSATIONS, count))
-    requests = mix(conversations, answer_directly(model_dir, conversations), count, broken)
+    requests = mix(conversations, answer_directly(model_dir, conversations), count, invalid)
     warm = count // 5
     with serving(model_dir, "--queue", str(clients), "--image-memory-gb", str(IMAGE_MEMORY_GB)) as (port, pid):
 
-        def send(sent: Sent) -> Got:
+        def send(sent: Request) -> Response:
             return ask(port, "POST", "/v1/chat/completions", sent.body)
 
         with ThreadPoolExecutor(clients) as pool:
             first = list(pool.map(send, requests[:warm]))
-            before, start = resident_mib(pid), time.perf_counter()
+            before, start = memory_of_process("VmRSS", pid), time.perf_counter()
             rest = list(pool.map(send, requests[warm:]))
-            seconds, after = time.perf_counter() - start, resident_mib(pid)
+            seconds, after = time.perf_counter() - start, memory_of_process("VmRSS", pid)
         metrics = dict(
             line.rsplit(" ", 1) for line in ask(port, "GET", "/metrics").text.splitlines() if not line.startswith("#")
         )
     answered = list(zip(requests, first + rest))
     wrong = [got for sent, got in answered if not is_right(sent, got)]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} of {count} requests were answered wrongly, the first with {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} of {count} requests got a wrong answer, the first one {wrong[0]}")
     twentieths = quantiles([got.seconds for got in rest], n=20)
     good = sum(sent.expected is not None for sent in requests)
     memory = {name: int(float(metrics[f"visualchat_image_memory_{name}_total"])) for name in ("hits", "misses", "evictions")}
@@ -246,7 +244,7 @@ def measure_load(model_dir: str, count: int = 500, clients: int = 16, broken: fl
     }
     return [
         {"claim": f"{good} requests answered as by model.generate", "ratio": 1.0, "target": 1.0, **figures},
-        {"claim": f"{count - good} broken requests answered with a 4xx", "ratio": 1.0, "target": 1.0},
+        {"claim": f"{count - good} invalid requests answered with a 4xx", "ratio": 1.0, "target": 1.0},
         {
             "claim": f"the server's memory after {count} requests, to that after {warm}",
             "ratio": round(after / before, 3),
@@ -258,7 +256,9 @@ def measure_load(model_dir: str, count: int = 500, clients: int = 16, broken: fl
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "outputs/demo/model"), help="folder; by default what make demo made")
+    parser.add_argument(
+        "--model", default=str(ROOT / "outputs/demo/model"), help="folder of the model; by default the one of make demo"
+    )
     parser.add_argument("--requests", type=int, default=500, help="default %(default)s")
     parser.add_argument("--clients", type=int, default=16, help="default %(default)s")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """
-Both sides of the benchmarks: VisualChat, and the stock LLaVA of transformers with the same CLIP and LLaMA weights.
+The two sides of the benchmarks: VisualChat, and the LLaVA of transformers with the same CLIP and LLaMA weights.
 
-The decoder has hidden 1024, 8 layers, 16 heads and intermediate 2816; the tower is shaped like CLIP ViT-B with patches of 14
-pixels, which makes 257 tokens of an image; fp32. Our side computes "mmca", the default.
+The decoder has 8 layers of hidden size 1024, with 16 heads and an intermediate size of 2816. The vision tower is CLIP ViT-B
+with patches of 14 pixels, so an image has 257 tokens. All in fp32. Our side uses "mmca", the default attention.
 """
 
 import torch
@@ -25,7 +25,7 @@ def build_sides(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[VisualChatForCausalLM, LlavaForConditionalGeneration]:
-    """Both models, frozen, with the same weights but for the projectors, whose architectures differ. Made on `device`."""
+    """Both models, frozen, on `device`, with the same weights except for the projectors, whose architectures differ."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     vision_config = CLIPVisionConfig(**vision)
@@ -53,7 +53,7 @@ def build_sides(
 
 @torch.no_grad()
 def _check_same(ours: VisualChatForCausalLM, llava: LlavaForConditionalGeneration) -> None:
-    """The towers see the same in a picture, and text alone, where MMCA is plain causal attention, has the same logits."""
+    """Checks that both vision towers give the same features, and that text alone gives the same logits."""
     inputs = make_inputs(ours, 1)
     features = [model.model.vision_tower(inputs["pixel_values"]).last_hidden_state for model in (ours, llava)]
     assert_near(*features)
@@ -63,8 +63,8 @@ def _check_same(ours: VisualChatForCausalLM, llava: LlavaForConditionalGeneratio
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, **tolerances: float) -> None:
     """
-    `torch.testing.assert_close` in fp32. In half precision, two ways to compute the same through many layers differ by much
-    in single numbers, so these are taken together.
+    `torch.testing.assert_close` in fp32. In half precision, single values differ much after many layers, so the relative
+    distance of the whole tensors is checked.
     """
     if actual.dtype == torch.float32:
         torch.testing.assert_close(actual, expected, **tolerances)
@@ -74,7 +74,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, **tolerances: floa
 
 
 def make_inputs(ours: VisualChatForCausalLM, images: int, pixels: bool = True) -> dict[str, torch.Tensor]:
-    """What both sides are given, where the model is: one conversation, in which 32 text tokens follow each image."""
+    """The inputs of both sides, on the device of the model: a conversation with 32 text tokens after each image."""
     generator = torch.Generator().manual_seed(images)
     image = torch.full((ours.config.image_seq_length,), IMAGE_TOKEN)
     parts = [part for _ in range(images) for part in (image, torch.randint(3, 300, (TEXT_TOKENS,), generator=generator))]
@@ -87,7 +87,7 @@ def make_inputs(ours: VisualChatForCausalLM, images: int, pixels: bool = True) -
 
 
 def leave_out_tower(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict:
-    """The inputs with the pictures' projected features in place of their pixels."""
+    """The inputs with the projected features of the images instead of their pixel values."""
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
     return {**without(inputs, "pixel_values"), "mm_encoder_outputs": encoder_outputs(features)}
@@ -103,5 +103,5 @@ def without(inputs: dict, name: str) -> dict:
 
 @torch.no_grad()
 def prefill(model: torch.nn.Module, inputs: dict):
-    """The prefill of `generate`: it fills a cache and gives the logits of the next token."""
+    """The prefill of `generate`, which fills a cache and returns the logits of the next token."""
     return model(**inputs, use_cache=True, logits_to_keep=1)

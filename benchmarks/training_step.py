@@ -1,8 +1,8 @@
 """
-One training step in alignment mode (forward, backward, AdamW; projector and token embedding train) over a conversation of 4
-images, against LLaVA with the same parts frozen. The second half of each text is an answer. Our side computes logits where
-there is a label, as the collator asks; LLaVA computes them everywhere, as it does with `labels`. Memory is what a step needs
-at its peak beyond what there is before it: weights and optimizer state, which are the same on both sides, are not counted.
+The time and peak memory of a training step in alignment mode (forward, backward and AdamW on projector and token embedding)
+on a conversation of 4 images, against LLaVA with the same parts frozen. The second half of each text is an answer. Our side
+computes logits only at positions that have a label, as our collator requests. LLaVA computes them at all positions, as it
+always does with `labels`. Weights and optimizer state, which are the same on both sides, are not part of the peak memory.
 
     python -m benchmarks.training_step
 """
@@ -50,7 +50,7 @@ def make_training_inputs(ours, images: int) -> dict[str, torch.Tensor]:
 
 
 def keep_labelled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As our collator asks: logits where there is a label."""
+    """Requests logits only at positions that have a label, as our collator does."""
     return {**inputs, "logits_to_keep": torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))}
 
 
@@ -63,7 +63,7 @@ def make_steps(ours, llava, images: int = IMAGES) -> dict[str, Callable]:
 
 def measure_peaks(steps: dict[str, Callable], repeats: int = MEMORY_REPEATS) -> dict[str, list[float]]:
     for step in steps.values():
-        step()  # makes the optimizer's state
+        step()  # creates the optimizer state
     return {name: [peak_memory(step) for _ in range(repeats)] for name, step in steps.items()}
 
 

@@ -1,9 +1,9 @@
 """
-Memory of each of two processes while they load a model under ZeRO-3, which shares parameters out as they are read.
+The memory of each of two processes while they load a model under ZeRO-3, which partitions parameters as they are read.
 
-Anonymous memory is what a process needs. File-backed memory is what rank 0 has mapped of the checkpoint: clean pages, which
-the system drops when it wants the room. transformers keeps all shards mapped until the last weight is read
-(`PreTrainedModel._load_pretrained_model`), on rank 0 alone. Everything lies in host memory, without an accelerator.
+Anonymous memory is what a process needs. File-backed memory is the part of the checkpoint that rank 0 has mapped, whose
+pages the system can drop. transformers keeps all shards mapped until the last weight is read, on rank 0 only
+(`PreTrainedModel._load_pretrained_model`). There is no accelerator: everything is in host memory.
 
     python -m benchmarks.zero3_load
 """
@@ -19,25 +19,25 @@ from pathlib import Path
 import deepspeed
 from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, TrainingArguments
 
+from benchmarks.measure import memory_of_process
 from benchmarks.report import write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
 
 ZERO3 = Path(__file__).parent.parent / "examples" / "deepspeed" / "zero3.json"
-# In bytes. What is larger goes back to the system as soon as it is freed. By default glibc raises this size, up to 32 MiB:
-# freed weights then leave holes between the parts of the model that are kept
+# In bytes. Larger blocks are returned to the system when they are freed. By default glibc raises this threshold up to 32
+# MiB, so that freed weights leave holes between the parts of the model that are kept
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def resident() -> tuple[float, float]:
     """Anonymous and file-backed resident memory of this process, in MiB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return memory_of_process("RssAnon"), memory_of_process("RssFile")
 
 
 def load(folder: str) -> None:
-    """Loads the model and writes, in MiB, the peaks of both kinds of memory meanwhile and the anonymous memory it keeps."""
-    # Kept until the model is loaded: its presence is what makes from_pretrained share out
+    """Loads the model. Writes the peaks of both kinds of memory and the anonymous memory that remains, in MiB."""
+    # Kept alive until the model is loaded: from_pretrained partitions parameters only while this object exists
     arguments = TrainingArguments(folder + "/run", use_cpu=True, deepspeed=str(ZERO3))
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     before, samples, loaded = resident(), [], threading.Event()
@@ -68,8 +68,8 @@ def save_model(folder: str) -> float:
 
 
 def measure(folder: str, environment: dict[str, str]) -> list[dict[str, int]]:
-    """What each of two ranks measured."""
-    # DeepSpeed looks for ninja on the path
+    """The measurements of the two ranks."""
+    # DeepSpeed needs ninja on the PATH
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
@@ -84,7 +84,7 @@ def main():
     print(f"parameters: {size:.0f} MiB")
     print("| MiB | rank | anonymous, peak | file-backed, peak | anonymous, kept |\n|---|---|---|---|---|")
     results = []
-    # A half of the model, and its largest weight, the token embedding, twice while it is shared out: 0.68
+    # Expected is 0.68: half of the model, and its largest weight, the token embedding, twice while it is partitioned
     for (setting, ranks), target in zip(measured.items(), (1.0, 0.7)):
         for rank, one in enumerate(ranks):
             print(f"| {setting} | {rank} | {one['anonymous']} | {one['file_backed']} | {one['kept']} |")

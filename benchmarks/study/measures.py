@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What the study measures of a model, all of it on pictures that no stage of the training has seen."""
+"""The measurements of the study, all on images that were not used for training."""
 
 from dataclasses import dataclass
 
@@ -20,36 +20,37 @@ BATCH_SIZE = 64
 class HeldOut:
     """
     Args:
-        rows (`list[dict]`): Conversations.
-        batches (`list[dict]`): The same, collated.
-        questions (`list[dict]`): Of each question its `kind`, `images` seen so far, and `round`, from 1.
+        examples (`list[dict]`): The conversations.
+        batches (`list[dict]`): The same conversations, collated.
+        questions (`list[dict]`): For each question its `kind`, the number of `images` so far, and its `round`, counted from
+        1.
     """
 
-    rows: list[dict]
+    examples: list[dict]
     batches: list[dict[str, torch.Tensor]]
     questions: list[dict]
 
 
-def collate(processor: VisualChatProcessor, rows: list[dict]) -> HeldOut:
-    """Prepares conversations for [`score`]."""
+def collate(processor: VisualChatProcessor, examples: list[dict]) -> HeldOut:
+    """Collates conversations for [`score`]."""
     collator = VisualChatDataCollator(processor, supervised_logits_only=True)
-    batches = [collator(rows[start : start + BATCH_SIZE]) for start in range(0, len(rows), BATCH_SIZE)]
+    batches = [collator(examples[start : start + BATCH_SIZE]) for start in range(0, len(examples), BATCH_SIZE)]
     questions = []
-    for row in rows:
+    for example in examples:
         images = 0
-        for number, (kind, message) in enumerate(zip(row["kinds"], row["messages"][::2]), 1):
+        for number, (kind, message) in enumerate(zip(example["kinds"], example["messages"][::2]), 1):
             images += sum(part["type"] == "image" for part in message["content"])
             questions.append({"kind": kind, "images": images, "round": number})
-    return HeldOut(rows, batches, questions)
+    return HeldOut(examples, batches, questions)
 
 
 @torch.no_grad()
 def score(model: torch.nn.Module, held_out: HeldOut) -> tuple[np.ndarray, float]:
     """
     Returns:
-        Which questions are answered exactly (`bool`, of each), and the mean loss of an answer's token, in nats. All answers
-        of a conversation are judged in one pass: greedy decoding writes the true answer, after the true answers before it,
-        just where every token of it, the end token too, is the likeliest one.
+        For each question whether it is answered exactly (`bool`), and the mean loss of the answers' tokens, in nats. One
+        forward pass scores all answers of a conversation: after the true answers before it, greedy decoding generates the
+        true answer if and only if each of its tokens, including the end token, is the most likely one.
     """
     model.eval()
     right, loss, tokens = [], 0.0, 0
@@ -67,7 +68,7 @@ def score(model: torch.nn.Module, held_out: HeldOut) -> tuple[np.ndarray, float]
 
 
 def share_by(questions: list[dict], right: np.ndarray, name: str) -> dict[str, dict]:
-    """Right answers and questions for each value of `kind`, `images` or `round`."""
+    """The numbers of correct answers and of questions for each value of `kind`, `images` or `round`."""
     shares = {}
     for question, is_right in zip(questions, right.tolist()):
         entry = shares.setdefault(str(question[name]), {"right": 0, "count": 0})
@@ -81,22 +82,21 @@ def image_attention(
     model: torch.nn.Module, processor: VisualChatProcessor, task: Task, split: str, count: int, seed: int
 ) -> dict[str, list[float]]:
     """
-    Where rows look that predict the answer to a question about one of three images.
+    The attention of the tokens that predict the answer to a question about one of three images.
 
     Returns:
-        Of each layer the share of all attention that is paid to `images`, and of that the share paid to the image that is
-        `asked` for.
+        For each layer the share of the attention on `images`, and of that the share on the image that is `asked` about.
     """
-    rows = task.probes(split, 3, count, seed)
-    batch = VisualChatDataCollator(processor)(rows)
+    examples = task.probes(split, 3, count, seed)
+    batch = VisualChatDataCollator(processor)(examples)
     predicts = batch.pop("labels").roll(-1, 1) >= 0
     before = model.config.text_config._attn_implementation
     model.set_attn_implementation("eager")
     attentions = model.eval()(**batch, output_attentions=True).attentions
     model.set_attn_implementation(before)
     is_image = batch["input_ids"] == model.config.image_token_id
-    number = (is_image.cumsum(1) - 1) // model.config.image_seq_length + 1  # of the image, where there is one
-    is_asked = is_image & (number == torch.tensor([row["asked"] for row in rows])[:, None])
+    number = (is_image.cumsum(1) - 1) // model.config.image_seq_length + 1  # the number of the image, for image tokens
+    is_asked = is_image & (number == torch.tensor([example["asked"] for example in examples])[:, None])
     shares = {"images": [], "asked": []}
     for weights in attentions:  # of shape (batch_size, heads, queries, keys)
         paid = weights.mean(1)[predicts]
@@ -108,9 +108,9 @@ def image_attention(
     return shares
 
 
-def answer_probes(model: torch.nn.Module, processor: VisualChatProcessor, rows: list[dict]) -> list[str]:
-    """The greedy answer to the one question of each row."""
-    prompts = [fill_images(row, "probe")[:1] for row in rows]
+def answer_probes(model: torch.nn.Module, processor: VisualChatProcessor, examples: list[dict]) -> list[str]:
+    """The greedy answer to the only question of each example."""
+    prompts = [fill_images(example, "probe")[:1] for example in examples]
     answers = []
     for start in range(0, len(prompts), BATCH_SIZE):
         answers += generate_answers(model, processor, prompts[start : start + BATCH_SIZE], **GENERATION)
@@ -121,24 +121,24 @@ def robustness(
     model: torch.nn.Module, processor: VisualChatProcessor, task: Task, split: str, count: int, seed: int
 ) -> dict[str, float]:
     """
-    What a question about one of three pictures is answered with when a fourth joins them (`distracted`), when they stand in
-    another order and the question names the new number (`reordered`): shares of right answers, and of answers that differ
-    from those before; and shares of right answers with more images than any training conversation has.
+    The accuracy on questions about one of three images; when a fourth image is added (`distracted`), and when the images are
+    in another order and the question has the new number (`reordered`), each also with the share of answers that change; and
+    the accuracy with more images than any training conversation has.
     """
     rng = np.random.default_rng(seed)
-    rows = task.probes(split, 3, count, seed)
-    pictures = task.splits[split].pictures
+    examples = task.probes(split, 3, count, seed)
+    images = task.splits[split].pictures
     distracted, reordered = [], []
-    for row in rows:
-        other = pictures[rng.integers(len(pictures))]
-        distracted.append({**_ask(task, row, 4, row["asked"]), "images": [*row["images"], other]})
+    for example in examples:
+        other = images[rng.integers(len(images))]
+        distracted.append({**_ask(task, example, 4, example["asked"]), "images": [*example["images"], other]})
         order = rng.permutation(3)
-        while order[row["asked"] - 1] == row["asked"] - 1:  # the picture that is asked for moves
+        while order[example["asked"] - 1] == example["asked"] - 1:  # the image that is asked about must move
             order = rng.permutation(3)
-        asked = int(np.flatnonzero(order == row["asked"] - 1)[0]) + 1
-        reordered.append({**_ask(task, row, 3, asked), "images": [row["images"][k] for k in order]})
-    before = answer_probes(model, processor, rows)
-    measures = {"three images": _accuracy(before, rows)}
+        asked = int(np.flatnonzero(order == example["asked"] - 1)[0]) + 1
+        reordered.append({**_ask(task, example, 3, asked), "images": [example["images"][k] for k in order]})
+    before = answer_probes(model, processor, examples)
+    measures = {"three images": _accuracy(before, examples)}
     for name, changed in (("distracted", distracted), ("reordered", reordered)):
         answers = answer_probes(model, processor, changed)
         measures[name] = _accuracy(answers, changed)
@@ -149,24 +149,28 @@ def robustness(
     return measures
 
 
-def _ask(task: Task, row: dict, num_images: int, asked: int) -> dict:
+def _ask(task: Task, example: dict, num_images: int, asked: int) -> dict:
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": IDENTIFY[task.name].format(asked)}]
-    return {**row, "messages": [{"role": "user", "content": content}, row["messages"][1]], "asked": asked}
+    return {**example, "messages": [{"role": "user", "content": content}, example["messages"][1]], "asked": asked}
 
 
-def _accuracy(answers: list[str], rows: list[dict]) -> float:
-    return float(np.mean([is_exact(answer, row["messages"][1]["content"]) for answer, row in zip(answers, rows)]))
+def _accuracy(answers: list[str], examples: list[dict]) -> float:
+    return float(
+        np.mean([is_exact(answer, example["messages"][1]["content"]) for answer, example in zip(answers, examples)])
+    )
 
 
 @torch.no_grad()
-def compare_memory(model: torch.nn.Module, processor: VisualChatProcessor, rows: list[dict]) -> dict[str, int]:
+def compare_memory(model: torch.nn.Module, processor: VisualChatProcessor, examples: list[dict]) -> dict[str, int]:
     """
-    Answers every question twice, from `pixel_values` and from their `ImageMemory`.
+    Answers each question twice, from `pixel_values` and from their `ImageMemory`.
 
     Returns:
-        `tokens` that were generated, and how many of them were `different`.
+        The number of `questions`, of generated `tokens`, and of tokens that are `different`.
     """
-    prompts = [fill_images(row, "row")[:index] for row in rows for index in range(1, len(row["messages"]), 2)]
+    prompts = [
+        fill_images(example, "example")[:index] for example in examples for index in range(1, len(example["messages"]), 2)
+    ]
     counts = {"questions": len(prompts), "tokens": 0, "different": 0}
     model.eval()
     for start in range(0, len(prompts), BATCH_SIZE):

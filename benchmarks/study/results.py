@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The study's results looked up, and what is computed from them: means, intervals, differences by seed."""
+"""Access to the study's results, and statistics of them: means, confidence intervals, paired differences."""
 
 from collections.abc import Callable
 from math import log2, sqrt
@@ -8,12 +8,12 @@ from statistics import mean, stdev
 from benchmarks.study.runs import CHANGES, REGIMES, VARIANTS
 
 
-# 97.5 % quantiles of Student's t, by degrees of freedom
+# The 97.5 % quantiles of Student's t distribution for 1, 2, … degrees of freedom
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Study:
-    """The results, and how they are looked up."""
+    """The results of the study, with methods that find those of a setting."""
 
     def __init__(self, study: dict):
         self.grid, self.machine, self.versions = study["grid"], study["machine"], study["versions"]
@@ -29,11 +29,11 @@ class Study:
         self.minutes = sum(result["seconds"] for result in self.results) / 60
 
     def runs(self, task: str, regime: str, variant: str) -> list[dict]:
-        """By seed."""
+        """The runs of a setting, sorted by seed."""
         return self._find("run", task, regime, variant, "")
 
     def changed(self, change: str) -> list[dict]:
-        """By seed."""
+        """The runs with a change, sorted by seed."""
         return self._find("change", self.tasks[0], "frozen", "mmca, numbered", change)
 
     def _find(self, *key: str) -> list[dict]:
@@ -51,7 +51,7 @@ def accuracy_at(run: dict, conversations: int) -> float:
 
 
 def samples_to_reach(run: dict, level: float) -> float | None:
-    """Conversations until the accuracy first reaches a level, between two measurements by their logarithm."""
+    """The conversations after which the accuracy first reaches a level, interpolated on a logarithmic scale, or `None`."""
     before = None
     for point in run["curve"]:
         if point["accuracy"] >= level:
@@ -65,17 +65,17 @@ def samples_to_reach(run: dict, level: float) -> float | None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval by Student's t; 0 for a single value."""
+    """The mean, and half the width of its 95 % confidence interval (Student's t), which is 0 for a single value."""
     if len(values) == 1:
         return values[0], 0.0
     return mean(values), STUDENT_T[len(values) - 2] * stdev(values) / sqrt(len(values))
 
 
 def paired(first: list[dict], other: list[dict], measure: Callable[[dict], float]) -> tuple[float, float]:
-    """How much higher the other runs are, seed by seed; see [`interval`]."""
+    """The mean difference of the other runs from the first ones, paired by seed, with its [`interval`]."""
     return interval([measure(b) - measure(a) for a, b in zip(first, other, strict=True)])
 
 
 def difference(study: Study, task: str, regime: str, first: str, other: str, size: int) -> tuple[float, float]:
-    """Of the accuracies after so many conversations."""
+    """The paired difference of the accuracies after `size` conversations."""
     return paired(study.runs(task, regime, first), study.runs(task, regime, other), lambda run: accuracy_at(run, size))

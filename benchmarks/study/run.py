@@ -4,9 +4,9 @@ The study: causal attention, MMCA and merged MMCA, with and without numbered key
 
     python -m benchmarks.study.run
 
-Everything is made from nothing, on two CPU cores. What was done lies in `--output` and is not done again, so a run that
-was stopped goes on. At the end `--docs` holds `study_results.json`, and `study.md` and its pictures, which are written
-from it. `--grid wide` is the same with more seeds and more data; `--grid tiny` checks that all parts work.
+All models are trained from scratch, on two CPU cores. Finished jobs are saved in `--output` and not repeated, so run the
+command again to resume an interrupted study. At the end it writes `study_results.json` to `--docs`, and from it `study.md`
+and its figures. `--grid wide` has more seeds and more data; `--grid tiny` checks that everything works.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from benchmarks.study.runs import GRIDS, Job, Scale, count_steps, list_jobs, wor
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", default="published", choices=GRIDS)
-    parser.add_argument("--output", type=Path, help="folder of models and results; outputs/study/GRID by default")
-    parser.add_argument("--docs", type=Path, help="folder of the report; docs for the published grid, else OUTPUT")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--output", type=Path, help="folder for models and results; default outputs/study/GRID")
+    parser.add_argument("--docs", type=Path, help="folder for the report; default docs for the published grid, else OUTPUT")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes, with one thread each")
     args = parser.parse_args(argv)
     output = args.output or Path("outputs/study") / args.grid
     docs = args.docs or (Path("docs") if args.grid == "published" else output)
@@ -37,15 +37,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_jobs(scale: Scale, output: Path, processes: int) -> list[dict]:
     """
-    Does all jobs, and says how far it is.
+    Runs all jobs, and prints the progress.
 
     Returns:
         `list[dict]`: The results, each with the fields of its job.
 
     Raises:
-        RuntimeError: If a job fails, with its name. What the others have finished stays.
+        RuntimeError: If a job fails. The error names the job. The results of finished jobs stay.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     stages = list_jobs(scale)
     seconds, waiting = defaultdict(list), [job for stage in stages for job in stage]
@@ -71,7 +71,7 @@ def run_jobs(scale: Scale, output: Path, processes: int) -> list[dict]:
 
 
 def _seconds_left(waiting: list[Job], seconds: dict[str, list[float]], scale: Scale) -> float:
-    """By the mean of the jobs of the same kind; of a kind that has none yet, by its training steps."""
+    """Estimates the remaining seconds from finished jobs of the same kind, or from training steps if there are none."""
     means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
     per_step = sum(means.values()) / sum(count_steps(kind, scale) for kind in means)
     return sum(means.get(job.kind, per_step * count_steps(job.kind, scale)) for job in waiting)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The models of the study: what they start from, how each is trained, and what is written down about it."""
+"""The jobs of the study: the base models, the training of each variant, and the results that are saved."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ VARIANTS = {
 REGIMES = {
     "frozen": "decoder trained on text, then frozen (the paper)",
     "trained": "decoder trained on text, then trained on",
-    "pretrained": "decoder trained on text, then with pictures of the other task and the same attention, then frozen",
+    "pretrained": "decoder trained on text, then with images of the other task and the same attention, then frozen",
 }
 CHANGES = {
     "vit": "vit projector",
@@ -50,24 +50,24 @@ CHANGES = {
     "concatenated samples": "the same samples, one to four of them a conversation",
 }
 BATCH_SIZE = 32
-# A constant rate after the warm-up: what a run is after N conversations is what a run of N conversations is
+# The learning rate is constant after the warm-up, so that a run after N conversations equals a run of N conversations
 WARMUP_STEPS = 8
 ALIGNMENT_RATE, DECODER_RATE, LORA_RATE = 1e-2, 5e-4, 1e-3
-PERCEIVER_QUERIES = 4  # of a picture: as many tokens as it has patches
+PERCEIVER_QUERIES = 4  # per image: as many tokens as it has patches
 PREFIXES = ["### Image", "### Question:", "### Answer:"]
 
 
 @dataclass(frozen=True)
 class Scale:
     """
-    How large the study is.
+    The size of the study.
 
     Args:
-        seeds: Of everything that is random: splits, weights, conversations.
+        seeds: The seeds of all random choices: splits, weights, conversations.
         variants, regimes, tasks, changes: Keys of the tables above.
-        tower_steps, decoder_steps, pretraining_steps: Of what the runs start from.
-        checkpoints: Steps after which a run is measured; the last one ends it.
-        conversations, probes: Of the test.
+        tower_steps, decoder_steps, pretraining_steps: The training steps of the models that the runs start from.
+        checkpoints: The steps after which a run is measured. It ends after the last one.
+        conversations, probes: The numbers of test conversations and of probes.
     """
 
     seeds: tuple[int, ...]
@@ -117,8 +117,8 @@ GRIDS = {
 @dataclass(frozen=True)
 class Job:
     """
-    One process's piece of work. `kind` is `base` (tower and decoder of a seed), `pretraining` (with the pictures of the task
-    that `task` is not), `run` or `change` (a run with one thing changed).
+    A unit of work for one process. `kind` is `base` (tower and decoder of a seed), `pretraining` (on the images of the other
+    task than `task`), `run`, or `change` (a run with one setting changed).
     """
 
     kind: str
@@ -135,7 +135,7 @@ class Job:
 
 
 def list_jobs(scale: Scale) -> list[list[Job]]:
-    """The jobs, in stages: those of one stage need nothing but earlier stages."""
+    """The jobs in stages. The jobs of a stage depend only on earlier stages."""
     bases = [Job("base", seed) for seed in scale.seeds]
     runs = [
         Job("run", seed, task, variant, regime)
@@ -162,10 +162,10 @@ def count_steps(kind: str, scale: Scale) -> int:
 
 def work(job: Job, scale: Scale, folder: Path) -> dict:
     """
-    Does a job, unless it was done before, and returns its result, which is in `folder / "results"` then.
+    Runs a job, unless its result is already in `folder / "results"`. Saves the result there, and returns it.
 
     Raises:
-        ValueError: If the result that lies there is one of another scale.
+        ValueError: If the saved result was made with another scale.
     """
     path = folder / "results" / f"{job.name}.json"
     settings = {
@@ -195,34 +195,34 @@ def work(job: Job, scale: Scale, folder: Path) -> dict:
 
 @cache
 def load_processor(special_prefixes: bool = False) -> VisualChatProcessor:
-    """Of every seed and both tasks: its tokenizer has read the training conversations of seed 0."""
+    """The processor of all seeds and both tasks. Its tokenizer is trained on the training conversations of seed 0."""
     tasks = [load_task(name, 0) for name in TASKS]
-    rows = [row for task in tasks for row in task.conversations("train", 500, 0)]
-    processor = make_processor(rows, tuple(word for task in tasks for word in task.subject.words))
+    examples = [example for task in tasks for example in task.conversations("train", 500, 0)]
+    processor = make_processor(examples, tuple(word for task in tasks for word in task.subject.words))
     if special_prefixes:
         processor.tokenizer.add_tokens(PREFIXES, special_tokens=True)
     return processor
 
 
 def make_base(job: Job, scale: Scale, folder: Path) -> dict:
-    """A vision tower that tells the labels of both tasks, and a decoder that converses about both in words."""
+    """Trains a vision tower on the labels of both tasks, and a decoder on conversations in which words stand for images."""
     processor = load_processor()
     tasks = [load_task(name, job.seed) for name in TASKS]
-    pictures, labels, offset = [], [], 0
+    images, labels, offset = [], [], 0
     for task in tasks:
         split = task.splits["train"]
-        pictures += [picture.convert("RGB") for picture in split.pictures]
+        images += [image.convert("RGB") for image in split.pictures]
         labels.append(split.labels + offset)
         offset += len(task.subject.words)
     labels = np.concatenate(labels)
     quiet = {"disable_tqdm": True}
     tower, tower_curve = train_tower(
-        processor, Digits(pictures, labels, np.arange(len(labels))), scale.tower_steps, job.seed, **quiet
+        processor, Digits(images, labels, np.arange(len(labels))), scale.tower_steps, job.seed, **quiet
     )
     described = []
     for task in tasks:
-        rows = task.conversations("train", scale.decoder_steps * BATCH_SIZE // len(tasks), job.seed)
-        described += describe_in_words(processor, rows, task.subject.words)
+        examples = task.conversations("train", scale.decoder_steps * BATCH_SIZE // len(tasks), job.seed)
+        described += describe_in_words(processor, examples, task.subject.words)
     decoder, decoder_curve = train_decoder(processor, described, scale.decoder_steps, job.seed, **quiet)
     tower.save_pretrained(folder / "base" / str(job.seed) / "tower")
     decoder.save_pretrained(folder / "base" / str(job.seed) / "decoder")
@@ -230,7 +230,7 @@ def make_base(job: Job, scale: Scale, folder: Path) -> dict:
 
 
 def build(job: Job, processor: VisualChatProcessor, folder: Path) -> VisualChatForCausalLM:
-    """A model of the job's variant, of the tower and decoder of its seed, with a new projector."""
+    """A model of the job's variant, with the tower and decoder of its seed and a new projector."""
     attention, numbered = VARIANTS[job.variant]
     base = folder / "base" / str(job.seed)
     numbers = {"image_number_keys": True, "image_number_token_ids": processor.image_number_token_ids(9)} if numbered else {}
@@ -250,12 +250,12 @@ def build(job: Job, processor: VisualChatProcessor, folder: Path) -> VisualChatF
 
 
 def pretrain(job: Job, scale: Scale, folder: Path) -> dict:
-    """Trains decoder, embedding and projector on the other task. The projector is then thrown away."""
+    """Trains decoder, token embedding and projector on the other task. Saves the weights without the projector."""
     processor = load_processor()
     model = build(job, processor, folder)
     other = load_task(next(name for name in TASKS if name != job.task), job.seed)
-    rows = other.conversations("train", scale.pretraining_steps * BATCH_SIZE, job.seed + 1000)
-    fit(model, processor, rows, job, "trained")
+    examples = other.conversations("train", scale.pretraining_steps * BATCH_SIZE, job.seed + 1000)
+    fit(model, processor, examples, job, "trained")
     path = folder / "pretrained" / f"{job.task}-{job.variant}-{job.seed}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(_without_projector(model), path)
@@ -265,11 +265,11 @@ def pretrain(job: Job, scale: Scale, folder: Path) -> dict:
 
 
 def run(job: Job, scale: Scale, folder: Path) -> dict:
-    """Trains one model on the task, with measurements on the way and at the end."""
+    """Trains one model on the task, with measurements during training and at the end."""
     processor = load_processor(job.change == "special prefixes")
     task = load_task(job.task, job.seed)
     model = build(job, processor, folder)
-    if processor.image_seq_length != model.config.image_seq_length:  # the perceiver's
+    if processor.image_seq_length != model.config.image_seq_length:  # with the perceiver projector
         processor = copy.copy(processor)
         processor.image_seq_length = model.config.image_seq_length
     if job.regime == "pretrained":
@@ -280,15 +280,15 @@ def run(job: Job, scale: Scale, folder: Path) -> dict:
         plain = Job("run", job.seed, job.task, job.variant, job.regime)
         model.load_state_dict(load_file(folder / "trained" / f"{plain.name}.safetensors"), strict=False)
         steps //= 2
-        rows = task.conversations("train", steps * BATCH_SIZE, job.seed + 2000)
+        examples = task.conversations("train", steps * BATCH_SIZE, job.seed + 2000)
         model = add_lora(model) if job.change == "lora" else model
     elif job.change in ("single samples", "concatenated samples"):
-        rows = join_samples(task, steps * BATCH_SIZE, job.seed)
+        examples = join_samples(task, steps * BATCH_SIZE, job.seed)
         if job.change == "single samples":
-            rows = [sample for row in rows for sample in row["samples"]]
-            per_step = len(rows) // steps
+            examples = [sample for example in examples for sample in example["samples"]]
+            per_step = len(examples) // steps
     else:
-        rows = task.conversations("train", steps * BATCH_SIZE, job.seed)
+        examples = task.conversations("train", steps * BATCH_SIZE, job.seed)
     held_out = collate(processor, task.conversations("test", scale.conversations, job.seed))
     curve = []
 
@@ -299,7 +299,7 @@ def run(job: Job, scale: Scale, folder: Path) -> dict:
                 curve.append({"conversations": state.global_step * per_step, "accuracy": float(right.mean()), "loss": loss})
                 model.train()
 
-    fit(model, processor, rows, job, job.regime, per_step, [Measure()])
+    fit(model, processor, examples, job, job.regime, per_step, [Measure()])
     right, loss = score(model, held_out)
     result = {
         "accuracy": float(right.mean()),
@@ -311,8 +311,8 @@ def run(job: Job, scale: Scale, folder: Path) -> dict:
         result["image_attention"] = image_attention(model, processor, task, "test", scale.probes, job.seed)
         result["robustness"] = robustness(model, processor, task, "test", scale.probes, job.seed)
         if model.config.multimodal_attention != "causal" and job.seed == scale.seeds[0]:
-            result["memory"] = compare_memory(model, processor, held_out.rows)
-        if job.regime == "frozen":  # some changes go on from it
+            result["memory"] = compare_memory(model, processor, held_out.examples)
+        if job.regime == "frozen":  # some changes start from it
             path = folder / "trained" / f"{job.name}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: weight.clone() for name, weight in model.state_dict().items()}, path)
@@ -322,30 +322,30 @@ def run(job: Job, scale: Scale, folder: Path) -> dict:
 def fit(
     model: torch.nn.Module,
     processor: VisualChatProcessor,
-    rows: list[dict],
+    examples: list[dict],
     job: Job,
     regime: str,
     per_step: int = BATCH_SIZE,
     callbacks: list[TrainerCallback] = (),
 ) -> None:
-    """One pass over the conversations, in place."""
-    rates = {"projector": ALIGNMENT_RATE, "embed_tokens": ALIGNMENT_RATE, "lora_": LORA_RATE}
+    """Trains the model in place, with one pass over the conversations."""
+    learning_rates = {"projector": ALIGNMENT_RATE, "embed_tokens": ALIGNMENT_RATE, "lora_": LORA_RATE}
     if job.change in ("slow embedding", "frozen embedding"):
-        rates["embed_tokens"] *= 0.1 if job.change == "slow embedding" else 0
+        learning_rates["embed_tokens"] *= 0.1 if job.change == "slow embedding" else 0
     if regime == "trained":
-        rates |= {"language_model": DECODER_RATE, "lm_head": DECODER_RATE}
-    groups = {part: [] for part in rates}
+        learning_rates |= {"language_model": DECODER_RATE, "lm_head": DECODER_RATE}
+    groups = {part: [] for part in learning_rates}
     for name, parameter in model.named_parameters():
-        part = next((part for part in rates if part in name), None)
-        parameter.requires_grad_(part is not None and rates[part] > 0)
+        part = next((part for part in learning_rates if part in name), None)
+        parameter.requires_grad_(part is not None and learning_rates[part] > 0)
         if parameter.requires_grad:
             groups[part].append(parameter)
-    parts = [{"params": parameters, "lr": rates[part]} for part, parameters in groups.items() if parameters]
+    parts = [{"params": parameters, "lr": learning_rates[part]} for part, parameters in groups.items() if parameters]
     optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.95), weight_decay=0.0)
     train(
         model,
-        rows,
-        len(rows) // per_step,
+        examples,
+        len(examples) // per_step,
         job.seed,
         data_collator=VisualChatDataCollator(processor, supervised_logits_only=True),
         optimizer=optimizer,
@@ -367,21 +367,21 @@ def add_lora(model: VisualChatForCausalLM) -> torch.nn.Module:
 
 def join_samples(task: Task, count: int, seed: int) -> list[dict]:
     """
-    Conversations of one to four rounds, each of which brings a picture and asks for it: samples of one picture and one
-    question, concatenated and renumbered as the paper does. `samples` are the same ones apart.
+    Concatenates samples of one image and one question to conversations of one to four rounds, with renumbered images, as the
+    paper does. `samples` of each conversation are the separate samples.
     """
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 5, size=count)
     samples = iter(task.probes("train", 1, int(sizes.sum()), seed))
-    rows = []
+    examples = []
     for size in sizes.tolist():
         own = [next(samples) for _ in range(size)]
         messages = []
         for number, sample in enumerate(own, 1):
             content = [{"type": "image"}, {"type": "text", "text": IDENTIFY[task.name].format(number)}]
             messages += [{"role": "user", "content": content}, sample["messages"][1]]
-        rows.append({"messages": messages, "images": [sample["images"][0] for sample in own], "samples": own})
-    return rows
+        examples.append({"messages": messages, "images": [sample["images"][0] for sample in own], "samples": own})
+    return examples
 
 
 def _without_projector(model: torch.nn.Module) -> dict[str, torch.Tensor]:

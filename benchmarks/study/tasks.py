@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-The two tasks of the study, both about real pictures: scanned digits (`digits.py`), and patches of scikit-learn's two sample
-photographs, of which one asks how bright they are, and whether they are smooth or rough for their shade.
+The two tasks of the study, both with real images: scanned digits (`digits.py`), and patches of scikit-learn's two sample
+photographs, with questions about their brightness and their texture (smooth or rough, compared with others of their shade).
 """
 
 from functools import cache
@@ -17,11 +17,11 @@ from visualchat.data.digits import COUNTS, DIGITS, Digits, Question, Subject, ji
 
 SHADES = ("dark", "dim", "light", "bright")
 PATCH_SIZE, PATCH_STRIDE, BLOCK_SIZE = 16, 8, 64  # pixels
-# Quantiles of the training patches, the latter of those of one shade: what lies between is not shown
+# Quantiles of the training patches (texture: of those of one shade). Patches between two classes are not used
 SHADE_QUANTILES = ((0.0, 0.2), (0.27, 0.47), (0.53, 0.73), (0.8, 1.0))
 SMOOTH_BELOW, ROUGH_ABOVE = 0.4, 0.6
 BLOCK_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
-# The end of a prompt that asks for the label of one picture
+# The question for the label of one image
 IDENTIFY = {"digits": "What digit is in image {}?", "patches": "How bright is image {}?"}
 
 
@@ -29,8 +29,8 @@ class Task(NamedTuple):
     """
     Args:
         name: A key of `IDENTIFY`.
-        subject: What is asked.
-        splits: `train`, `validation` and `test`, of disjoint scans or disjoint parts of the photographs.
+        subject: The questions and the words for the labels.
+        splits: `train`, `validation` and `test`, with disjoint scans or disjoint parts of the photographs.
     """
 
     name: str
@@ -43,15 +43,16 @@ class Task(NamedTuple):
 
     def probes(self, split: str, num_images: int, count: int, seed: int) -> list[dict]:
         """
-        Conversations of one round: so many images, each label as likely, and a question that one of them answers.
+        Conversations of one round with `num_images` images, whose labels are uniformly random, and a question about one
+        image.
 
         Returns:
-            `list[dict]`: As [`make_conversations`], with `asked` (`int`), the number of the image that is asked for.
+            `list[dict]`: As [`make_conversations`], with `asked` (`int`), the number of the image that is asked about.
         """
         rng = np.random.default_rng(seed)
         digits = self.splits[split]
         by_label = [np.flatnonzero(digits.labels == label) for label in range(len(self.subject.words))]
-        rows = []
+        examples = []
         for _ in range(count):
             labels = rng.integers(len(by_label), size=num_images).tolist()
             asked = int(rng.integers(num_images)) + 1
@@ -60,12 +61,12 @@ class Task(NamedTuple):
             question = next(one for one in self.subject.list_questions(labels) if one.text == text)
             content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
-            rows.append({"messages": messages, "images": images, "labels": labels, "asked": asked})
-        return rows
+            examples.append({"messages": messages, "images": images, "labels": labels, "asked": asked})
+        return examples
 
 
 def list_patch_questions(labels: list[int]) -> list[Question]:
-    """All that can be asked about patches with these labels: twice the shade, and 1 more where they are rough."""
+    """All questions about patches with these labels. A label is twice the shade's index, plus 1 if rough."""
     questions = []
     for k, label in enumerate(labels, 1):
         text = IDENTIFY["patches"].format(k)
@@ -95,7 +96,8 @@ PATCHES = Subject(
 
 def split_patches(seed: int = 0) -> dict[str, Digits]:
     """
-    Patches of 16 × 16 pixels, every 8 pixels, that lie in one block of 64 × 64; all patches of a block are in one split.
+    The splits of the patches of 16 × 16 pixels, taken every 8 pixels within blocks of 64 × 64. All patches of a block are in
+    the same split.
     """
     rng = np.random.default_rng(seed)
     shares = np.cumsum(list(BLOCK_SHARES.values()))
@@ -128,7 +130,7 @@ def split_patches(seed: int = 0) -> dict[str, Digits]:
 
 @cache
 def load_task(name: str, seed: int, jitter_copies: int = 15) -> Task:
-    """A task with the splits of a seed. Training digits are turned and shifted, as in the demo; patches are many."""
+    """A task with the splits of a seed. Training digits are augmented as in the demo; patches are enough without."""
     if name == "patches":
         return Task(name, PATCHES, split_patches(seed))
     splits = split_digits(seed)

@@ -1,21 +1,22 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Builds, trains, saves and talks to a small VisualChat, on two CPU cores in a few minutes:
+Builds and trains a small VisualChat model, saves it and has a conversation with it, on two CPU cores in a few minutes:
 
     python -m examples.digits_demo.demo --output_dir outputs/demo
 
-The paper's recipe (DeepSpeed-VisualChat, arXiv 2309.14327) in small. A CLIP tower learns to tell scikit-learn's scanned
-digits apart, and a LLaMA learns to converse about digits that are described to it in words. Both are frozen. Then the
-projector and the token embedding, and nothing else, learn to put pictures in the place of the words.
+It follows the paper's recipe (DeepSpeed-VisualChat, arXiv 2309.14327) at a small scale. A CLIP vision tower is trained to
+classify scikit-learn's scanned digits, and a LLaMA decoder is trained on conversations in which words stand for the images.
+Both are then frozen, and only the projector and the token embedding are trained, on the same conversations with images.
 
-Writes to `output_dir`: `metrics.json`, `model/` (all that a Hub repository needs, with a model card), `conversation/` (the
-pictures and messages of one test conversation), `conversation.png`, `loss.png`. The saved folder is then loaded in a fresh
-process that cannot import this package, and must give the same answers.
+The demo writes to `output_dir`: `metrics.json`, `model/` (all files of a Hub repository, with a model card),
+`conversation/` (the images and messages of one test conversation), `conversation.png` and `loss.png`. Then it loads the
+saved folder in a new process that cannot import this package, and checks that the answers are the same.
 
-What is measured, on conversations over digits that no stage has seen: every question is asked with the true answers of the
-earlier rounds before it, answered greedily, and counted if the whole answer is right. `accuracy_without_images` is the
-same model and the same questions over blank pictures; `accuracy_most_common_answer` is what one gets by giving, to each
-kind of question, the answer that is most common in training.
+The accuracy is measured on conversations about digits that were not used for training. Each question comes after the true
+answers of the earlier rounds. It is answered with greedy decoding, and counts as correct if the whole answer is.
+`accuracy_without_images` is the accuracy of the same model on the same questions with blank images.
+`accuracy_most_common_answer` is the accuracy of always giving the answer that is most common in the training data for this
+kind of question.
 """
 
 import json
@@ -35,7 +36,7 @@ from transformers import HfArgumentParser, set_seed
 
 from examples.digits_demo.report import draw_conversation, draw_losses, write_model_card
 from examples.digits_demo.stages import align, describe_in_words, make_processor, train_decoder, train_tower
-from examples.digits_demo.talk import hold_conversation
+from examples.digits_demo.talk import run_conversation
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.data_collator_visualchat import fill_images
 from visualchat.data.digits import KINDS, jitter, make_conversations, split_digits
@@ -44,19 +45,23 @@ from visualchat.evaluation.answers import generate_answers, is_exact
 
 @dataclass
 class DemoArguments:
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Where everything is written."})
-    seed: int = field(default=0, metadata={"help": "Of the split, the conversations and all weights."})
-    train_conversations: int = field(default=24000, metadata={"help": "Conversations to train on."})
-    test_conversations: int = field(default=800, metadata={"help": "Held-out conversations, about 2.3 questions each."})
-    split: str = field(default="test", metadata={"help": "Digits to measure on. 'validation' to choose hyperparameters."})
-    jitter_copies: int = field(default=15, metadata={"help": "Turned and shifted pictures of each training digit."})
-    tower_steps: int = field(default=1500, metadata={"help": "Training steps of the vision tower, of 128 pictures."})
-    decoder_steps: int = field(default=2000, metadata={"help": "Training steps of the decoder, of 32 conversations."})
-    alignment_steps: int = field(default=1000, metadata={"help": "Training steps of the alignment, of 32 conversations."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for all output."})
+    seed: int = field(default=0, metadata={"help": "Random seed of the split, the conversations and all weights."})
+    train_conversations: int = field(default=24000, metadata={"help": "Number of training conversations."})
+    test_conversations: int = field(
+        default=800, metadata={"help": "Number of test conversations, with about 2.3 questions each."}
+    )
+    split: str = field(
+        default="test", metadata={"help": "Split for the evaluation. Use 'validation' to choose hyperparameters."}
+    )
+    jitter_copies: int = field(default=15, metadata={"help": "Augmented images of each training digit: rotated, shifted."})
+    tower_steps: int = field(default=1500, metadata={"help": "Training steps of the vision tower, 128 images each."})
+    decoder_steps: int = field(default=2000, metadata={"help": "Training steps of the decoder, 32 conversations each."})
+    alignment_steps: int = field(default=1000, metadata={"help": "Training steps of the alignment, 32 conversations each."})
 
 
 def main(args: DemoArguments) -> dict:
-    """Runs the demo and returns the metrics."""
+    """Runs the demo, and returns the metrics."""
     started = time.perf_counter()
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
@@ -64,19 +69,19 @@ def main(args: DemoArguments) -> dict:
 
     splits = split_digits(args.seed)
     train_digits = jitter(splits["train"], args.jitter_copies, args.seed)
-    train_rows = make_conversations(train_digits, args.train_conversations, args.seed)
-    test_rows = make_conversations(splits[args.split], args.test_conversations, args.seed)
-    processor = make_processor(train_rows)
+    train_examples = make_conversations(train_digits, args.train_conversations, args.seed)
+    test_examples = make_conversations(splits[args.split], args.test_conversations, args.seed)
+    processor = make_processor(train_examples)
     losses = {}
 
-    print(f"\n1. A CLIP tower learns the labels of {len(splits['train'].labels)} digits", flush=True)
+    print(f"\n1. Train a CLIP vision tower to classify {len(splits['train'].labels)} digits", flush=True)
     tower, losses["vision tower"] = train_tower(processor, train_digits, args.tower_steps, args.seed)
 
-    print("\n2. A LLaMA learns to converse about digits that are described in words", flush=True)
-    described = describe_in_words(processor, train_rows)
+    print("\n2. Train a LLaMA decoder on conversations in which words stand for the images", flush=True)
+    described = describe_in_words(processor, train_examples)
     decoder, losses["decoder"] = train_decoder(processor, described, args.decoder_steps, args.seed)
 
-    print("\n3. Both are frozen; projector and token embedding learn to read the pictures", flush=True)
+    print("\n3. Freeze both; train the projector and the token embedding on conversations with images", flush=True)
     model = VisualChatForCausalLM.from_vision_text_pretrained(
         tower,
         decoder,
@@ -85,75 +90,80 @@ def main(args: DemoArguments) -> dict:
         image_number_token_ids=processor.image_number_token_ids(9),
         image_token_id=processor.image_token_id,
     )
-    losses["alignment"] = align(model, processor, train_rows, args.alignment_steps, args.seed)
+    losses["alignment"] = align(model, processor, train_examples, args.alignment_steps, args.seed)
 
     print(
-        f"\n4. {len(test_rows)} conversations about {len(splits[args.split].labels)} digits that were never seen", flush=True
+        f"\n4. Evaluate on {len(test_examples)} conversations about {len(splits[args.split].labels)} other digits",
+        flush=True,
     )
-    metrics = measure(model, processor, train_rows, test_rows)
+    metrics = measure(model, processor, train_examples, test_examples)
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
 
-    conversation = save_conversation(test_rows, output_dir / "conversation")
-    answers = hold_conversation(model, processor, conversation)
+    conversation = save_conversation(test_examples, output_dir / "conversation")
+    answers = run_conversation(model, processor, conversation)
     draw_conversation(conversation, answers, output_dir / "conversation.png")
     draw_losses(losses, output_dir / "loss.png")
     model.save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
     write_model_card(output_dir, metrics, {name: len(split.labels) for name, split in splits.items()})
 
-    print("\n5. The saved folder, in a fresh process without this package", flush=True)
+    print("\n5. Load the saved folder in a new process without this package", flush=True)
     check_saved_folder(output_dir, answers)
-    print(f"\nThe same answers. Everything is in {output_dir}. {time.perf_counter() - started:.0f} seconds in all.")
+    print(
+        f"\nThe answers are the same. All output is in {output_dir}. This took {time.perf_counter() - started:.0f} seconds."
+    )
     return metrics
 
 
 def measure(
-    model: VisualChatForCausalLM, processor: VisualChatProcessor, train_rows: list[dict], test_rows: list[dict]
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, train_examples: list[dict], test_examples: list[dict]
 ) -> dict:
-    """Exact answers on `test_rows`, as the head of this file says."""
-    right = answer_questions(model, processor, test_rows, "with images")
-    blank = Image.new("L", test_rows[0]["images"][0].size)
-    blank_rows = [{**row, "images": [blank] * len(row["images"])} for row in test_rows]
-    right_without = answer_questions(model, processor, blank_rows, "without images")
-    kinds = [kind for row in test_rows for kind in row["kinds"]]
+    """The metrics on `test_examples`, as described at the top of this file."""
+    correct = answer_questions(model, processor, test_examples, "with images")
+    blank = Image.new("L", test_examples[0]["images"][0].size)
+    blank_examples = [{**example, "images": [blank] * len(example["images"])} for example in test_examples]
+    correct_without = answer_questions(model, processor, blank_examples, "without images")
+    kinds = [kind for example in test_examples for kind in example["kinds"]]
 
     common = {kind: Counter() for kind in KINDS}
-    for kind, answer in list_answers(train_rows):
+    for kind, answer in list_answers(train_examples):
         common[kind][answer] += 1
     guesses = {kind: answers.most_common(1)[0][0] for kind, answers in common.items()}
-    guessed = [guesses[kind] == answer for kind, answer in list_answers(test_rows)]
+    guessed = [guesses[kind] == answer for kind, answer in list_answers(test_examples)]
     return {
-        "accuracy": share(right),
-        "accuracy_without_images": share(right_without),
-        "accuracy_most_common_answer": share(guessed),
+        "accuracy": accuracy(correct),
+        "accuracy_without_images": accuracy(correct_without),
+        "accuracy_most_common_answer": accuracy(guessed),
         "accuracy_by_kind": {
-            kind: share([one for one, its_kind in zip(right, kinds) if its_kind == kind]) for kind in KINDS
+            kind: accuracy([one for one, its_kind in zip(correct, kinds) if its_kind == kind]) for kind in KINDS
         },
         "questions": len(kinds),
-        "conversations": len(test_rows),
+        "conversations": len(test_examples),
     }
 
 
-def share(right: list[bool]) -> float:
-    return round(sum(right) / len(right), 4)
+def accuracy(correct: list[bool]) -> float:
+    return round(sum(correct) / len(correct), 4)
 
 
-def list_answers(rows: list[dict]) -> list[tuple[str, str]]:
-    """The kind and the true answer of every question."""
-    answers = [message["content"] for row in rows for message in row["messages"] if message["role"] == "assistant"]
-    return list(zip([kind for row in rows for kind in row["kinds"]], answers))
+def list_answers(examples: list[dict]) -> list[tuple[str, str]]:
+    """The kind and the true answer of each question."""
+    answers = [
+        message["content"] for example in examples for message in example["messages"] if message["role"] == "assistant"
+    ]
+    return list(zip([kind for example in examples for kind in example["kinds"]], answers))
 
 
 @torch.no_grad()
 def answer_questions(
-    model: VisualChatForCausalLM, processor: VisualChatProcessor, rows: list[dict], name: str, batch_size: int = 64
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, examples: list[dict], name: str, batch_size: int = 64
 ) -> list[bool]:
-    """Asks every question of every row, with the true answers of the earlier rounds before it: which are right?"""
+    """Asks each question after the true answers of the earlier rounds. Returns whether each answer is correct."""
     prompts, true_answers = [], []
-    for row in rows:
-        messages = fill_images(row, "row")
+    for example in examples:
+        messages = fill_images(example, "example")
         for index in range(1, len(messages), 2):
             prompts.append(messages[:index])
             true_answers.append(messages[index]["content"])
@@ -164,34 +174,36 @@ def answer_questions(
     return [is_exact(answer, true) for answer, true in zip(answers, true_answers)]
 
 
-def save_conversation(rows: list[dict], folder: Path) -> list[dict]:
+def save_conversation(examples: list[dict], folder: Path) -> list[dict]:
     """
-    Writes the pictures and the messages of one row: that with the most kinds of questions, and of these with the most rounds
-    that bring images.
+    Saves the images and messages of one example: the one with the most kinds of questions, and among these the one with the
+    most rounds that bring images.
 
     Returns:
-        `list[dict]`: Its messages, with the pictures' paths.
+        `list[dict]`: The messages of the example, with the paths of the images.
     """
 
-    def variety(row):
-        arrivals = sum(any(part["type"] == "image" for part in message["content"]) for message in row["messages"][::2])
-        return len(set(row["kinds"])), arrivals, len(row["images"])
+    def variety(example):
+        arrivals = sum(any(part["type"] == "image" for part in message["content"]) for message in example["messages"][::2])
+        return len(set(example["kinds"])), arrivals, len(example["images"])
 
-    row = max(rows, key=variety)
+    example = max(examples, key=variety)
     folder.mkdir(exist_ok=True)
     paths = []
-    for number, picture in enumerate(row["images"], 1):
+    for number, image in enumerate(example["images"], 1):
         paths.append(str((folder / f"image-{number}.png").resolve()))
-        picture.save(paths[-1])
-    waiting = iter(paths)
+        image.save(paths[-1])
+    remaining_paths = iter(paths)
     messages = [
         {
             "role": message["role"],
             "content": message["content"]
             if message["role"] == "assistant"
-            else [{**part, "path": next(waiting)} if part["type"] == "image" else part for part in message["content"]],
+            else [
+                {**part, "path": next(remaining_paths)} if part["type"] == "image" else part for part in message["content"]
+            ],
         }
-        for message in row["messages"]
+        for message in example["messages"]
     ]
     (folder / "messages.json").write_text(json.dumps(messages, indent=2) + "\n")
     return messages
@@ -199,7 +211,7 @@ def save_conversation(rows: list[dict], folder: Path) -> list[dict]:
 
 def check_saved_folder(output_dir: Path, answers: list[str]) -> None:
     """
-    Holds the conversation again in a process that has the saved folder and not this package.
+    Repeats the conversation in a process that has only the saved folder, and cannot import this package.
 
     Raises:
         RuntimeError: If the answers differ from `answers`.
@@ -209,12 +221,12 @@ def check_saved_folder(output_dir: Path, answers: list[str]) -> None:
         model_dir, messages = (output_dir / name for name in ("model", "conversation/messages.json"))
         replies = Path(scratch) / "answers.json"
         command = [sys.executable, script, model_dir.resolve(), messages.resolve(), replies]
-        # Code of an earlier run may lie in the usual cache
+        # The default cache may contain the code of an earlier run
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         subprocess.run(command, cwd=scratch, env=environment, check=True)
         reloaded = json.loads(replies.read_text())
     if reloaded != answers:
-        raise RuntimeError(f"The saved folder answers {reloaded}, but the model that was saved answered {answers}")
+        raise RuntimeError(f"The saved model answers {reloaded}, but before it was saved it answered {answers}")
 
 
 if __name__ == "__main__":

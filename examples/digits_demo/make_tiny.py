@@ -1,6 +1,6 @@
 """
-Makes what `recipes/tiny.yaml` trains, without any download: a random CLIP tower, a random LLaMA and conversations over
-scikit-learn's digits, in the schema of all training data.
+Creates the model parts and the data for `recipes/tiny.yaml`, without any download: a CLIP vision tower and a LLaMA decoder
+with random weights, and conversations about scikit-learn's digits in the format of training data.
 
     python -m examples.digits_demo.make_tiny --output outputs/tiny
     visualchat train examples/recipes/tiny.yaml
@@ -18,8 +18,8 @@ from visualchat.data.shards import FEATURES
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/tiny"), help="folder to write")
-    parser.add_argument("--rows", type=int, default=400, help="conversations")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tiny"), help="output folder")
+    parser.add_argument("--rows", type=int, default=400, help="number of conversations")
     args = parser.parse_args(argv)
     conversations = make_conversations(split_digits()["train"], args.rows)
     processor = make_processor(conversations)
@@ -27,21 +27,21 @@ def main(argv: list[str] | None = None) -> None:
     processor.image_processor.save_pretrained(args.output / "tower")
     make_decoder(processor).save_pretrained(args.output / "decoder")
     processor.tokenizer.save_pretrained(args.output / "decoder")
-    rows = [
+    examples = [
         {
             "id": str(index),
             "source": "digits",
-            "messages": [{"role": m["role"], "content": as_parts(m["content"])} for m in row["messages"]],
-            "images": [image.convert("RGB") for image in row["images"]],
+            "messages": [{"role": m["role"], "content": as_parts(m["content"])} for m in conversation["messages"]],
+            "images": [image.convert("RGB") for image in conversation["images"]],
         }
-        for index, row in enumerate(conversations)
+        for index, conversation in enumerate(conversations)
     ]
     (args.output / "data").mkdir(exist_ok=True)
-    datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(args.output / "data" / "shard-00000-of-00001.parquet")
+    datasets.Dataset.from_list(examples, features=FEATURES).to_parquet(args.output / "data" / "shard-00000-of-00001.parquet")
 
 
 def as_parts(content: str | list[dict]) -> list[dict]:
-    """Tables hold every message's content as a list of parts."""
+    """Converts the content of a message to a list of parts, the only form that training data may have."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [{"type": part["type"], "text": part.get("text")} for part in content]

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What the demo shows of itself: a picture of the conversation, the loss curves and the model card."""
+"""The report of the demo: an image of the conversation, the loss curves and the model card."""
 
 import shutil
 from pathlib import Path
@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 
-matplotlib.use("Agg")  # writes files on machines without a display
+matplotlib.use("Agg")  # works on machines without a display
 
-ROW_HEIGHT = 0.42  # inches, of a line of text
-PICTURE_HEIGHT = 0.95  # inches
+LINE_HEIGHT = 0.42  # inches, of a line of text
+IMAGE_HEIGHT = 0.95  # inches
 WIDTH = 7.5  # inches
 
 MODEL_CARD = """\
@@ -30,12 +30,13 @@ tags:
 
 # A small VisualChat that reads digits
 
-A CLIP vision tower (2 layers × 64) and a LLaMA decoder (3 layers × 128), trained from scratch and then frozen, joined by a
-projector and multi-modal causal attention (DeepSpeed-VisualChat, [arXiv 2309.14327](https://arxiv.org/abs/2309.14327)) with
-numbered image keys. In the alignment only the projector and the token embedding were trained. It converses about 1 to 4
-scanned digits over several rounds, later images arriving in later rounds. It is a demonstration: it knows nothing else.
+A CLIP vision tower (2 layers, hidden size 64) and a LLaMA decoder (3 layers, hidden size 128), trained from scratch and then
+frozen. They are connected by a projector, with multi-modal causal attention and numbered image keys (DeepSpeed-VisualChat,
+[arXiv 2309.14327](https://arxiv.org/abs/2309.14327)). In the alignment only the projector and the token embedding were
+trained. The model answers questions about 1 to 4 scanned digits in conversations of several rounds, in which later rounds
+may bring more images. It is a demonstration and cannot do anything else.
 
-![A conversation over digits that the model has not seen](conversation.png)
+![A conversation about digits that the model was not trained on](conversation.png)
 
 ## Use
 
@@ -56,25 +57,28 @@ output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Pictures are square, white ink on black, as in scikit-learn's `load_digits`.
+Images must be square, with a white digit on black, as in scikit-learn's `load_digits`.
 
-## Measured
+Or chat in the terminal, with the VisualChat package installed: `visualchat chat path/to/this/folder`.
 
-{conversations} conversations with {questions} questions over {test} scans that no stage of the training has seen. An answer
-counts if it is right to the letter; the earlier rounds' true answers stand before each question; decoding is greedy.
+## Accuracy
 
-| | exact answers |
+Measured on {conversations} conversations with {questions} questions about {test} scans that were not used for training. An
+answer is correct if it equals the true answer exactly. Each question comes after the true answers of the earlier rounds.
+Decoding is greedy.
+
+| | accuracy |
 |---|---|
 | **all questions** | **{accuracy:.1%}** |
 {by_kind}
-| the same model and questions over blank pictures | {accuracy_without_images:.1%} |
-| the most common answer to each kind of question | {accuracy_most_common_answer:.1%} |
+| the same model and questions with blank images | {accuracy_without_images:.1%} |
+| always the most common answer to the kind of question | {accuracy_most_common_answer:.1%} |
 
 ## Training
 
-Data: scikit-learn's `load_digits`, 1,797 scans of 8 × 8 pixels, of which {train} train, {validation} choose hyperparameters
-and {test} test. All of it, with the measurement, took {seconds:.0f} seconds on the CPU that ran it. The command is
-`make demo` in the VisualChat repository.
+The data are the 1,797 scans of 8 × 8 pixels of scikit-learn's `load_digits`: {train} for training, {validation} for the
+choice of hyperparameters and {test} for the test. Training and evaluation took {seconds:.0f} seconds on a CPU. To repeat
+them, run `make demo` in the VisualChat repository.
 """
 
 KIND_TITLES = {
@@ -88,18 +92,22 @@ KIND_TITLES = {
 def draw_conversation(messages: list[dict], answers: list[str], file: Path) -> None:
     """
     Args:
-        messages (`list[dict]`): User and assistant in turn. Image parts have a `path`; the assistant's content is the truth.
-        answers (`list[str]`): The model's, one for each round.
+        messages (`list[dict]`): Messages of the user, whose image parts have a `path`, each followed by a message of the
+            assistant with the true answer.
+        answers (`list[str]`): The answer of the model in each round.
     """
     rows = []  # (height in inches, what to draw)
-    for question, truth, answer in zip(messages[::2], messages[1::2], answers):
+    for question, true_answer, answer in zip(messages[::2], messages[1::2], answers):
         paths = [part["path"] for part in question["content"] if part["type"] == "image"]
         text = " ".join(part["text"] for part in question["content"] if part["type"] == "text")
         if paths:
-            rows.append((PICTURE_HEIGHT + ROW_HEIGHT, paths))
-        is_right = answer == truth["content"]
-        verdict = "✓" if is_right else f"✗  (the truth: {truth['content']})"
-        rows += [(ROW_HEIGHT, ("User", text, "black")), (ROW_HEIGHT * 1.3, ("VisualChat", f"{answer}  {verdict}", is_right))]
+            rows.append((IMAGE_HEIGHT + LINE_HEIGHT, paths))
+        is_correct = answer == true_answer["content"]
+        verdict = "✓" if is_correct else f"✗  (true answer: {true_answer['content']})"
+        rows += [
+            (LINE_HEIGHT, ("User", text, "black")),
+            (LINE_HEIGHT * 1.3, ("VisualChat", f"{answer}  {verdict}", is_correct)),
+        ]
 
     total = sum(height for height, _ in rows) + 0.3
     figure = plt.figure(figsize=(WIDTH, total), dpi=120)
@@ -108,14 +116,14 @@ def draw_conversation(messages: list[dict], answers: list[str], file: Path) -> N
         if isinstance(content, list):
             for column, path in enumerate(content):
                 number += 1
-                left = 1.4 + column * (PICTURE_HEIGHT + 0.35)
-                box = (left / WIDTH, (top - PICTURE_HEIGHT) / total, PICTURE_HEIGHT / WIDTH, PICTURE_HEIGHT / total)
+                left = 1.4 + column * (IMAGE_HEIGHT + 0.35)
+                box = (left / WIDTH, (top - IMAGE_HEIGHT) / total, IMAGE_HEIGHT / WIDTH, IMAGE_HEIGHT / total)
                 axes = figure.add_axes(box)
                 axes.imshow(Image.open(path), cmap="gray")
                 axes.set_axis_off()
                 figure.text(
-                    (left + PICTURE_HEIGHT / 2) / WIDTH,
-                    (top - PICTURE_HEIGHT - 0.06) / total,
+                    (left + IMAGE_HEIGHT / 2) / WIDTH,
+                    (top - IMAGE_HEIGHT - 0.06) / total,
                     f"Image {number}",
                     fontsize=9,
                     ha="center",
@@ -134,7 +142,7 @@ def draw_conversation(messages: list[dict], answers: list[str], file: Path) -> N
 def draw_losses(losses: dict[str, list[tuple[int, float]]], file: Path) -> None:
     """
     Args:
-        losses (`dict`): For each stage of the training, a list of `(step, loss)`.
+        losses (`dict`): The loss curve of each training stage, a list of `(step, loss)`.
     """
     figure, panels = plt.subplots(1, len(losses), figsize=(3.4 * len(losses), 2.8), dpi=120, layout="constrained")
     for axes, (stage, curve) in zip(panels, losses.items()):
@@ -147,7 +155,7 @@ def draw_losses(losses: dict[str, list[tuple[int, float]]], file: Path) -> None:
 
 
 def write_model_card(output_dir: Path, metrics: dict, split_sizes: dict[str, int]) -> None:
-    """Writes `model/README.md`, and the picture of the conversation beside it."""
+    """Writes the model card `model/README.md`, and copies the image of the conversation to its folder."""
     by_kind = "\n".join(f"| {KIND_TITLES[kind]} | {share:.1%} |" for kind, share in metrics["accuracy_by_kind"].items())
     card = MODEL_CARD.format(**{**metrics, "by_kind": by_kind}, **split_sizes)
     (output_dir / "model" / "README.md").write_text(card)

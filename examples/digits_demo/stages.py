@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The training of the demo: a tokenizer, a vision tower and a decoder from scratch, and the alignment of the two."""
+"""The training stages of the demo: a tokenizer, a vision tower and a decoder from scratch, and their alignment."""
 
 import re
 import tempfile
@@ -26,20 +26,20 @@ from modeling_visualchat.data_collator_visualchat import IGNORE_INDEX
 from visualchat.data.digits import WORDS, Digits
 
 
-# In pixels: 4 patches and the class token stand for a picture
+# In pixels: an image has 4 patches, so 5 tokens with the class token
 IMAGE_SIZE, PATCH_SIZE = 16, 8
-# LLaMA's 0.02 is for wide models. About 1 / √hidden_size keeps a tiny one's attention from starting out flat, and the token
-# embedding then has to be larger, or what the layers add would drown it.
+# LLaMA's default of 0.02 is for wide models. With about 1 / √hidden_size, the attention of a tiny model is not uniform at
+# the start. The token embedding must be larger, so that the outputs of the layers do not dominate it.
 INITIALIZER_RANGE, EMBEDDING_RANGE = 0.08, 0.3
-# LLaMA's 10,000 is for thousands of tokens. In a hundred, a small base tells neighbours apart sooner: the decoder learns
-# which word stands under which number in fewer steps.
+# LLaMA's default of 10,000 is for thousands of tokens. Sequences have about a hundred here, where a small base separates
+# neighbouring positions better: the decoder learns in fewer steps which word belongs to which image number.
 ROPE_THETA = 20.0
 
 
-def make_processor(rows: list[dict], words: tuple[str, ...] = WORDS) -> VisualChatProcessor:
+def make_processor(examples: list[dict], words: tuple[str, ...] = WORDS) -> VisualChatProcessor:
     """
-    A CLIP image processor for small pictures and a byte-level BPE tokenizer that is trained on the conversations and on the
-    words that stand for pictures.
+    A CLIP image processor for small images, and a byte-level BPE tokenizer that is trained on the conversations and on the
+    words that stand for images.
     """
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
@@ -48,7 +48,7 @@ def make_processor(rows: list[dict], words: tuple[str, ...] = WORDS) -> VisualCh
         image_std=[0.5] * 3,
     )
     backend = Tokenizer(models.BPE())
-    # Numbers stand alone; else a token may be a whole phrase of the conversations, which makes prompts several times shorter
+    # A digit is always a separate token. Other tokens may be whole phrases, which makes prompts several times shorter
     pieces = Regex(r" ?\p{N}|:?\n+(?:### ?\p{L}+(?::\n)?)?|[^\p{N}\n]+?(?= ?\p{N}|:?\n|$)")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -57,9 +57,9 @@ def make_processor(rows: list[dict], words: tuple[str, ...] = WORDS) -> VisualCh
     tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     untrained = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     prompts = VisualChatProcessor(image_processor, untrained).apply_chat_template(
-        [row["messages"] for row in rows[:1000]], tokenize=False
+        [example["messages"] for example in examples[:1000]], tokenize=False
     )
-    # Special tokens are no part of the text, and must not be merged with it
+    # Special tokens are not part of the text, so the tokenizer is not trained on them
     texts = [piece for prompt in prompts for piece in re.split("<image>|</s>", prompt)]
     trainer = trainers.BpeTrainer(
         vocab_size=800,
@@ -73,7 +73,7 @@ def make_processor(rows: list[dict], words: tuple[str, ...] = WORDS) -> VisualCh
 
 
 def make_tower() -> CLIPVisionModel:
-    """A CLIP tower of 2 layers × 64, untrained."""
+    """A CLIP vision tower with 2 layers and hidden size 64, untrained."""
     return CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=64,
@@ -87,11 +87,11 @@ def make_tower() -> CLIPVisionModel:
 
 
 def make_decoder(processor: VisualChatProcessor) -> LlamaForCausalLM:
-    """A LLaMA of 3 layers × 128, untrained."""
+    """A LLaMA decoder with 3 layers and hidden size 128, untrained."""
     tokenizer = processor.tokenizer
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=processor.image_token_id,  # the alignment adds the placeholder's row
+            vocab_size=processor.image_token_id,  # the alignment adds the placeholder token
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=3,
@@ -110,7 +110,8 @@ def make_decoder(processor: VisualChatProcessor) -> LlamaForCausalLM:
 
 class TowerClassifier(torch.nn.Module):
     """
-    Tells the label from every token of the tower, not from the class token alone: it is all of them that the decoder reads.
+    A classifier on the vision tower. It predicts the label from each token of the image, not only from the class token,
+    because the decoder will use all of them.
     """
 
     def __init__(self, tower: CLIPVisionModel, num_labels: int):
@@ -121,8 +122,8 @@ class TowerClassifier(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Pictures.
-            labels (`torch.LongTensor` of shape `(batch_size,)`): What they show.
+            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The images.
+            labels (`torch.LongTensor` of shape `(batch_size,)`): The labels of the images.
         """
         logits = self.head(self.tower(pixel_values).last_hidden_state)
         targets = labels[:, None].expand(logits.shape[:2])
@@ -133,7 +134,7 @@ class TowerClassifier(torch.nn.Module):
 def train_tower(
     processor: VisualChatProcessor, digits: Digits, max_steps: int, seed: int, **settings
 ) -> tuple[CLIPVisionModel, list]:
-    """A CLIP tower, trained on the labels. Returns it and the loss curve, without the classifier."""
+    """Trains a CLIP vision tower with a classifier. Returns the tower without the classifier, and the loss curve."""
     pixel_values = processor.image_processor(digits.pictures, return_tensors="pt")["pixel_values"]
     dataset = [{"pixel_values": pixels, "labels": int(label)} for pixels, label in zip(pixel_values, digits.labels)]
     model = TowerClassifier(make_tower(), int(digits.labels.max()) + 1)
@@ -153,7 +154,7 @@ def train_tower(
 def train_decoder(
     processor: VisualChatProcessor, examples: list[dict], max_steps: int, seed: int, **settings
 ) -> tuple[LlamaForCausalLM, list]:
-    """A LLaMA, trained on conversations in words, see [`describe_in_words`]. Returns it and the loss curve."""
+    """Trains a LLaMA decoder on the examples of [`describe_in_words`]. Returns it and the loss curve."""
     model = make_decoder(processor)
     curve = train(
         model,
@@ -169,37 +170,40 @@ def train_decoder(
     return model, curve
 
 
-def describe_in_words(processor: VisualChatProcessor, rows: list[dict], words: tuple[str, ...] = WORDS) -> list[dict]:
+def describe_in_words(processor: VisualChatProcessor, examples: list[dict], words: tuple[str, ...] = WORDS) -> list[dict]:
     """
-    The conversations with a word, such as "seven", where a picture stands: the one of its label.
+    Tokenizes the conversations with a word for each image: the word of its label, such as "seven".
 
     Returns:
-        `list[dict]` of `input_ids` and `labels` (`list[int]` of the same length; -100 where nothing is learned).
+        `list[dict]`: Examples with `input_ids` and `labels` (`list[int]` of the same length). Labels of tokens that are not
+        part of an answer are -100, which the loss ignores.
     """
     words = [processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
     encoded = processor.tokenizer.apply_chat_template(
-        [row["messages"] for row in rows],
+        [example["messages"] for example in examples],
         chat_template=processor.chat_template,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    examples = []
-    for row, token_ids, learned in zip(rows, encoded["input_ids"], encoded["assistant_masks"]):
-        shown = iter(row["labels"])
+    described = []
+    for example, token_ids, learned in zip(examples, encoded["input_ids"], encoded["assistant_masks"]):
+        shown = iter(example["labels"])
         input_ids, labels = [], []
         for token_id, is_learned in zip(token_ids, learned):
             new_ids = words[next(shown)] if token_id == processor.image_token_id else [token_id]
             input_ids += new_ids
             labels += new_ids if is_learned else [IGNORE_INDEX] * len(new_ids)
-        examples.append({"input_ids": input_ids, "labels": labels})
-    return examples
+        described.append({"input_ids": input_ids, "labels": labels})
+    return described
 
 
-def align(model: VisualChatForCausalLM, processor: VisualChatProcessor, rows: list[dict], max_steps: int, seed: int) -> list:
-    """Trains what the paper trains, the projector and the token embedding, in place. Returns the loss curve."""
+def align(
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, examples: list[dict], max_steps: int, seed: int
+) -> list:
+    """Trains the projector and the token embedding, as the paper does, in place. Returns the loss curve."""
     return train(
         model,
-        rows,
+        examples,
         max_steps,
         seed,
         per_device_train_batch_size=32,
@@ -212,7 +216,7 @@ def align(model: VisualChatForCausalLM, processor: VisualChatProcessor, rows: li
 
 
 class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar, with the loss beside it rather than in lines of its own."""
+    """The Trainer's progress bar, which shows the loss instead of printing it on separate lines."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
@@ -230,14 +234,13 @@ def train(
     **settings,
 ) -> list:
     """
-    One run of the Trainer, with AdamW and a cosine schedule unless told otherwise. `settings` are fields of
-    `TrainingArguments`.
+    Runs the Trainer, by default with AdamW and a cosine schedule. `settings` are fields of `TrainingArguments`.
 
     Returns:
-        `list` of `(step, loss)`.
+        `list`: The loss curve, as `(step, loss)`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        usual = {"lr_scheduler_type": "cosine", "warmup_steps": max_steps // 10, "adam_beta2": 0.98, "logging_steps": 10}
+        defaults = {"lr_scheduler_type": "cosine", "warmup_steps": max_steps // 10, "adam_beta2": 0.98, "logging_steps": 10}
         training_args = TrainingArguments(
             output_dir=scratch,
             seed=seed,
@@ -246,7 +249,7 @@ def train(
             save_strategy="no",
             report_to="none",
             use_cpu=True,
-            **{**usual, **settings},
+            **{**defaults, **settings},
         )
         trainer = Trainer(
             model,

@@ -1,10 +1,10 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Holds a conversation with a saved VisualChat, as anyone would who has only its folder:
+Has a conversation with a saved VisualChat model, using only the files in its folder:
 
     python -m examples.digits_demo.talk outputs/demo/model outputs/demo/conversation/messages.json answers.json
 
-The package of this repository is made impossible to import, so that nothing but the folder's own code can be at work.
+The package of this repository is blocked from being imported, so that only the code in the folder can run.
 """
 
 import json
@@ -14,19 +14,20 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-def hold_conversation(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict]) -> list[str]:
+def run_conversation(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict]) -> list[str]:
     """
-    Asks the questions of a conversation one after the other. The model's own answers, not those in `messages`, are what it
-    reads in later rounds.
+    Asks the questions of a conversation one after another. In later rounds the model sees its own earlier answers, not those
+    in `messages`.
 
     Args:
-        messages (`list[dict]`): The user's messages are asked; the assistant's are the true answers, shown only.
+        messages (`list[dict]`): The user's messages are the questions. The assistant's messages are the true answers, which
+            are only printed where the model's answer is another one.
 
     Returns:
         `list[str]`: The model's answers.
     """
     history, answers, number = [], [], 0
-    for question, truth in zip(messages[::2], messages[1::2]):
+    for question, true_answer in zip(messages[::2], messages[1::2]):
         history.append(question)
         inputs = processor.apply_chat_template(
             history, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -41,7 +42,7 @@ def hold_conversation(model: PreTrainedModel, processor: ProcessorMixin, message
                 print(f"   [image {number}: {Path(part['path']).name}]")
             else:
                 print(f"   User:      {part['text']}")
-        remark = "" if answers[-1] == truth["content"] else f"   (wrong, the truth is: {truth['content']})"
+        remark = "" if answers[-1] == true_answer["content"] else f"   (wrong, the true answer is: {true_answer['content']})"
         print(f"   Assistant: {answers[-1]}{remark}", flush=True)
     return answers
 
@@ -50,7 +51,7 @@ def main(model_dir: str, messages_file: str, answers_file: str) -> None:
     sys.modules["modeling_visualchat"] = None
     model = AutoModelForImageTextToText.from_pretrained(model_dir, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True)
-    answers = hold_conversation(model, processor, json.loads(Path(messages_file).read_text()))
+    answers = run_conversation(model, processor, json.loads(Path(messages_file).read_text()))
     Path(answers_file).write_text(json.dumps(answers))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine, a process for each GPU. From the root of the repository:
+# Trains on one machine, with one process per GPU. Run it from the root of the repository:
 #   examples/launch/one_node.sh [RECIPE [OPTION...]]
 #   PROCESSES=2 examples/launch/one_node.sh examples/recipes/tiny.yaml --max_steps 4
 set -euo pipefail

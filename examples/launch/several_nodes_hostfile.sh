@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Several machines, by DeepSpeed's launcher, which reaches them through ssh (it needs pdsh); by default LLaMA-2-70B with ZeRO-3.
-# On one machine, in the root of the repository, which all of them find under the same path:
+# Trains on several machines with DeepSpeed's launcher, which connects to them by ssh and needs pdsh. The default recipe is
+# LLaMA-2-70B with ZeRO-3. Run it on one machine, from the root of the repository, whose path must be the same on all machines:
 #   HOSTFILE=my_hosts examples/launch/several_nodes_hostfile.sh [RECIPE [OPTION...]]
 set -euo pipefail
 

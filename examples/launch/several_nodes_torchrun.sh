@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Several machines, by torchrun; by default LLaMA-2-70B with ZeRO-3. On every one of them, HOST being one of them and the same
-# on all, in the root of the repository, which they share or of which each has a copy:
+# Trains on several machines with torchrun. The default recipe is LLaMA-2-70B with ZeRO-3. Run it on each machine, from the
+# root of the repository (a shared folder or a copy). HOST is the name of one of the machines, the same on all:
 #   HOST=node1 examples/launch/several_nodes_torchrun.sh [RECIPE [OPTION...]]
-# NODES and PROCESSES (on each of them) are 8. Their product, times micro-batch and accumulation of the recipe, is the batch.
+# NODES (machines) and PROCESSES (per machine) are 8 by default. The batch size is NODES × PROCESSES × the recipe's
+# per_device_train_batch_size × gradient_accumulation_steps.
 set -euo pipefail
 
 : "${HOST:?the name or address of one of the machines, the same on all of them}"

@@ -1,9 +1,23 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Loads models and processors for the commands, without running code that comes with them unless that is asked for."""
 
+from pathlib import Path
+
+import torch
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from visualchat.hub.push import is_hub_id
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: If a name is no folder here, and cannot be a Hub id either.
+    """
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise FileNotFoundError(f"there is no folder {name}")
 
 
 def check_model_type(name: str, trust_remote_code: bool = False) -> None:
@@ -19,6 +33,7 @@ def check_model_type(name: str, trust_remote_code: bool = False) -> None:
         OSError: If there is no config of that name.
         ValueError: If the model is of another type.
     """
+    check_name(name)
     config, _ = PreTrainedConfig.get_config_dict(name)
     if not config:
         raise OSError(f"{name} is neither a folder with a config.json nor a model on the Hub that can be read")
@@ -31,8 +46,10 @@ def check_model_type(name: str, trust_remote_code: bool = False) -> None:
 
 def load_model(name: str, trust_remote_code: bool = False, **kwargs) -> VisualChatForCausalLM:
     """
+    A model. A PEFT adapter is merged into its base, which needs the extra `train`.
+
     Args:
-        name (`str`): Folder or Hub id.
+        name (`str`): Folder or Hub id of a model or an adapter.
         trust_remote_code (`bool`): Run code that comes with the model, if it is of another type than this package's.
         kwargs: As for `AutoModel.from_pretrained`.
 
@@ -40,8 +57,32 @@ def load_model(name: str, trust_remote_code: bool = False, **kwargs) -> VisualCh
         OSError: If it cannot be loaded.
         ValueError: If it is of another type.
     """
+    check_name(name)
+    if find_adapter_config_file(name) is not None:
+        return load_merged(name, trust_remote_code=trust_remote_code, **kwargs)
     check_model_type(name, trust_remote_code)
     return AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def load_merged(adapter: str, base: str | None = None, trust_remote_code: bool = False, **kwargs) -> VisualChatForCausalLM:
+    """
+    Args:
+        adapter (`str`): Folder or Hub id.
+        base (`str`, *optional*): Folder or Hub id. By default the adapter names it.
+        trust_remote_code (`bool`): Run code that comes with the base, if it is of another type than this package's.
+        kwargs: As for `AutoModel.from_pretrained` of the base.
+
+    Raises:
+        OSError: If it cannot be loaded.
+        ValueError: If it is no adapter, or if its base is of another type.
+    """
+    from peft import PeftConfig, PeftModel  # of the extra `train`
+
+    check_name(adapter)
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    check_model_type(base, trust_remote_code)
+    model = AutoModel.from_pretrained(base, trust_remote_code=trust_remote_code, **kwargs)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProcessor:
@@ -54,7 +95,30 @@ def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProc
         OSError: If it cannot be loaded.
         ValueError: If it is no processor of a VisualChat model.
     """
+    check_name(name)
+    if find_adapter_config_file(name) is None:
+        check_model_type(name, trust_remote_code)
+    if Path(name).is_dir() and not (Path(name) / "processor_config.json").is_file():
+        raise FileNotFoundError(
+            f"{name} has no processor_config.json: save the processor there, by processor.save_pretrained"
+        )
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not isinstance(processor, VisualChatProcessor) and not trust_remote_code:
         raise ValueError(f"{name} has no processor of a VisualChat model, but a {type(processor).__name__}")
     return processor
+
+
+def choose_device(name: str | None) -> torch.device:
+    """
+    Args:
+        name (`str`, *optional*): Such as `"cpu"` or `"cuda:1"`. By default the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
+        raise ValueError(f"there is no device {name!r} here: {error}") from error

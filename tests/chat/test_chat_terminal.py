@@ -63,7 +63,7 @@ Never asked.
         "[image 1: digit 0.png]",
         "nowhere.png: there is no file nowhere.png",
         "[image 2: digit 1.png]\n[image 3: digit 2.png]",
-        "There is no command /nonsense: /help lists them",
+        "There is no command /nonsense. Type /help for a list of the commands",
         "/save takes 1 argument, got 0: see /help",
         "No closing quotation",
         f"[image 1]\n1: Who is it?\n{answers[2]}\n",
@@ -116,7 +116,7 @@ def test_long_conversations(chat):
     assert "but the model's context holds 1024" in said
     status, answers, said = chat(question * 3, "model", "--max-new-tokens", "8", "--drop-oldest")
     assert (status, len(answers.splitlines())) == (0, 3)
-    assert "its oldest rounds were dropped" in said
+    assert "the oldest rounds were dropped" in said
 
 
 def ask(terminal: pexpect.spawn, line: str) -> str:
@@ -141,7 +141,7 @@ def test_a_conversation_in_a_terminal(folder):
     terminal = begin(folder)
     assert "/image PATH…" in ask(terminal, "/help")
     assert ask(terminal, "/undo") == "There is nothing to take back: the conversation has no rounds"
-    assert ask(terminal, "/retry") == "There is nothing to ask again"
+    assert ask(terminal, "/retry") == "There is no question to ask again"
     assert "there is no file none.png" in ask(terminal, "/image none.png")
     assert ask(terminal, "/image 'digit 0.png'") == "[image 1: digit 0.png]"
     assert ask(terminal, "/image 'digit 1.png'") == "[image 2: digit 1.png]"
@@ -152,13 +152,13 @@ def test_a_conversation_in_a_terminal(folder):
     assert ask(terminal, "/show").split("\n") == ["[image 1]", "[image 2]", "1: What are these?", first, "2: And?", second]
     assert ask(terminal, "/save 'my chat'") == "[saved to my chat]"
     assert {path.name for path in (folder / "my chat").iterdir()} == {"conversation.json", "image-1.png", "image-2.png"}
-    assert ask(terminal, "/undo") == "[taken back: And?]"
-    assert ask(terminal, "/undo") == "[taken back: What are these?]"
+    assert ask(terminal, "/undo") == "[removed: And?]"
+    assert ask(terminal, "/undo") == "[removed: What are these?]"
     assert ask(terminal, "/clear") == ""
     assert ask(terminal, "/show") == ""
     assert ask(terminal, "/load 'my chat'").endswith(second)
     assert ask(terminal, "/retry") == second
-    assert "Say which question" in ask(terminal, "/edit What?")
+    assert "Give the number of a question" in ask(terminal, "/edit What?")
     assert "There is no round 6" in ask(terminal, "/edit 7 What?")
     assert ask(terminal, "/edit 1 What are these?") == first
     terminal.send("\x1b[A\x1b[A")  # the arrow keys walk through the history
@@ -189,7 +189,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(folder):
     assert ask(terminal, "/image 'digit 0.png'") == "[image 1: digit 0.png]"
     too_long = ask(terminal, "y" * 900)
     assert "tokens and the answer up to 900, but the model's context holds 1024" in too_long
-    assert ask(terminal, "/undo") == "[taken back: Write.]"
+    assert ask(terminal, "/undo") == "[removed: Write.]"
     terminal.sendline("/quit")
     terminal.expect(pexpect.EOF)
     terminal.close()

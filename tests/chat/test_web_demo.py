@@ -96,7 +96,7 @@ class TestAsking:
         assert re.findall(r"### Image (\d+)|### Question:\n(\w+)", prompt) == [
             ("1", ""), ("2", ""), ("", "first"), ("", "second"), ("3", ""), ("", "third")
         ]  # fmt: skip
-        assert "next picture is Image 4" in box_of(shown)["label"]
+        assert "next image will be Image 4" in box_of(shown)["label"]
 
     def test_the_answer_grows_and_is_that_of_the_session(self, page, files, model):
         *growing, last = ask(page, "What is this?", files[:2], settings=(40, 1.5, 1, 3))
@@ -137,10 +137,10 @@ class TestRefusals:
         ("text", "make", "message"),
         [
             ("What?", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nbroken"), "new.png: 14 bytes is not a picture"),
-            ("What?", lambda path: None, "new.png, is no longer kept: add it again"),
-            ("What?", lambda path: path.write_bytes(b""), "picture 1, new.png: 0 bytes: the picture is empty"),
+            ("What?", lambda path: None, "new.png: the server no longer has this file, add it again"),
+            ("What?", lambda path: path.write_bytes(b""), "image 1, new.png: 0 bytes: the picture is empty"),
             ("What?", lambda path: Image.new("L", (101, 100)).save(path), "101 × 100 pixels: at most 10,000 are allowed"),
-            ("  ", lambda path: Image.new("L", (9, 9)).save(path), "Write a question"),
+            ("  ", lambda path: Image.new("L", (9, 9)).save(path), "Type a question"),
             ("so long " * 400, lambda path: Image.new("L", (9, 9)).save(path), "but the model's context holds 1024"),
         ],
         ids=["broken", "gone", "empty", "pixels", "no-question", "context"],
@@ -161,15 +161,15 @@ class TestRefusals:
         conversation = ask(page, "first", files[:1])[-1][0]
         for source in (Path(files[1]).as_uri(), f"~/{Path(files[1]).name}"):
             ask(page, "second", [source], conversation)
-        assert len(warnings) == 2 and all("is no longer kept: add it again" in one for one in warnings)
+        assert len(warnings) == 2 and all("the server no longer has this file, add it again" in one for one in warnings)
         assert len(conversation.rounds) == 1
 
     def test_too_many_pictures(self, page, files, warnings):
         conversation = ask(page, "first", files)[-1][0]
         ask(page, "second", files[:2], conversation)
-        assert warnings == ["2 more pictures are too many: the conversation has 3 of at most 4"]
+        assert warnings == ["2 more images are too many: the conversation has 3 of at most 4"]
         shown = ask(page, "second", files[:1], conversation)[-1]
-        assert len(warnings) == 1 and box_of(shown)["label"] == "The conversation has all of its 4 pictures"
+        assert len(warnings) == 1 and box_of(shown)["label"] == "The conversation has 4 images, which is the maximum"
 
     def test_the_models_numbers_are_a_limit(self, model):
         assert ChatPage(model, make_processor(), max_images=99).max_images == 12
@@ -188,7 +188,7 @@ class TestRefusals:
         list(page.retry(ANNA, None, *SETTINGS))
         list(page.edit(ANNA, SimpleNamespace(index=4, value="What?"), None, *SETTINGS))
         assert [message.split(":")[0] for message in warnings] == [
-            "There is nothing to take back", "There is nothing to ask again", "There is no question 1"
+            "There is no question to undo", "There is no question to ask again", "There is no question 1"
         ]  # fmt: skip
 
     def test_controls_while_an_answer_is_written(self, page, warnings):
@@ -196,7 +196,7 @@ class TestRefusals:
         conversation = next(answering)[0]
         page.undo(conversation)
         page.clear(conversation)
-        assert warnings == ["An answer is being written: stop it, or wait for its end"] * 2
+        assert warnings == ["An answer is being generated: stop it, or wait until it is complete"] * 2
         assert [one.text for one in list(answering)[-1][0].rounds] == ["first"]
 
 

@@ -53,7 +53,7 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = command("web", folder, "--port", port, "--examples", "digits", "--max-images", 5, "--max-upload", "100kb")
+    words = command("web", folder, "--port", port, "--examples", "digits", "--max-images", 5, "--max-image-mb", "0.1")
     with open(folder / "log", "w+") as log:
         server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
         try:
@@ -159,7 +159,7 @@ def test_a_conversation(visit, pictures):
     send(page, "And now?", pictures[2:])
     wait_for_answer(page, rounds=2)
     assert captions(page) == ["Image 1", "Image 2", "Image 3"]
-    assert page.get_by_text("The next picture is Image 4").is_visible()
+    assert page.get_by_text("The next image will be Image 4").is_visible()
     (ROOT / "outputs").mkdir(exist_ok=True)
     page.screenshot(path=ROOT / "outputs" / "web_demo.png")
 

@@ -189,5 +189,5 @@ def test_folder_loads(run):
 
 def test_a_folder_that_answers_differently_is_reported(run):
     output_dir, _, _ = run
-    with pytest.raises(RuntimeError, match="but the model that was saved answered"):
+    with pytest.raises(RuntimeError, match="but before it was saved it answered"):
         demo.check_saved_folder(output_dir, ["no such answer"])

@@ -53,8 +53,8 @@ def test_backbones_features_and_the_first_layer_are_taken_over(tmp_path, capsys)
     llava = make_llava(tmp_path / "llava")
     model = convert(tmp_path)
     printed = capsys.readouterr().out
-    assert "projector, linear: the first layer of LLaVA's MLP" in printed
-    assert "the second layer of LLaVA's MLP (64, 64) has no place in Linear + LayerNorm" in printed
+    assert "projector, linear: from the first layer of LLaVA's MLP" in printed
+    assert "the second layer (64, 64) of LLaVA's MLP does not fit" in printed
     for part in ("vision_tower", "language_model"):
         ours, theirs = (getattr(one.model, part).state_dict() for one in (model, llava))
         assert ours.keys() == theirs.keys()
@@ -94,7 +94,7 @@ def test_the_processor_is_carried_over_with_our_prompt(tmp_path):
     ("projector", "line"),
     [
         ("vit", "projector, encoder_layer: random"),
-        ("perceiver", "projector: random; none of the weights of LLaVA's two-layer MLP has a place in it"),
+        ("perceiver", "projector: random, since the weights of LLaVA's two-layer MLP do not fit its architecture"),
     ],
 )
 def test_other_projectors_say_what_starts_at_random(projector, line, tmp_path, capsys):
@@ -119,10 +119,10 @@ def test_folders_of_older_versions(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vision_feature_layer": [-2, -1]}, r"`vision_feature_layer` joins 2 layers \(\[-2, -1\]\)"),
+        ({"vision_feature_layer": [-2, -1]}, r"`vision_feature_layer` concatenates 2 layers \(\[-2, -1\]\)"),
         (
             {"vision_config": SiglipVisionConfig(num_hidden_layers=1)},
-            "`vision_config` has the model_type 'siglip_vision_model': VisualChat takes over 'clip_vision_model' only",
+            "`vision_config` has the model_type 'siglip_vision_model': VisualChat supports 'clip_vision_model' only",
         ),
     ],
 )

@@ -99,7 +99,7 @@ class TestConverter:
         del checkpoint.weights["lang_embed.weight"], checkpoint.weights["projection.1.bias"]
         checkpoint.weights["vis_encoder.conv1.weight"] = torch.ones(1)
         message = (
-            r"lacks 2 \(lang_embed.weight, projection.1.bias\) and has 1 that have no place in this model"
+            r"2 are missing in the checkpoint \(lang_embed.weight, projection.1.bias\), and it has 1 unexpected ones"
             r" \(vis_encoder.conv1.weight\)"
         )
         with pytest.raises(ValueError, match=message):
@@ -139,7 +139,7 @@ class TestConverter:
             ({"projector": "linear"}, "`projector` is 'linear', use one of baseline, vit, perceiver"),
             ({"base_vocab_size": 400}, "`vocab_size` of `text_config` is 322, but `base_vocab_size` is 400"),
             ({"image_token_id": 322}, "`image_token_id` is 322, use one from 320 to 321"),
-            ({"lora": 8}, "must hold projector, .*, but holds projector, .*, lora"),
+            ({"lora": 8}, "must have the keys projector, .*, but has projector, .*, lora"),
         ],
     )
     def test_a_wrong_config_is_refused(self, checkpoint, changes, message):
@@ -205,8 +205,8 @@ class TestConverter:
     def test_without_a_tokenizer_there_is_no_processor_and_it_says_so(self, checkpoint, capsys):
         checkpoint.convert("--attention", "causal")
         printed = capsys.readouterr().out
-        assert "No processor was written, for want of --tokenizer" in printed
-        assert "give each sample's last picture first" in printed
+        assert "No processor was saved, since --tokenizer was not given" in printed
+        assert "pass images last to first" in printed
         assert not (checkpoint.folder / "converted" / "processor_config.json").exists()
 
     def test_another_tokenizer_is_refused(self, checkpoint, tmp_path):

@@ -69,7 +69,7 @@ def test_the_folders_are_what_the_script_writes(tmp_path):
     for path in written:
         texts = [(folder / path).read_text() for folder in (tmp_path, CONFIGS)]
         fresh, committed = (re.sub(r'"transformers_version": ".*?"', "", text) for text in texts)
-        assert committed == fresh, f"hub_configs/{path} is outdated: run python examples/make_hub_configs.py"
+        assert committed == fresh, f"hub_configs/{path} is outdated: run python -m visualchat.hub.configs"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,14 +150,18 @@ def test_the_card_is_true(name):
         "… of the projector": projector,
         "… of the decoder": count(model) - tower - projector - 2 * hidden_size,
         "… of the placeholder token, in embedding and output layer": 2 * hidden_size,
-        "… trained by `freeze_for_alignment`: projector and token embedding": projector
+        "… trained in alignment (`freeze_for_alignment`): projector and token embedding": projector
         + config.text_config.vocab_size * hidden_size,
         "bytes of the weights, bfloat16": 2 * count(model),
-        "pixels of a picture": f"{image_size} × {image_size}",
-        "tokens of a picture": IMAGE_TOKENS[name],
-        "bytes of a picture's memory (`model.image_memory_nbytes`), bfloat16": 2 * layers * IMAGE_TOKENS[name] * width * 2,
+        "pixels of an image": f"{image_size} × {image_size}",
+        "tokens of an image": IMAGE_TOKENS[name],
+        "bytes of the image memory of an image (`model.image_memory_nbytes`), bfloat16": 2
+        * layers
+        * IMAGE_TOKENS[name]
+        * width
+        * 2,
         "tokens of the context": context,
-        "pictures that fit beside 512 tokens of text": (context - 512) // IMAGE_TOKENS[name],
+        "images that fit into the context beside 512 text tokens": (context - 512) // IMAGE_TOKENS[name],
         "layers · heads · key-value heads of the decoder": (
             f"{decoder.num_hidden_layers} · {decoder.num_attention_heads} · {decoder.num_key_value_heads}"
         ),

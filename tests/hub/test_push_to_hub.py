@@ -20,7 +20,7 @@ from helpers.hub_server import TOKEN, HubServer, serve
 from helpers.tiny import digit_image, make_inputs, make_model, make_processor
 from helpers.training import arguments, save_parts
 from visualchat.cli import main as visualchat
-from visualchat.hub.push import collect, push
+from visualchat.hub.push import collect_files, push
 from visualchat.training.train import main as train
 
 
@@ -117,7 +117,7 @@ class TestDryRun:
         (tmp_path / "outputs" / "joined").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "unused.py").write_text("")
-        publication = collect(tmp_path)
+        publication = collect_files(tmp_path)
         card = publication.contents["README.md"].decode()
         table = dict(re.findall(r"^\| `(\S+\.py)` \| [\d,]+ \| `(\w{64})` \|$", card, flags=re.MULTILINE))
         assert table == {path.name: sha256(path) for path in tmp_path.glob("*.py") if path.name != "unused.py"}
@@ -127,11 +127,11 @@ class TestDryRun:
         assert front["license"] == "apache-2.0" and front["library_name"] == "transformers"
         assert front["base_model"] == ["openai/clip-vit-large-patch14"]  # not the folder
         (tmp_path / "README.md").write_text(card)
-        assert collect(tmp_path).contents["README.md"].decode() == card
+        assert collect_files(tmp_path).contents["README.md"].decode() == card
 
     def test_a_hub_config_is_not_a_model(self):
         with pytest.raises(FileNotFoundError, match=r"no model\.safetensors: save the model there"):
-            collect(ROOT / "hub_configs" / "tiny")
+            collect_files(ROOT / "hub_configs" / "tiny")
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -141,21 +141,21 @@ class TestDryRun:
             ("chat_template.jinja", r"no chat_template\.jinja: save the processor there"),
             ("tokenizer_config.json", r"no tokenizer_config\.json: save the processor there"),
             ("projector_visualchat.py", r"projector_visualchat\.py, which modeling_visualchat\.py names, is missing"),
-            ("curves.png", r"README\.md shows curves\.png"),
+            ("curves.png", r"README\.md shows the image curves\.png"),
         ],
     )
     def test_what_is_missing_is_named(self, name, message, tmp_path):
         save_run(tmp_path)
         next(tmp_path.glob(name)).unlink()
         with pytest.raises(FileNotFoundError, match=message):
-            collect(tmp_path)
+            collect_files(tmp_path)
 
     @pytest.mark.parametrize(("secret", "token"), [("hf_" + "a" * 34, None), ("another-hubs-token", "another-hubs-token")])
     def test_a_token_in_a_file_is_refused(self, secret, token, tmp_path):
         save_model(tmp_path)
         (tmp_path / "settings.json").write_text(json.dumps({"token": secret}))
-        with pytest.raises(ValueError, match=r"settings\.json holds an access token") as error:
-            collect(tmp_path, token=token)
+        with pytest.raises(ValueError, match=r"settings\.json contains an access token") as error:
+            collect_files(tmp_path, token=token)
         assert secret not in str(error.value)
 
 
@@ -240,9 +240,9 @@ class TestPush:
         with pytest.raises(SystemExit) as error:
             visualchat(["push", str(tmp_path / "model"), name])
         message = {
-            "wrong": f"{hub.endpoint} refuses the access token: make one with the right to write",
-            "none": f"There is no access token for {hub.endpoint}: log in by `hf auth login`",
-            "another's name": f"The access token may not write to somebody/name at {hub.endpoint}",
+            "wrong": f"{hub.endpoint} rejects the access token: create one with write access",
+            "none": f"There is no access token for {hub.endpoint}: log in with `hf auth login`",
+            "another's name": f"The access token has no write access to somebody/name at {hub.endpoint}",
         }[given]
         assert message in str(error.value)
         output = str(error.value) + "".join(capsys.readouterr())
@@ -332,19 +332,21 @@ class TestTraining:
         model.name_or_path = str(tmp_path / "model")
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
         make_processor().save_pretrained(tmp_path / "adapter")
-        with pytest.raises(ValueError, match=r"which only this machine has: publish the base first .* --base-model"):
-            collect(tmp_path / "adapter")
-        with pytest.raises(ValueError, match="names the base 'user/base', which is not at http://127"):
+        with pytest.raises(
+            ValueError, match=r"which exists on this machine only: push the base model first .* --base-model"
+        ):
+            collect_files(tmp_path / "adapter")
+        with pytest.raises(ValueError, match="names the base model 'user/base', not found at http://127"):
             push(tmp_path / "adapter", "user/adapter", base_model="user/base")
         assert hub.repositories == {}
-        contents = collect(tmp_path / "adapter", "user/base").contents
+        contents = collect_files(tmp_path / "adapter", "user/base").contents
         assert json.loads(contents["adapter_config.json"])["base_model_name_or_path"] == "user/base"
         assert front_matter(contents["README.md"].decode())["base_model"] == ["user/base"]
 
     def test_what_cannot_be_published_is_refused_before_training(self, hub: HubServer, parts, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"publishes an adapter.*needs model_name_or_path to be a Hub id"):
             train(arguments(parts, tmp_path / "run", push_to_hub=True, mode="lora"))
-        with pytest.raises(PermissionError, match="refuses the access token"):
+        with pytest.raises(PermissionError, match="rejects the access token"):
             train(arguments(parts, tmp_path / "run", push_to_hub=True, hub_token="hf_wrong"))
         assert not (tmp_path / "run" / "model").exists()
 

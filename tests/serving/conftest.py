@@ -9,4 +9,4 @@ from helpers.server import Server
 def server():
     with Server() as server:
         yield server
-        assert server.service.taken == server.service.running == 0
+        assert server.service.used_slots == server.service.running == 0

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 def test_the_script_under_load(folder):
     """The command line, in a process of its own: 60 requests by 8 clients. The benchmark sends 500."""
-    results = serve_load.measure_load(folder, count=60, clients=8, broken=0.15)
+    results = serve_load.measure_load(folder, count=60, clients=8, invalid=0.15)
     assert [result["claim"][:2] for result in results] == ["51", "9 ", "th"]
     assert results[0]["image_memory"]["hits"] > 0
 
@@ -60,7 +60,7 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(program.uvicorn, "run", lambda app, **settings: run.append(settings))
     visualchat(["serve", folder])
     service, name, limits = built
-    assert (name, limits, service.places) == (folder, Limits(images=12), 33)
+    assert (name, limits, service.num_slots) == (folder, Limits(images=12), 33)
     assert run[0]["host"] == "127.0.0.1" and run[0]["port"] == 8000
     built.clear()
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
@@ -68,7 +68,7 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
     visualchat(["serve", folder, *arguments.split()])
     service, name, limits = built
-    assert (name, service.places, service.model.dtype) == ("m", 5, torch.bfloat16)
+    assert (name, service.num_slots, service.model.dtype) == ("m", 5, torch.bfloat16)
     assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
     hosts = frozenset({"a.org", "b.org:81"})
     expected = Limits(1_000_000, images=3, choices=4, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=hosts)

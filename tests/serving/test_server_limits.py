@@ -48,7 +48,7 @@ class TestLimits:
             client.sendall(head.encode())
             client.settimeout(10)
             assert client.recv(100).startswith(b"HTTP/1.1 408")
-        assert strict.service.taken == 0
+        assert strict.service.used_slots == 0
 
     def test_pictures(self, strict):
         noise = encode(Image.effect_noise((90, 90), 50))
@@ -100,14 +100,14 @@ def test_pictures_from_an_allowed_host(monkeypatch):
             for path in ("/picture.png", "/around"):
                 assert server.ask(picture(f"http://{allowed}{path}"), text()).choices[0].message.content == expected
             for url, message in (
-                (f"http://{allowed}/away", "fetches nothing from 'localhost'"),
+                (f"http://{allowed}/away", "does not fetch images from 'localhost'"),
                 (f"http://{allowed}/loop", "redirected more than 3 times"),
                 (f"http://{allowed}/missing.png", "404"),
                 (f"http://{allowed}/large", "more than 100,000 bytes"),
                 (f"http://{allowed}/slow", "no answer within 0.7 seconds|timed out"),
-                (f"http://localhost:{host.server_port}/picture.png", "fetches nothing from 'localhost'"),
-                (f"http://user:secret@{allowed}/picture.png", "fetches nothing from '127.0.0.1'"),
-                ("http://127.0.0.1/picture.png", "fetches nothing from '127.0.0.1'"),
+                (f"http://localhost:{host.server_port}/picture.png", "does not fetch images from 'localhost'"),
+                (f"http://user:secret@{allowed}/picture.png", "does not fetch images from '127.0.0.1'"),
+                ("http://127.0.0.1/picture.png", "does not fetch images from '127.0.0.1'"),
                 (f"ftp://{allowed}/picture.png", "must be data URLs"),
             ):
                 with pytest.raises(openai.BadRequestError, match=message):
@@ -128,7 +128,7 @@ class TestQueue:
         leaving = send_and_leave(busy, body(text(), **{"max_tokens": 500, "stream": stream, **fields}))
         wait_until(lambda: busy.service.generated_tokens >= 3)
         leaving.close()
-        wait_until(lambda: busy.service.taken == 0, seconds=4)
+        wait_until(lambda: busy.service.used_slots == 0, seconds=4)
         assert busy.service.generated_tokens < 50
         assert busy.service.disconnects == 1 and busy.service.running == 0
         busy.slow.clear()
@@ -138,25 +138,25 @@ class TestQueue:
         answering = send_and_leave(busy, body(text(), max_tokens=500))
         wait_until(lambda: busy.service.running == 1)
         waiting = send_and_leave(busy, body(text("waiting"), max_tokens=500))
-        wait_until(lambda: busy.service.taken == 2)
+        wait_until(lambda: busy.service.used_slots == 2)
         assert busy.metrics()["visualchat_queue_length"] == 1 and busy.metrics()["visualchat_running"] == 1
         waiting.close()
-        wait_until(lambda: busy.service.taken == 1, seconds=4)
+        wait_until(lambda: busy.service.used_slots == 1, seconds=4)
         assert busy.service.running == 1
         answering.close()
-        wait_until(lambda: busy.service.taken == 0, seconds=4)
+        wait_until(lambda: busy.service.used_slots == 0, seconds=4)
 
     def test_when_it_is_full_others_are_sent_away(self, busy):
         leaving = [send_and_leave(busy, body(text(), max_tokens=500)) for _ in range(2)]
-        wait_until(lambda: busy.service.taken == 2)
+        wait_until(lambda: busy.service.used_slots == 2)
         status, headers, answer = busy.post(body(text()))
         assert (status, headers["Retry-After"]) == (503, "1")
-        assert answer["error"]["code"] == "server_overloaded" and "All 2 places are taken" in answer["error"]["message"]
+        assert answer["error"]["code"] == "server_overloaded" and "All 2 slots are in use" in answer["error"]["message"]
         assert busy.post(body(text("a" * 5_000_000)))[0] == 503
         assert json.loads(busy.get("/health")) == {"status": "ok"}
         for one in leaving:
             one.close()
-        wait_until(lambda: busy.service.taken == 0, seconds=4)
+        wait_until(lambda: busy.service.used_slots == 0, seconds=4)
         assert busy.post(body(text()))[0] == 200
 
     def test_the_server_stops_while_it_answers(self, busy):

@@ -20,9 +20,14 @@ WRONG = {
     "messages of text": ({"model": "tiny", "messages": "hi"}, 400, "messages", "array"),
     "role": (body(text(), role="tool"), 400, "messages[0].role", "'system', 'developer', 'user' or 'assistant'"),
     "unknown role": (body(text(), role="bot"), 400, "messages[0].role", "got 'bot'"),
-    "assistant first": (body(text(), role="assistant"), 400, "messages[0]", "answers no message"),
-    "system alone": (body(text(), role="system"), 400, "messages", "only system messages"),
-    "picture of the assistant": (body(picture(b"x"), role="assistant"), 400, "messages[0]", "only the user brings pictures"),
+    "assistant first": (body(text(), role="assistant"), 400, "messages[0]", "does not follow a message"),
+    "system alone": (body(text(), role="system"), 400, "messages", "no message of the user"),
+    "picture of the assistant": (
+        body(picture(b"x"), role="assistant"),
+        400,
+        "messages[0]",
+        "only messages of the user may have images",
+    ),
     "message without content": (
         {"model": "tiny", "messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]},
         400,
@@ -111,18 +116,18 @@ WRONG = {
     "no ASCII in base64": (body(picture("data:image/png;base64,ä")), 400, "messages[0].content[0].image_url.url", "base64"),
     "not base64": (body(picture("data:image/png,abc")), 400, "messages[0].content[0].image_url.url", "must begin with"),
     "no picture": (body(picture(b"nothing")), 400, "messages[0].content[0].image_url.url", "PNG, JPEG"),
-    "empty picture": (body(picture(b"")), 400, "messages[0].content[0].image_url.url", "not a picture"),
+    "empty picture": (body(picture(b"")), 400, "messages[0].content[0].image_url.url", "not a readable image"),
     "half a picture": (
         body(picture(digit_image(0)), picture(encode(Image.effect_noise((64, 64), 50))[:900])),
         400,
         "messages[0].content[1].image_url.url",
-        "broken picture",
+        "broken image",
     ),
     "PostScript": (
         body(picture(encode(digit_image(0), "EPS"))),
         400,
         "messages[0].content[0].image_url.url",
-        "not a picture that can be read",
+        "not a readable image",
     ),
     "pixels": (
         body(picture(Image.new("L", (5001, 5000)))),
@@ -161,7 +166,7 @@ class TestWrongRequests:
     def test_the_server_goes_on_after_them(self, server):
         for request, *_ in WRONG.values():
             server.post(request)
-        assert server.service.taken == 0
+        assert server.service.used_slots == 0
         assert len(server.post(body(picture(digit_image(0)), text()))[2]["choices"]) == 1
 
     def test_the_openai_client_understands_them(self, server):

@@ -130,11 +130,11 @@ class TestSpelling:
     def test_of_byte_level_tokens(self):
         tokenizer = make_processor().tokenizer
         ids = tokenizer(" a€𝄞b", add_special_tokens=False)["input_ids"]
-        spelled = [sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
+        spelled = [sampling.decode_token(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
         assert b"".join(spelling for _, spelling in spelled).decode() == " a€𝄞b"
         assert spelled[0][0] == " a" and spelled[-1] == ("b", b"b")
         assert (r"bytes:\xe2", b"\xe2") in spelled
-        assert sampling.spell(tokenizer, ids, tokenizer.eos_token_id) == ("</s>", None)
+        assert sampling.decode_token(tokenizer, ids, tokenizer.eos_token_id) == ("</s>", None)
 
     def test_of_tokens_with_blanks_and_bytes(self):
         """As LLaMA's tokenizer writes them: ▁ for a blank, stripped at a beginning, and <0x..> for what has no token."""
@@ -146,7 +146,7 @@ class TestSpelling:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
         names = ["▁a", "▁a", "<0xE2>", "<0x82>", "<0xAC>", "b", "<0xE2>", "é"]
         ids = tokenizer.convert_tokens_to_ids(names)
-        spelled = [sampling.spell(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
+        spelled = [sampling.decode_token(tokenizer, ids[:k], token) for k, token in enumerate(ids)]
         texts = ["a", " a", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "b", r"bytes:\xe2", "é"]
         assert [one for one, _ in spelled] == texts
         assert b"".join(spelling for _, spelling in spelled) == "a a€b".encode() + b"\xe2" + "é".encode()
@@ -157,7 +157,7 @@ def test_sampling_follows_the_distribution():
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 0.8)):
         asked = request(temperature=temperature, top_p=top_p)
         warpers = sampling.make_warpers(asked, GenerationConfig(), scores.device)
-        sampler = sampling.Sampling(scores.device, warpers, seed=0)
+        sampler = sampling.SamplingProcessor(scores.device, warpers, seed=0)
         drawn = sampler(None, scores).argmax(-1).bincount(minlength=5) / len(scores)
         expected = (scores[0] / temperature).softmax(-1)
         kept = expected.cumsum(-1) - expected < top_p

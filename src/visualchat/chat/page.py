@@ -20,31 +20,33 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.chat.page_conversation import EXAMPLES, Conversation, Example, ShownRound
+from visualchat.chat.page_conversation import EXAMPLES, Conversation, DisplayedRound, Example
+from visualchat.errors import input_errors
 from visualchat.loading import load_model, load_processor
 
 
 CSS = """
-.pictures {display: flex; flex-wrap: wrap; gap: 12px}
-.pictures figure {margin: 0; text-align: center}
-.pictures img {height: 120px; border-radius: 6px; display: block}
-.pictures figcaption {font-weight: 600; margin-top: 4px}
+.images {display: flex; flex-wrap: wrap; gap: 12px}
+.images figure {margin: 0; text-align: center}
+.images img {height: 120px; border-radius: 6px; display: block}
+.images figcaption {font-weight: 600; margin-top: 4px}
 """
-FONTS = ["system-ui", "sans-serif"]  # those of the machine
-FORGET_FILES_AFTER_S = 3600
+FONTS = ["system-ui", "sans-serif"]  # fonts of the visitor's machine, so that none is downloaded
+DELETE_FILES_AFTER_S = 3600
 
 
 class ChatPage:
     """
-    The page, and what its controls do.
+    The web page, and the event handlers of its controls.
 
     Args:
-        model (`VisualChatForCausalLM`), processor (`VisualChatProcessor`): They answer.
-        examples (`list[Example]`, *optional*): Conversations to begin with.
-        max_images (`int`): Of a conversation. A model with numbered image keys may allow fewer.
-        max_pixels (`int`): Of a picture.
-        max_cached (`int`): Of so many conversations, those that asked last, the cache is kept.
-        store_bytes (`int`): For pictures that are remembered, of all visitors together.
+        model (`VisualChatForCausalLM`), processor (`VisualChatProcessor`): They generate the answers.
+        examples (`list[Example]`, *optional*): Conversations that the page offers to a visitor.
+        max_images (`int`): The most images in a conversation. A model with numbered image keys may allow fewer.
+        max_pixels (`int`): The most pixels of an image.
+        max_cached (`int`): The number of conversations whose key-value cache is kept. Those that were used least recently
+            lose theirs.
+        store_bytes (`int`): The size of the image memory, in bytes. All visitors share it.
     """
 
     def __init__(
@@ -62,17 +64,19 @@ class ChatPage:
         self.max_images = min(max_images, len(config.image_number_token_ids)) if config.image_number_keys else max_images
         self.max_pixels = max_pixels
         self.store = ImageMemoryStore(model, store_bytes)
-        self.cached: OrderedDict[str, Conversation] = OrderedDict()  # by Gradio's name of the session
+        self.cached: OrderedDict[str, Conversation] = OrderedDict()  # by Gradio's session hash, least recently used first
 
     def build(self) -> gr.Blocks:
-        """Lays out the page."""
+        """Builds the layout of the page and connects its controls."""
         context = self.model.config.text_config.max_position_embeddings
         cards = [{"text": one.rounds[0][0], "display_text": one.title} for one in self.examples]
         with gr.Blocks(
-            title="VisualChat", fill_height=True, analytics_enabled=False, delete_cache=(600, FORGET_FILES_AFTER_S)
+            title="VisualChat", fill_height=True, analytics_enabled=False, delete_cache=(600, DELETE_FILES_AFTER_S)
         ) as page:
-            gr.Markdown(f"# VisualChat\nDrop up to {self.max_images} pictures into a conversation, and call them by number.")
-            # What an ended session holds is freed by Gradio, an hour after its tab is closed; the cache at once
+            gr.Markdown(
+                f"# VisualChat\nDrop up to {self.max_images} images into a conversation, and refer to them by number."
+            )
+            # Gradio frees the state of a session an hour after its tab is closed. `leave` frees the cache at once
             state = gr.State()
             chatbot = gr.Chatbot(
                 label="Conversation",
@@ -83,16 +87,16 @@ class ChatPage:
                 render_markdown=False,
                 latex_delimiters=[],
                 feedback_options=None,
-                placeholder="Nothing has been asked yet.",
+                placeholder="No question has been asked yet.",
                 examples=cards,
                 elem_id="chat",
             )
             box = gr.MultimodalTextbox(
-                label=self._invite(0),
+                label=self._box_label(0),
                 show_label=True,
                 file_count="multiple",
                 file_types=["image"],
-                placeholder="Ask, and drop pictures here",
+                placeholder="Type a question, and drop images here",
                 elem_id="box",
             )
             with gr.Row():
@@ -104,7 +108,7 @@ class ChatPage:
                 tokens = gr.Slider(1, context // 2, min(256, context // 4), step=1, label="Max new tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                 top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                seed = gr.Number(-1, precision=0, minimum=-1, label="Seed (-1: another answer each time)")
+                seed = gr.Number(-1, precision=0, minimum=-1, label="Seed (-1: a different answer each time)")
 
             settings = [tokens, temperature, top_p, seed]
             shown = [state, chatbot, box, stop, undo, retry, clear]
@@ -116,83 +120,83 @@ class ChatPage:
                 "show_progress_on": chatbot,
                 "api_visibility": "private",
             }
-            at_once = {"outputs": shown, "concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+            immediate = {"outputs": shown, "concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
             box.submit(self.ask, [state, box, *settings], **answering)
             chatbot.example_select(self.ask_example, [state, *settings], **answering)
             chatbot.edit(self.edit, [state, *settings], **answering)
             retry.click(self.retry, [state, *settings], **answering)
-            undo.click(self.undo, [state], **at_once)
-            gr.on([clear.click, chatbot.clear], self.clear, [state], **at_once)
+            undo.click(self.undo, [state], **immediate)
+            gr.on([clear.click, chatbot.clear], self.clear, [state], **immediate)
             stop.click(self.stop, [state], concurrency_limit=None, show_progress="hidden", api_visibility="private")
             page.unload(self.leave)
         return page
 
     def ask(self, request: gr.Request, conversation: Conversation | None, message: dict, *settings) -> Iterator[list]:
-        """Sends the text and the files of the box. They stay there if that fails."""
-        conversation = self._warm(conversation, request)
-        growing = conversation.ask(message["text"], message["files"], **_generation(*settings))
-        yield from self._answer(conversation, growing, message)
+        """Sends the text and the files of the input box. If that fails, they are put back into the box."""
+        conversation = self._mark_as_used(conversation, request)
+        updates = conversation.ask(message["text"], message["files"], **_generation(*settings))
+        yield from self._answer(conversation, updates, message)
 
     def ask_example(
         self, request: gr.Request, event: gr.SelectData, conversation: Conversation | None, *settings
     ) -> Iterator[list]:
-        """Asks the questions of an example, one after the other."""
-        conversation = self._warm(conversation, request)
-        growing = conversation.ask_all(self.examples[event.index].rounds, **_generation(*settings))
-        yield from self._answer(conversation, growing)
+        """Asks the questions of an example conversation, one after another."""
+        conversation = self._mark_as_used(conversation, request)
+        updates = conversation.ask_all(self.examples[event.index].rounds, **_generation(*settings))
+        yield from self._answer(conversation, updates)
 
     def edit(self, request: gr.Request, event: gr.EditData, conversation: Conversation | None, *settings) -> Iterator[list]:
-        """Asks an earlier question anew: that of the round to which a message belongs."""
-        conversation = self._warm(conversation, request)
+        """Replaces the question of the round that the edited message belongs to, and answers it."""
+        conversation = self._mark_as_used(conversation, request)
         ends = accumulate(len(_messages([one])) for one in conversation.rounds)
         index = sum(end <= event.index for end in ends)
-        growing = conversation.edit(index, html.unescape(event.value), **_generation(*settings))
-        yield from self._answer(conversation, growing)
+        updates = conversation.edit(index, html.unescape(event.value), **_generation(*settings))
+        yield from self._answer(conversation, updates)
 
     def retry(self, request: gr.Request, conversation: Conversation | None, *settings) -> Iterator[list]:
         """Asks the last question again."""
-        conversation = self._warm(conversation, request)
+        conversation = self._mark_as_used(conversation, request)
         yield from self._answer(conversation, conversation.retry(**_generation(*settings)))
 
     def undo(self, conversation: Conversation | None) -> list:
-        """Puts the last question and its pictures back into the box."""
-        conversation = conversation or self._begin()
+        """Removes the last round, and puts its question and images back into the input box."""
+        conversation = conversation or self._start_conversation()
         try:
             last = conversation.undo()
         except ValueError as error:
-            return _refuse(error, conversation)
+            return _show_error(error, conversation)
         files = [save_pil_to_cache(image, get_upload_folder(), format="png") for image in last.images]
         return self._show(conversation, {"text": last.text, "files": files})
 
     def clear(self, conversation: Conversation | None) -> list:
-        """Begins anew."""
-        conversation = conversation or self._begin()
+        """Starts a new conversation."""
+        conversation = conversation or self._start_conversation()
         try:
             conversation.clear()
         except ValueError as error:
-            return _refuse(error, conversation)
+            return _show_error(error, conversation)
         return self._show(conversation)
 
     def stop(self, conversation: Conversation | None) -> None:
-        """Ends the answer that is being written."""
+        """Stops the answer that is being generated."""
         if conversation is not None:
             conversation.stop()
 
     def leave(self, request: gr.Request) -> None:
-        """Frees the cache of a visitor whose tab was closed. Should the tab come back, the conversation goes on."""
+        """Frees the cache of a visitor who closed the tab. If the tab is restored, the conversation can continue."""
         conversation = self.cached.pop(request.session_hash, None)
         if conversation is not None:
             conversation.release()
 
-    def _begin(self) -> Conversation:
+    def _start_conversation(self) -> Conversation:
         return Conversation(self.model, self.processor, self.store, self.max_images, self.max_pixels)
 
-    def _warm(self, conversation: Conversation | None, request: gr.Request) -> Conversation:
+    def _mark_as_used(self, conversation: Conversation | None, request: gr.Request) -> Conversation:
         """
-        The visitor's conversation, now the one that was answered last. The cache of the one that was answered longest ago
-        may go; it is not being answered, for answers are made one at a time.
+        The visitor's conversation, marked as the most recently used. If too many conversations have a cache, the least
+        recently used one loses it. That one has no answer under way, since answers are generated one at a time.
         """
-        conversation = conversation or self._begin()
+        conversation = conversation or self._start_conversation()
         self.cached[request.session_hash] = conversation
         self.cached.move_to_end(request.session_hash)
         if len(self.cached) > self.max_cached:
@@ -201,54 +205,55 @@ class ChatPage:
         return conversation
 
     def _answer(
-        self, conversation: Conversation, growing: Iterator[list[ShownRound]], message: dict | None = None
+        self, conversation: Conversation, updates: Iterator[list[DisplayedRound]], message: dict | None = None
     ) -> Iterator[list]:
-        """Shows how the answer grows. `message` is put back into the box if there is none."""
-        others = [gr.MultimodalTextbox(value=None, interactive=False), *_buttons(stop=True)]
+        """Streams the answer to the page. If it fails, `message` is put back into the input box."""
+        controls = [gr.MultimodalTextbox(value=None, interactive=False), *_buttons(stop=True)]
         messages, num_rounds = [], 0
         try:
-            for rounds in growing:
-                if len(rounds) == num_rounds:  # the answer alone has grown: pictures need not be encoded again
+            for rounds in updates:
+                if len(rounds) == num_rounds:  # only the answer has grown, so the images need not be encoded again
                     messages = [*messages[:-1], _answer_message(rounds[-1])]
                 else:
                     messages, num_rounds = _messages(rounds), len(rounds)
-                yield [conversation, messages, *others]
-                others = [gr.skip()] * len(others)
-        except (ValueError, RuntimeError) as error:  # what was asked; memory or device
+                yield [conversation, messages, *controls]
+                controls = [gr.skip()] * len(controls)
+        except (ValueError, RuntimeError) as error:  # a wrong request; or out of memory, or another fault of the device
             _warn(error)
             yield self._show(conversation, message)
         else:
             yield self._show(conversation)
 
     def _show(self, conversation: Conversation, message: dict | None = None) -> list:
-        """The page at rest."""
+        """The updates of all controls while no answer is being generated."""
         rounds = conversation.rounds
-        box = gr.MultimodalTextbox(value=message, interactive=True, label=self._invite(conversation.num_images))
+        box = gr.MultimodalTextbox(value=message, interactive=True, label=self._box_label(conversation.num_images))
         return [conversation, _messages(rounds), box, *_buttons(undo=bool(rounds))]
 
-    def _invite(self, num_images: int) -> str:
+    def _box_label(self, num_images: int) -> str:
         if num_images == self.max_images:
-            return f"The conversation has all of its {num_images} pictures"
-        return f"The next picture is Image {num_images + 1}, and so on in this order"
+            return f"The conversation has {num_images} images, which is the maximum"
+        return f"The next image will be Image {num_images + 1}, and so on in this order"
 
 
-def _messages(rounds: list[ShownRound]) -> list[dict]:
+def _messages(rounds: list[DisplayedRound]) -> list[dict]:
     """
-    Of every round the pictures, if any, the question, and the answer. What the model or a visitor writes is shown as it is,
-    and can load nothing. Pictures are a message of their own: Gradio cannot edit one that holds anything but text.
+    The chat messages of all rounds: the images if there are any, the question, and the answer. HTML in a text is escaped, so
+    that a text is shown as it is and can load nothing. Images are a separate message, because Gradio can only edit messages
+    that hold nothing but text.
     """
     messages, number = [], 0
     for one in rounds:
         figures = [_figure(image, number + k) for k, image in enumerate(one.images, 1)]
         number += len(figures)
         if figures:
-            messages.append({"role": "user", "content": gr.HTML(f'<div class="pictures">{"".join(figures)}</div>')})
+            messages.append({"role": "user", "content": gr.HTML(f'<div class="images">{"".join(figures)}</div>')})
         messages.append({"role": "user", "content": html.escape(one.text, quote=False)})
         messages.append(_answer_message(one))
     return messages
 
 
-def _answer_message(one: ShownRound) -> dict:
+def _answer_message(one: DisplayedRound) -> dict:
     return {"role": "assistant", "content": html.escape(one.answer, quote=False)}
 
 
@@ -261,7 +266,7 @@ def _figure(image: Image.Image, number: int) -> str:
 
 
 def _buttons(stop: bool = False, undo: bool = False) -> list[gr.Button]:
-    """Which of Stop, and of Undo, Retry and Clear, can be pressed."""
+    """Enables or disables Stop, and together Undo, Retry and Clear."""
     return [
         gr.Button(interactive=stop, variant="stop" if stop else "secondary"),
         *(gr.Button(interactive=undo) for _ in range(3)),
@@ -269,7 +274,7 @@ def _buttons(stop: bool = False, undo: bool = False) -> list[gr.Button]:
 
 
 def _generation(max_new_tokens: float, temperature: float, top_p: float, seed: int) -> dict:
-    """What `model.generate` and the seed are; sliders do not tell 2 from 2.0, which `generate` does."""
+    """The settings as arguments of [`Conversation.ask`]. A slider may give 2 for 2.0, and `generate` needs a float."""
     sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
     return {
         "max_new_tokens": int(max_new_tokens),
@@ -278,7 +283,7 @@ def _generation(max_new_tokens: float, temperature: float, top_p: float, seed: i
     }
 
 
-def _refuse(error: ValueError, conversation: Conversation) -> list:
+def _show_error(error: ValueError, conversation: Conversation) -> list:
     _warn(error)
     return [conversation, _messages(conversation.rounds), *[gr.skip()] * 5]
 
@@ -288,30 +293,30 @@ def _warn(error: Exception) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serves the page with the options of `visualchat web`, until the process is stopped."""
-    try:
+    """Runs `visualchat web` with these options, until the process is stopped."""
+    with input_errors(f"cannot load {options.model}: "):
         model = load_model(options.model, options.trust_remote_code, dtype="auto", device_map="auto")
         processor = load_processor(options.model, options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot load {options.model}: {error}") from error
     page = ChatPage(
         model,
         processor,
         EXAMPLES[options.examples](),
         options.max_images,
-        options.max_pixels,
+        int(options.max_image_megapixels * 1e6),
         options.max_cached,
-        int(options.store_gb * 2**30),
+        int(options.image_memory_gb * 2**30),
     )
-    page.build().queue(max_size=options.max_waiting, api_open=False).launch(
-        server_name=options.host,
-        server_port=options.port,
-        share=options.share,
-        max_file_size=options.max_upload,
-        state_session_capacity=options.max_sessions,
-        theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
-        css=CSS,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-    )
+    app = page.build().queue(max_size=options.max_waiting, api_open=False)
+    with input_errors():  # the port may be in use
+        app.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            max_file_size=int(options.max_image_mb * 1e6),
+            state_session_capacity=options.max_sessions,
+            theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+        )

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What one visitor of the web page says and shows, within limits; and conversations to begin with."""
+"""The conversation of one visitor of the web page, with its limits, and the example conversations of the page."""
 
 import io
 import os
@@ -21,13 +21,13 @@ from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.data.digits import split_digits
 
 
-class ShownRound(NamedTuple):
+class DisplayedRound(NamedTuple):
     """
-    A round as the page shows it, also while its answer is being written.
+    A round as the page shows it, also while its answer is being generated.
 
     Args:
-        images (`list[PIL.Image.Image]`): What the model sees of the pictures of the round.
-        text, answer (`str`): The question, and what there is of the answer.
+        images (`list[PIL.Image.Image]`): The images of the round, cropped to the part that the model sees.
+        text, answer (`str`): The question, and the answer so far.
     """
 
     images: list[Image.Image]
@@ -37,126 +37,130 @@ class ShownRound(NamedTuple):
 
 class Conversation:
     """
-    A conversation in the limits of the page. Nothing of it is lost by an error.
+    A conversation within the limits of the page. An error loses none of its rounds.
 
     Args:
-        model (`VisualChatForCausalLM`), processor (`VisualChatProcessor`): They answer.
-        store (`ImageMemoryStore`): Shared by all visitors: it knows pictures by their content, not by who showed them.
-        max_images (`int`): Of the conversation.
-        max_pixels (`int`): Of a picture as it comes.
+        model (`VisualChatForCausalLM`), processor (`VisualChatProcessor`): They generate the answers.
+        store (`ImageMemoryStore`): The image memory, which all visitors share: it finds an image by its content.
+        max_images (`int`): The most images in the conversation.
+        max_pixels (`int`): The most pixels of an image, before it is cropped.
     """
 
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin, store: ImageMemoryStore, max_images: int, max_pixels: int
     ):
         self.max_images, self.max_pixels = max_images, max_pixels
-        self._begin = lambda: model.start_chat(processor, store=store)
+        self._start_chat = lambda: model.start_chat(processor, store=store)
         self._image_processor = processor.image_processor
-        self._chat = self._begin()
-        self._lock = threading.Lock()  # held while an answer is written
+        self._chat = self._start_chat()
+        self._lock = threading.Lock()  # held while an answer is being generated
         self._stopped = threading.Event()
 
     @property
-    def rounds(self) -> list[ShownRound]:
-        return [ShownRound(one.images, one.text, one.answer) for one in self._chat.rounds]
+    def rounds(self) -> list[DisplayedRound]:
+        return [DisplayedRound(one.images, one.text, one.answer) for one in self._chat.rounds]
 
     @property
     def num_images(self) -> int:
         return sum(len(one.images) for one in self._chat.rounds)
 
     def ask(
-        self, text: str, pictures: list[str | os.PathLike | Image.Image], seed: int | None = None, **generation
-    ) -> Iterator[list[ShownRound]]:
+        self, text: str, images: list[str | os.PathLike | Image.Image], seed: int | None = None, **generation
+    ) -> Iterator[list[DisplayedRound]]:
         """
-        Asks, and yields the conversation again and again while the answer grows.
+        Asks a question. Yields all rounds, again after each new piece of the answer.
 
         Args:
             text (`str`): The question.
-            pictures (`list`): Files, or PIL images, that come with it.
-            seed (`int`, *optional*): Of sampling: the same one gives the same answer, on the same machine.
-            generation: As for `model.generate`.
+            images (`list`): The files or PIL images that the question brings.
+            seed (`int`, *optional*): The random seed of sampling. On the same machine, the same seed gives the same answer.
+            generation: Keyword arguments of `model.generate`.
 
         Raises:
-            ValueError: If a limit is exceeded, a picture cannot be read, the conversation does not fit the model's context,
-                or an answer is being written.
+            ValueError: If a limit is exceeded, an image cannot be read, the conversation does not fit into the model's
+                context, or an answer is being generated.
         """
-        with self._unless_answering():
+        with self._exclusively():
             if not text.strip():
-                raise ValueError("Write a question: pictures alone are not one")
-            if self.num_images + len(pictures) > self.max_images:
+                raise ValueError("Type a question: images alone are not enough")
+            if self.num_images + len(images) > self.max_images:
                 raise ValueError(
-                    f"{len(pictures)} more pictures are too many: the conversation has {self.num_images} of at most"
+                    f"{len(images)} more images are too many: the conversation has {self.num_images} of at most"
                     f" {self.max_images}"
                 )
-            images = [self._open(picture, f"picture {k}") for k, picture in enumerate(pictures, 1)]
-            pieces = self._chat.send(text, images=images, stream=True, **self._stoppable(generation))
-            yield from _grow([*self.rounds, ShownRound(images, text, "")], pieces, seed)
+            opened = [self._open_image(image, f"image {k}") for k, image in enumerate(images, 1)]
+            pieces = self._chat.send(text, images=opened, stream=True, **self._stoppable(generation))
+            yield from _stream_rounds([*self.rounds, DisplayedRound(opened, text, "")], pieces, seed)
 
-    def ask_all(self, rounds: list[tuple[str, list]], seed: int | None = None, **generation) -> Iterator[list[ShownRound]]:
-        """Asks several questions, in turn, each with its pictures. Yields and raises as [`~Conversation.ask`]."""
-        for text, pictures in rounds:
-            yield from self.ask(text, pictures, seed, **generation)
+    def ask_all(
+        self, rounds: list[tuple[str, list]], seed: int | None = None, **generation
+    ) -> Iterator[list[DisplayedRound]]:
+        """Asks several questions, one after another, each with its images. Yields and raises as [`~Conversation.ask`]."""
+        for text, images in rounds:
+            yield from self.ask(text, images, seed, **generation)
             if self._stopped.is_set():
                 break
 
-    def edit(self, index: int, text: str, seed: int | None = None, **generation) -> Iterator[list[ShownRound]]:
+    def edit(self, index: int, text: str, seed: int | None = None, **generation) -> Iterator[list[DisplayedRound]]:
         """
-        Asks another question, or the same again, in place of the one of a round, from 0. Later rounds are dropped. Yields
-        and raises as [`~Conversation.ask`].
+        Replaces the question of a round (counted from 0) by `text`, which may be the same, and answers it. The images of the
+        round stay, and later rounds are dropped. Yields and raises as [`~Conversation.ask`].
         """
-        with self._unless_answering():
+        with self._exclusively():
             if not text.strip():
-                raise ValueError("Write a question in place of the one that you edit")
+                raise ValueError("Type a new question in place of the one that you edit")
             if not 0 <= index < len(self.rounds):
                 raise ValueError(f"There is no question {index + 1}: {len(self.rounds)} have been asked")
             pieces = self._chat.edit(index, text, stream=True, **self._stoppable(generation))
-            yield from _grow([*self.rounds[:index], self.rounds[index]._replace(text=text, answer="")], pieces, seed)
+            yield from _stream_rounds(
+                [*self.rounds[:index], self.rounds[index]._replace(text=text, answer="")], pieces, seed
+            )
 
-    def retry(self, seed: int | None = None, **generation) -> Iterator[list[ShownRound]]:
+    def retry(self, seed: int | None = None, **generation) -> Iterator[list[DisplayedRound]]:
         """Asks the last question again. Yields and raises as [`~Conversation.ask`]."""
         if not self.rounds:
-            raise ValueError("There is nothing to ask again: nothing has been asked")
+            raise ValueError("There is no question to ask again: none has been asked")
         yield from self.edit(len(self.rounds) - 1, self.rounds[-1].text, seed, **generation)
 
-    def undo(self) -> ShownRound:
+    def undo(self) -> DisplayedRound:
         """
-        Takes back the last round, and returns it.
+        Removes the last round, and returns it.
 
         Raises:
-            ValueError: If nothing has been asked, or an answer is being written.
+            ValueError: If no question has been asked, or an answer is being generated.
         """
-        with self._unless_answering():
+        with self._exclusively():
             if not self.rounds:
-                raise ValueError("There is nothing to take back: nothing has been asked")
+                raise ValueError("There is no question to undo: none has been asked")
             last = self.rounds[-1]
             self._chat.undo()
             return last
 
     def clear(self) -> None:
         """
-        Begins anew.
+        Starts a new conversation.
 
         Raises:
-            ValueError: If an answer is being written.
+            ValueError: If an answer is being generated.
         """
-        with self._unless_answering():
-            self._chat = self._begin()
+        with self._exclusively():
+            self._chat = self._start_chat()
 
     def stop(self) -> None:
-        """Ends the answer that is being written where it is."""
+        """Stops the answer that is being generated. What there is of it stays."""
         self._stopped.set()
 
     def release(self) -> None:
-        """Stops, and frees what is cached. The conversation can go on: its next answer computes the cache again."""
+        """Stops the answer, and frees the cache. The conversation can continue: the next answer computes the cache again."""
         self.stop()
         with self._lock:
-            rounds, self._chat = self._chat.rounds, self._begin()
+            rounds, self._chat = self._chat.rounds, self._start_chat()
             self._chat.rounds = rounds
 
     @contextmanager
-    def _unless_answering(self) -> Iterator[None]:
+    def _exclusively(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
-            raise ValueError("An answer is being written: stop it, or wait for its end")
+            raise ValueError("An answer is being generated: stop it, or wait until it is complete")
         try:
             yield
         finally:
@@ -166,19 +170,20 @@ class Conversation:
         self._stopped.clear()
         return {**generation, "stopping_criteria": [lambda *_: self._stopped.is_set()]}
 
-    def _open(self, picture: str | os.PathLike | Image.Image, name: str) -> Image.Image:
-        """The part of a picture that the model sees: the rest need not be kept."""
-        if not isinstance(picture, Image.Image):
-            name = f"{name}, {Path(picture).name}"
+    def _open_image(self, image: str | os.PathLike | Image.Image, name: str) -> Image.Image:
+        """Opens an image, and crops it to the part that the model sees."""
+        if not isinstance(image, Image.Image):
+            name = f"{name}, {Path(image).name}"
             try:
-                picture = Path(picture).read_bytes()
+                image = Path(image).read_bytes()
             except FileNotFoundError as error:
-                raise ValueError(f"{name}, is no longer kept: add it again") from error
-            _check_pixels(picture, name, self.max_pixels)
-        return crop_for_clip(load_image(picture, name), self._image_processor)
+                raise ValueError(f"{name}: the server no longer has this file, add it again") from error
+            _check_pixels(image, name, self.max_pixels)
+        return crop_for_clip(load_image(image, name), self._image_processor)
 
 
-def _grow(rounds: list[ShownRound], pieces: Iterator[str], seed: int | None) -> Iterator[list[ShownRound]]:
+def _stream_rounds(rounds: list[DisplayedRound], pieces: Iterator[str], seed: int | None) -> Iterator[list[DisplayedRound]]:
+    """Yields the rounds before and after each piece of the last round's answer."""
     with closing(pieces):
         yield rounds
         if seed is not None:
@@ -189,25 +194,25 @@ def _grow(rounds: list[ShownRound], pieces: Iterator[str], seed: int | None) -> 
 
 
 def _check_pixels(data: bytes, name: str, max_pixels: int) -> None:
-    """Before anything is decoded: a small file may hold a picture that fills the memory."""
+    """Raises a `ValueError` if an image is too large. Only the header is read: decoding a small file may fill the memory."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as header:
                 width, height = header.size
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-        return  # `load_image` says what is wrong with it
+        return  # `load_image` raises an error that says what is wrong
     if width * height > max_pixels:
         raise ValueError(f"{name} has {width} × {height} pixels: at most {max_pixels:,} are allowed")
 
 
 class Example(NamedTuple):
     """
-    A conversation to begin with.
+    A conversation that the page offers to a visitor.
 
     Args:
-        title (`str`): What it is about.
-        rounds (`list[tuple[str, list[PIL.Image.Image]]]`): Its questions, with the pictures that come with each.
+        title (`str`): The title that the page shows.
+        rounds (`list[tuple[str, list[PIL.Image.Image]]]`): The questions, each with the images that it brings.
     """
 
     title: str
@@ -215,14 +220,14 @@ class Example(NamedTuple):
 
 
 def photograph_examples() -> list[Example]:
-    """About the two sample photographs of scikit-learn: a Chinese palace and a flower."""
+    """Example conversations about the two sample photographs of scikit-learn: a Chinese palace and a flower."""
     palace, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
     return [
         Example("A photograph", [("Please describe the image.", [palace]), ("What colors do you see in it?", [])]),
         Example(
-            "Two photographs, one after the other",
+            "Two photographs, one after another",
             [
-                ("What is in this picture?", [palace]),
+                ("What is in this image?", [palace]),
                 ("And what is in image 2?", [flower]),
                 ("What is the difference between image 1 and image 2?", []),
             ],
@@ -231,7 +236,7 @@ def photograph_examples() -> list[Example]:
 
 
 def digit_examples() -> list[Example]:
-    """About scanned digits that the model of `make demo` has not seen, as it was taught to be asked."""
+    """Example conversations for the model of `make demo`, about scanned digits that it was not trained on."""
     digits = split_digits()["test"]
 
     def show(*labels: int) -> list[Image.Image]:

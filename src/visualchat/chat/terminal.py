@@ -13,20 +13,21 @@ from transformers import set_seed
 from modeling_visualchat import ChatSession
 from modeling_visualchat.image_loading_visualchat import load_image
 from visualchat.chat.commands import COMMANDS
+from visualchat.errors import input_errors
 from visualchat.loading import load_model, load_processor
 
 
 class Terminal:
     """
-    Reads lines, which are questions or commands, and prints answers.
+    Reads questions and commands, one per line, and prints the answers.
 
     Args:
         session (`ChatSession`): The conversation.
-        generation (`dict`): As for `model.generate`.
-        interactive (`bool`): Whether a person is reading.
+        generation (`dict`): Keyword arguments of `model.generate`.
+        interactive (`bool`): Whether a person types the lines and reads the answers.
 
     Attributes:
-        attached (`list[PIL.Image.Image]`): Pictures that wait for the next question.
+        attached (`list[PIL.Image.Image]`): The images that the next question will bring.
     """
 
     def __init__(self, session: ChatSession, generation: dict, interactive: bool):
@@ -34,21 +35,21 @@ class Terminal:
         self.attached = []
 
     def run(self, lines: Iterator[str]) -> int:
-        """Returns the exit status: 1 if a line failed that no person could mend."""
+        """Returns the exit status: 1 if a line failed while no person was there to correct it, else 0."""
         failed = False
         for line in lines:
             if line.strip() == "/quit":
                 break
             try:
-                self.take(line.strip())
+                self.handle_line(line.strip())
             except KeyboardInterrupt:
-                tell("[stopped]")
-            except (ValueError, OSError, IndexError, RuntimeError) as error:  # RuntimeError: also out of memory
-                tell(f"{error}")
+                print_status("[stopped]")
+            except (ValueError, OSError, IndexError, RuntimeError) as error:  # RuntimeError includes out of memory
+                print_status(f"{error}")
                 failed = True
         return int(failed and not self.interactive)
 
-    def take(self, line: str) -> None:
+    def handle_line(self, line: str) -> None:
         if not line:
             return
         if not line.startswith("/"):
@@ -58,7 +59,7 @@ class Terminal:
         if name == "/edit":
             number, _, text = rest.strip().partition(" ")
             if not number.isdecimal() or not text:
-                raise ValueError("Say which question and what to ask instead: /edit 2 What colour is it?")
+                raise ValueError("Give the number of a question and its new text, as in: /edit 2 What colour is it?")
             self.answer(lambda: self.session.edit(int(number) - 1, text, stream=True, **self.generation))
             return
         commands = {
@@ -69,10 +70,10 @@ class Terminal:
             "/save": (self.save, 1),
             "/load": (self.load, 1),
             "/clear": (self.clear, 0),
-            "/help": (lambda: tell(COMMANDS), 0),
+            "/help": (lambda: print_status(COMMANDS), 0),
         }
         if name not in commands:
-            raise ValueError(f"There is no command {name}: /help lists them")
+            raise ValueError(f"There is no command {name}. Type /help for a list of the commands")
         command, expected = commands[name]
         words = shlex.split(rest)
         if expected is not None and len(words) != expected:
@@ -84,45 +85,45 @@ class Terminal:
         dropped = self.session.dropped_rounds
         pieces = ask()
         try:
-            with contextlib.closing(pieces):  # Ctrl-C ends the answer where it is
+            with contextlib.closing(pieces):  # Ctrl-C stops the generation
                 for piece in pieces:
                     print(printable(piece) if self.interactive else piece, end="", flush=True)
         finally:
             print(flush=True)
-            if self.session.rounds[-1:] != before:  # an error leaves the pictures for the next try
+            if self.session.rounds[-1:] != before:  # after an error, the images stay attached for the next try
                 self.attached = []
         if self.session.dropped_rounds > dropped:
-            tell("[The conversation got too long: its oldest rounds were dropped, the pictures numbered anew]")
+            print_status("[The conversation was too long: the oldest rounds were dropped, and the images were renumbered]")
 
     def attach(self, *paths: str) -> None:
         if not paths:
-            raise ValueError("Say which pictures: /image first.png 'second picture.png'")
-        self.attached += [load_image(path, path) for path in paths]  # all of them or none
+            raise ValueError("Give the paths of the images, as in: /image first.png 'second image.png'")
+        self.attached += [load_image(path, path) for path in paths]  # all of them, or none if one cannot be read
         first = sum(len(one.images) for one in self.session.rounds) + len(self.attached) - len(paths) + 1
         for number, path in enumerate(paths, first):
-            tell(f"[image {number}: {path}]")
+            print_status(f"[image {number}: {path}]")
 
     def retry(self) -> None:
         last = len(self.session.rounds) - 1
         if last < 0:
-            raise ValueError("There is nothing to ask again")
+            raise ValueError("There is no question to ask again")
         text = self.session.rounds[last].text
         self.answer(lambda: self.session.edit(last, text, stream=True, **self.generation))
 
     def undo(self) -> None:
-        tell(f"[taken back: {self.session.undo().text}]")
+        print_status(f"[removed: {self.session.undo().text}]")
 
     def show(self) -> None:
-        image = 0
+        image_number = 0
         for number, one in enumerate(self.session.rounds, 1):
             for _ in one.images:
-                image += 1
-                tell(f"[image {image}]")
-            tell(f"{number}: {one.text}\n{printable(one.answer)}")
+                image_number += 1
+                print_status(f"[image {image_number}]")
+            print_status(f"{number}: {one.text}\n{printable(one.answer)}")
 
     def save(self, folder: str) -> None:
         self.session.save(Path(folder).expanduser())
-        tell(f"[saved to {folder}]")
+        print_status(f"[saved to {folder}]")
 
     def load(self, folder: str) -> None:
         settings = {"drop_oldest": self.session.drop_oldest}
@@ -135,18 +136,18 @@ class Terminal:
         self.attached = []
 
 
-def tell(message: str) -> None:
+def print_status(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would take for a command."""
+    """The text without control characters, which the terminal would interpret."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def read_lines(history: Path) -> Iterator[str]:
-    """What a person types, until Ctrl-C or Ctrl-D at the prompt."""
-    import readline  # not on Windows, and of use to a person only
+    """Yields the lines that a person types, until Ctrl-C or Ctrl-D at the prompt."""
+    import readline  # does not exist on Windows, and only a person needs it
 
     if history.exists():
         readline.read_history_file(history)
@@ -161,14 +162,14 @@ def read_lines(history: Path) -> Iterator[str]:
 
 
 def start_session(arguments: argparse.Namespace) -> ChatSession:
-    tell(f"Loading {arguments.model} …")
+    print_status(f"Loading {arguments.model} …")
     model = load_model(arguments.model, arguments.trust_remote_code, dtype="auto", device_map="auto")
     processor = load_processor(arguments.model, arguments.trust_remote_code)
     return model.start_chat(processor, system=arguments.system, drop_oldest=arguments.drop_oldest)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The exit status of `visualchat chat` with these options."""
+    """Runs `visualchat chat` with these options. Returns the exit status."""
     names = ("max_new_tokens", "top_p", "num_beams")
     generation = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.temperature is not None:
@@ -181,15 +182,12 @@ def run(arguments: argparse.Namespace) -> int:
         set_seed(arguments.seed)
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    try:
+    with input_errors(f"cannot chat with {arguments.model}: "):
         terminal = Terminal(start_session(arguments), generation, interactive)
         if arguments.load:
             terminal.load(arguments.load)
         if arguments.image:
             terminal.attach(*arguments.image)
-    except (OSError, ValueError) as error:
-        tell(f"{error}")
-        return 2
     if interactive:
-        tell("Type a question; /help lists the commands.")
+        print_status("Type a question, or /help for a list of the commands.")
     return terminal.run(read_lines(arguments.history) if interactive else iter(sys.stdin))

@@ -9,6 +9,8 @@ import os
 import sys
 from importlib.metadata import version
 
+from visualchat.errors import InputError
+
 
 COMMANDS = {
     "train": "fine-tune a model: a recipe, or fields on the command line",
@@ -23,9 +25,15 @@ COMMANDS = {
     "convert released": "convert a checkpoint of DeepSpeed-VisualChat's own training script",
     "convert llava": "start a model from a LLaVA 1.5 checkpoint",
 }
-# What pip installs for them beside what the model needs
-EXTRAS = {"train": "train", "prepare": "train", "evaluate": "train", "plan": "train", "merge": "train"}
-EXTRAS |= {"serve": "serve", "web": "web"}
+# Modules that a plain `pip install visualchat` leaves out, and the extra that brings them
+EXTRAS = {
+    **dict.fromkeys(("datasets", "deepspeed", "matplotlib", "peft", "tensorboard"), "train"),
+    **dict.fromkeys(("fastapi", "prometheus_client", "uvicorn"), "serve"),
+    **dict.fromkeys(("gradio", "sklearn"), "web"),
+}
+EXIT_STATUSES = """\
+Exit status: 0 if all is done; 1 if a part failed, or the program did (with a traceback); 2 if an option, a file or a model
+cannot be used; 130 after Ctrl-C."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): The words after `visualchat`; by default those of the process.
 
     Returns:
-        `int`: The exit status: 0, 1 if a part of the work failed, 2 for bad options.
+        `int`: The exit status, as [`EXIT_STATUSES`] says.
     """
     words = sys.argv[1:] if argv is None else argv
     if words == ["--version"]:
         print(f"visualchat {version('visualchat')}")
         return 0
-    taken = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
-    if taken is None:
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if name is None:
         if words and words[-1] in ("-h", "--help"):
             print(describe_commands())
             return 0
@@ -49,17 +57,25 @@ def main(argv: list[str] | None = None) -> int:
         print(f"visualchat: {given}\n\n{describe_commands()}", file=sys.stderr)
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn after every fork otherwise
-    command = importlib.import_module(f"visualchat.cli.{taken.replace(' ', '_')}")
+    command = importlib.import_module(f"visualchat.cli.{name.replace(' ', '_')}")
     try:
-        return command.main(words[len(taken.split()) :]) or 0
-    except ModuleNotFoundError as error:
-        if taken not in EXTRAS:
-            raise
-        print(f"visualchat {taken}: {error}: pip install 'visualchat[{EXTRAS[taken]}]' installs it", file=sys.stderr)
+        return command.main(words[len(name.split()) :]) or 0
+    except InputError as error:
+        print(f"visualchat {name}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        print(f"visualchat {name} needs {error.name}: pip install 'visualchat[{extra}]' installs it", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"visualchat {name}: stopped", file=sys.stderr)
+        return 130
 
 
 def describe_commands() -> str:
     lines = ["usage: visualchat COMMAND …", "", "commands:"]
     lines += [f"  {name:<18}{about}" for name, about in COMMANDS.items()]
-    return "\n".join([*lines, "", "`visualchat COMMAND --help` shows the options; `visualchat --version` the version."])
+    lines += ["", "`visualchat COMMAND --help` shows the options; `visualchat --version` the version.", EXIT_STATUSES]
+    return "\n".join(lines)

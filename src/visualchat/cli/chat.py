@@ -6,14 +6,14 @@ Chat with a VisualChat model in the terminal, or through a pipe.
     echo "What digit is in image 1?" | visualchat chat outputs/demo/model --image first.png
 
 In a pipe, each line is a question or a command. Answers go to the standard output and everything else to the standard
-error. The exit status is 1 if a line failed.
+error. The exit status is then 1 if a line failed, and 2 if the chat could not begin.
 """
 
 import argparse
 from pathlib import Path
 
 from visualchat.chat.commands import COMMANDS
-from visualchat.cli.options import add_model, make_parser
+from visualchat.cli.options import add_model, make_parser, natural, not_negative, positive
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -21,16 +21,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_model(parser)
     parser.add_argument("--image", nargs="+", default=[], metavar="PATH", help="images of the first question, files or URLs")
     parser.add_argument("--load", metavar="FOLDER", help="go on with a conversation that was saved")
-    parser.add_argument("--system", metavar="TEXT", help="in place of the prompt's first line")
+    parser.add_argument("--system", metavar="TEXT", help="instructions, in place of the prompt's first line")
     parser.add_argument("--drop-oldest", action="store_true", help="forget the oldest rounds when the context is full")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer, at most")
-    parser.add_argument("--temperature", type=float, metavar="T", help="samples answers if above 0")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens of an answer, at most")
+    parser.add_argument("--temperature", type=not_negative, metavar="T", help="samples answers if above 0")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="samples from the likeliest tokens of this total probability"
     )
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search, without streaming")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
-    parser.add_argument("--history", type=Path, default=Path.home() / ".visualchat_history", metavar="FILE")
+    parser.add_argument("--num-beams", type=positive, metavar="N", help="beam search, without streaming")
+    parser.add_argument("--seed", type=natural, metavar="N", help="makes sampled answers repeatable")
+    parser.add_argument(
+        "--history",
+        type=Path,
+        default=Path.home() / ".visualchat_history",
+        metavar="FILE",
+        help="keeps the lines that you type, for the arrow keys (default %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

@@ -17,9 +17,19 @@ from visualchat.cli.options import make_parser
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("convert llava", __doc__)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the LLaVA model")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--attention", choices=["mmca", "mmca_merged", "causal"], default="mmca", help="default %(default)s")
-    parser.add_argument("--projector", choices=["linear", "vit", "perceiver"], default="linear", help="default %(default)s")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument(
+        "--attention",
+        choices=["mmca", "mmca_merged", "causal"],
+        default="mmca",
+        help="of the new model (default %(default)s)",
+    )
+    parser.add_argument(
+        "--projector",
+        choices=["linear", "vit", "perceiver"],
+        default="linear",
+        help="of the new model (default %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from visualchat.cli.options import make_parser
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("convert released", __doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="pytorch_model.bin of the training script")
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with what it was run with")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON file with what it was run with")
     parser.add_argument("--tokenizer", help="folder or Hub id: what the training script saved, or the decoder's own")
     parser.add_argument(
         "--attention",
@@ -31,8 +31,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="mmca_released (the default): as the checkpoint was trained with --enable_mmca_attention; causal: as without"
         " it, but with the images of each example to be given in reverse; mmca: the paper's, to be fine-tuned",
     )
-    parser.add_argument("--lora", choices=["fused", "unfused"], help="where the checkpoint holds LoRA factors")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--lora",
+        choices=["fused", "unfused"],
+        help="of a checkpoint with LoRA factors: whether they are part of the weights already",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
     return parser.parse_args(argv)
 
 

@@ -18,13 +18,15 @@ could be done.
 import argparse
 from pathlib import Path
 
-from visualchat.cli.options import add_model, make_parser
+from visualchat.cli.options import add_device, add_dtype, add_model, make_parser
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("evaluate", __doc__)
     add_model(
-        parser, help="folders or Hub ids of VisualChat models or adapters; the others are compared with the first", nargs="+"
+        parser,
+        help="folders or Hub ids of VisualChat models or adapters; the others are compared with the first",
+        nargs="+",
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--conversations", type=Path, help="JSON: name → rounds [question] or [question, 'path path …']")
@@ -36,8 +38,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, help="of sampling (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and confidence intervals (default %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of the loaded weights (default %(default)s)")
-    parser.add_argument("--device", help="such as cpu or cuda:1; by default the accelerator if there is one")
+    add_dtype(parser)
+    add_device(parser)
     parser.add_argument("--report-limit", type=int, default=200, help="dialogues in the report (default %(default)s)")
     args = parser.parse_args(argv)
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("temperature", 0), ("report_limit", 0), ("seed", 0)):

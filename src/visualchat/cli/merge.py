@@ -13,8 +13,10 @@ from visualchat.cli.options import add_model, make_parser
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("merge", __doc__)
     add_model(parser, help="folder or Hub id of the adapter")
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--base", help="folder or Hub id of the base model; by default the adapter names it")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="folder or Hub id of the base model; by default the adapter names it"
+    )
     return parser.parse_args(argv)
 
 

@@ -25,7 +25,10 @@ def make_plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB of one GPU (default %(default)s)")
     parser.add_argument("--reserve", type=float, default=4, help="GB that stay free (default %(default)s)")
     parser.add_argument(
-        "--mode", choices=("alignment", "lora", "full"), default="alignment", help="as for train (default %(default)s)"
+        "--mode",
+        choices=("alignment", "lora", "full"),
+        default="alignment",
+        help="what is trained, as for train (default %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=1, help="per_device_train_batch_size (default %(default)s)")
     parser.add_argument("--accumulation", type=int, default=1, help="gradient_accumulation_steps (default %(default)s)")
@@ -45,7 +48,7 @@ def make_plan_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lora-rank", type=int, default=16, help="as for train (default %(default)s)")
     parser.add_argument("--matrix-rate", type=float, help="TFLOP/s that a GPU reaches, for tokens/s")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, in bytes")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON, in bytes")
     return parser
 
 

@@ -19,7 +19,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("push", __doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of the model or adapter, with its processor")
     parser.add_argument("repository", metavar="REPOSITORY", help="user/name")
-    parser.add_argument("--private", action="store_true", default=None, help="if the repository is created")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make a private repository, if there is none yet"
+    )
     parser.add_argument("--revision", help="branch to push to, created if need be; main by default")
     parser.add_argument("--base-model", help="Hub id of an adapter's base, if the adapter names a folder")
     parser.add_argument(

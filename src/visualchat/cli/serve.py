@@ -14,27 +14,44 @@ The server remembers an image that was sent before, in whatever conversation. It
 
 import argparse
 
-from visualchat.cli.options import add_model, make_parser, natural, positive
+from visualchat.cli.options import (
+    add_device,
+    add_dtype,
+    add_image_memory,
+    add_model,
+    make_parser,
+    natural,
+    not_negative,
+    port,
+    positive,
+)
 from visualchat.serving.limits import Limits
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("serve", __doc__)
     add_model(parser)
-    parser.add_argument("--model-name", help="the model's name in requests; by default MODEL")
+    parser.add_argument("--model-name", metavar="NAME", help="the model's name in requests; by default MODEL")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s); there is no authentication"
     )
-    parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
-    parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved, the default), float32, bfloat16, float16")
-    parser.add_argument("--concurrency", type=positive, default=1, help="answers at a time (default %(default)s)")
+    parser.add_argument("--port", type=port, default=8000, help="default %(default)s")
+    add_device(parser)
+    add_dtype(parser)
     parser.add_argument(
-        "--queue", type=natural, default=32, help="requests that may wait, others get a 503 (default %(default)s)"
+        "--concurrency", type=positive, default=1, metavar="N", help="answers at a time (default %(default)s)"
     )
-    parser.add_argument("--image-memory-gb", type=float, default=4.0, help="for remembered images (default %(default)s)")
+    parser.add_argument(
+        "--queue",
+        type=natural,
+        default=32,
+        metavar="N",
+        help="requests that may wait, others get a 503 (default %(default)s)",
+    )
+    add_image_memory(parser)
     parser.add_argument(
         "--image-memory-folder",
+        metavar="FOLDER",
         help="keeps remembered images as files as well, for the next start; nothing is deleted there",
     )
     parser.add_argument(
@@ -45,17 +62,39 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="fetch images from this host, by http and https; repeat for several (default: from none)",
     )
     limits = Limits()
-    parser.add_argument("--max-body-mb", type=float, default=limits.body_bytes / 1e6, help="default %(default)g")
-    parser.add_argument("--max-images", type=natural, default=limits.images, help="of a conversation (default %(default)s)")
     parser.add_argument(
-        "--max-choices", type=positive, default=limits.choices, help="`n` of a request (default %(default)s)"
-    )
-    parser.add_argument("--max-image-mb", type=float, default=limits.image_bytes / 1e6, help="default %(default)g")
-    parser.add_argument(
-        "--max-image-megapixels", type=float, default=limits.image_pixels / 1e6, help="of each image (default %(default)g)"
+        "--max-body-mb",
+        type=not_negative,
+        default=limits.body_bytes / 1e6,
+        metavar="MB",
+        help="of a request (default %(default)g)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=limits.new_tokens, help="of an answer, at most (default %(default)s)"
+        "--max-images", type=natural, default=limits.images, metavar="N", help="of a conversation (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-choices", type=positive, default=limits.choices, metavar="N", help="`n` of a request (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-image-mb",
+        type=not_negative,
+        default=limits.image_bytes / 1e6,
+        metavar="MB",
+        help="of an image file (default %(default)g)",
+    )
+    parser.add_argument(
+        "--max-image-megapixels",
+        type=not_negative,
+        default=limits.image_pixels / 1e6,
+        metavar="N",
+        help="of an image (default %(default)g)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=limits.new_tokens,
+        metavar="N",
+        help="of an answer, at most (default %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -9,17 +9,18 @@ Launchers want a file, which examples/train.py is. With DeepSpeed on one machine
 
     torchrun --nproc_per_node 8 examples/train.py examples/recipes/paper-7b.yaml
 
-All fields of transformers.TrainingArguments are options as well.
+All fields of transformers.TrainingArguments are options as well, such as --output_dir, --num_train_epochs and --deepspeed.
 """
 
 from visualchat.cli.options import make_parser
-from visualchat.training.arguments import DataArguments, ModelArguments, describe_fields
+from visualchat.errors import InputError
+from visualchat.training.arguments import DataArguments, LoopArguments, ModelArguments, describe_fields
 
 
 def print_help() -> None:
     parser = make_parser("train", __doc__)
     parser.usage = "visualchat train [RECIPE] [--field value …]"
-    for title, kind in (("model", ModelArguments), ("data", DataArguments)):
+    for title, kind in (("model", ModelArguments), ("data", DataArguments), ("training", LoopArguments)):
         group = parser.add_argument_group(title)
         for name, default, about in describe_fields(kind):
             group.add_argument(f"--{name}", metavar="…", help=f"{about} (default: {default})".replace("%", "%%"))
@@ -30,6 +31,12 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print_help()
         return
-    from visualchat.training.train import main as train
+    from visualchat.training.train import prepare, train
 
-    train(argv)
+    try:
+        run = prepare(argv)
+    except ModuleNotFoundError:  # `visualchat` names the extra
+        raise
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise InputError(error) from error
+    train(run)

@@ -10,14 +10,14 @@ nothing from other machines and reports nothing to them.
 
 import argparse
 
-from visualchat.cli.options import add_model, make_parser
+from visualchat.cli.options import add_image_memory, add_model, make_parser, natural, not_negative, port, positive
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("web", __doc__)
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860, help="default %(default)s")
+    parser.add_argument("--port", type=port, default=7860, help="default %(default)s")
     parser.add_argument("--share", action="store_true", help="also make a public link through Gradio's servers")
     parser.add_argument(
         "--examples",
@@ -25,17 +25,37 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default="photographs",
         help="conversations to begin with (default %(default)s)",
     )
-    parser.add_argument("--max-upload", default="10mb", help="size of an image file (default %(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=20_000_000, help="pixels of an image (default %(default)s)")
-    parser.add_argument("--max-images", type=int, default=16, help="images of a conversation (default %(default)s)")
+    add_image_memory(parser)
     parser.add_argument(
-        "--max-sessions", type=int, default=200, help="conversations to keep, the latest (default %(default)s)"
+        "--max-image-mb", type=not_negative, default=10, metavar="MB", help="of an image file (default %(default)g)"
     )
     parser.add_argument(
-        "--max-cached", type=int, default=8, help="of these, those whose cache is kept (default %(default)s)"
+        "--max-image-megapixels", type=not_negative, default=20, metavar="N", help="of an image (default %(default)g)"
     )
-    parser.add_argument("--max-waiting", type=int, default=32, help="questions that may wait (default %(default)s)")
-    parser.add_argument("--store-gb", type=float, default=4, help="GB for remembered images (default %(default)s)")
+    parser.add_argument(
+        "--max-images", type=positive, default=16, metavar="N", help="of a conversation (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-sessions",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="conversations to keep, the latest (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-cached",
+        type=natural,
+        default=8,
+        metavar="N",
+        help="conversations whose key-value cache is kept, the latest (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="questions that may wait for their turn (default %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

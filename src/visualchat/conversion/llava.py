@@ -4,32 +4,52 @@ import argparse
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector
+from visualchat.errors import input_errors
+from visualchat.loading import check_name
+
+
+def read_config(name: str) -> LlavaConfig:
+    """
+    Args:
+        name (`str`): A folder or a Hub id.
+
+    Raises:
+        OSError: If the config cannot be read.
+        ValueError: If the model is of another type. The error names it.
+    """
+    check_name(name)
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    if config.get("model_type") != LlavaConfig.model_type:
+        raise ValueError(f"the model is of the type {config.get('model_type')!r}, not {LlavaConfig.model_type!r}")
+    return LlavaConfig.from_pretrained(name)
 
 
 def check_config(config: LlavaConfig) -> None:
-    """Raises a `ValueError` that names what VisualChat cannot take over."""
+    """Raises a `ValueError` if VisualChat cannot use the vision tower, the decoder or the features of this LLaVA."""
     for name, expected in (("vision_config", "clip_vision_model"), ("text_config", "llama")):
         model_type = getattr(config, name).model_type
         if model_type != expected:
-            raise ValueError(f"`{name}` has the model_type {model_type!r}: VisualChat takes over {expected!r} only")
+            raise ValueError(f"`{name}` has the model_type {model_type!r}: VisualChat supports {expected!r} only")
     if not isinstance(config.vision_feature_layer, int):
         layers = config.vision_feature_layer
-        raise ValueError(f"`vision_feature_layer` joins {len(layers)} layers ({layers}): VisualChat projects 1")
+        raise ValueError(
+            f"`vision_feature_layer` concatenates {len(layers)} layers ({layers}), but VisualChat uses a single layer"
+        )
 
 
 def convert(llava: LlavaForConditionalGeneration, **config) -> tuple[VisualChatForCausalLM, list[str]]:
     """
     Args:
-        llava (`LlavaForConditionalGeneration`): Its weights are shared, not copied.
+        llava (`LlavaForConditionalGeneration`): The model to convert. Its weights are shared, not copied.
         config: Fields of [`VisualChatConfig`], such as `multimodal_attention` and `projector`.
 
     Returns:
-        The model, and what became of each part, a line each.
+        The model, and a line of text for each of its parts, which says where the weights come from.
     """
     check_config(llava.config)
     with torch.device("meta"):
@@ -44,28 +64,28 @@ def convert(llava: LlavaForConditionalGeneration, **config) -> tuple[VisualChatF
         vision_feature_select_strategy=llava.config.vision_feature_select_strategy,
         **config,
     )
-    return model, ["vision tower and decoder: LLaVA's", *_start_projector(model, llava)]
+    return model, ["vision tower and decoder: from LLaVA", *_init_projector(model, llava)]
 
 
 @torch.no_grad()
-def _start_projector(model: VisualChatForCausalLM, llava: LlavaForConditionalGeneration) -> list[str]:
+def _init_projector(model: VisualChatForCausalLM, llava: LlavaForConditionalGeneration) -> list[str]:
     ours, theirs = model.model.multi_modal_projector, llava.model.multi_modal_projector
     if not isinstance(ours, VisualChatLinearProjector):
-        return ["projector: random; none of the weights of LLaVA's two-layer MLP has a place in it"]
+        return ["projector: random, since the weights of LLaVA's two-layer MLP do not fit its architecture"]
     ours.linear.weight.copy_(theirs.linear_1.weight)
     nn.init.zeros_(ours.linear.bias)
     if theirs.linear_1.bias is not None:
         ours.linear.bias.copy_(theirs.linear_1.bias)
     shape = tuple(theirs.linear_2.weight.shape)
     lines = [
-        "projector, linear: the first layer of LLaVA's MLP",
-        f"projector, layer_norm: at its start; the second layer of LLaVA's MLP {shape} has no place in Linear + LayerNorm",
+        "projector, linear: from the first layer of LLaVA's MLP",
+        f"projector, layer_norm: newly initialized; the second layer {shape} of LLaVA's MLP does not fit and is dropped",
     ]
     return lines + (["projector, encoder_layer: random"] if model.config.projector == "vit" else [])
 
 
 def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcessor:
-    """LLaVA's tokenizer and image processor, with VisualChat's prompt."""
+    """A processor with LLaVA's tokenizer and image processor, and VisualChat's prompt format."""
     processor = VisualChatProcessor(
         CLIPImageProcessorPil.from_pretrained(name),
         AutoTokenizer.from_pretrained(name),
@@ -83,11 +103,13 @@ def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcess
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts with the options of `visualchat convert llava`."""
-    check_config(LlavaConfig.from_pretrained(args.model))
-    llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
-    model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
-    make_processor(args.model, model).save_pretrained(args.output)
+    """Runs `visualchat convert llava` with these options."""
+    with input_errors(f"cannot convert {args.model}: "):
+        check_config(read_config(args.model))
+        llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
+        model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
+        processor = make_processor(args.model, model)
+    processor.save_pretrained(args.output)
     model.save_pretrained(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters, {model.dtype}", *lines, sep="\n  ")
-    print("Train the projector before use: it has not seen this attention, nor LLaVA's weights this projector")
+    print("Train the projector before use: LLaVA's weights were trained with another attention and another projector")

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import torch
@@ -10,16 +11,17 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTraine
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from visualchat.errors import input_errors
 
 
 PROJECTORS = {"baseline": "linear", "vit": "vit", "perceiver": "perceiver_released"}
 CONFIG_KEYS = ("projector", "vision_config", "text_config", "image_token_id", "base_vocab_size")
 EXTRA_TOKENS = ("### Image:", "<image>")  # in this order after the base vocabulary
 
-# Our name → the released name, by their beginnings
+# Prefixes of our names → prefixes of the released names
 BACKBONES = {
     "model.vision_tower.": "vis_encoder.vision_model.",
-    "model.language_model.embed_tokens.": "lang_embed.",  # the trained one
+    "model.language_model.embed_tokens.": "lang_embed.",  # the trained token embedding
     "model.language_model.": "lang_decoder.model.",
     "lm_head.": "lang_decoder.lm_head.",
 }
@@ -40,19 +42,19 @@ PROJECTOR_PARTS = {
         "linear.": "projection.1.",
     },
 }
-UNUSED = ("lang_decoder.model.embed_tokens.weight",)  # was not trained, and embeds generated tokens only
-COMPUTED = ("embeddings.position_ids", "rotary_emb.inv_freq")  # saved by older versions of transformers
+UNUSED = ("lang_decoder.model.embed_tokens.weight",)  # not trained; the released code uses it for generated tokens only
+COMPUTED = ("embeddings.position_ids", "rotary_emb.inv_freq")  # buffers that older versions of transformers saved
 LORA_FACTORS = ("lora_right_weight", "lora_left_weight")
 
 
 def read_config(path: Path, multimodal_attention: str) -> tuple[VisualChatConfig, int]:
     """
     Returns:
-        The config of the converted model, and the size of the vocabulary before it was extended.
+        The config of the converted model, and the size of the decoder's original vocabulary.
     """
     parts = json.loads(path.read_text())
     if set(parts) != set(CONFIG_KEYS):
-        raise ValueError(f"{path} must hold {', '.join(CONFIG_KEYS)}, but holds {', '.join(parts)}")
+        raise ValueError(f"{path} must have the keys {', '.join(CONFIG_KEYS)}, but has {', '.join(parts)}")
     if parts["projector"] not in PROJECTORS:
         raise ValueError(f"{path}: `projector` is {parts['projector']!r}, use one of {', '.join(PROJECTORS)}")
     vocab_size, base = parts["text_config"].get("vocab_size"), parts["base_vocab_size"]
@@ -63,7 +65,7 @@ def read_config(path: Path, multimodal_attention: str) -> tuple[VisualChatConfig
         )
     if not base <= parts["image_token_id"] < vocab_size:
         raise ValueError(f"{path}: `image_token_id` is {parts['image_token_id']}, use one from {base} to {vocab_size - 1}")
-    # The trained embedding is a copy of its own, whatever the decoder's was tied to
+    # The released code trains a copy of the token embedding, so it is never tied to the output layer
     text_config = LlamaConfig(**{**parts["text_config"], "tie_word_embeddings": False})
     config = VisualChatConfig(
         vision_config=CLIPVisionConfig(**parts["vision_config"]),
@@ -75,23 +77,41 @@ def read_config(path: Path, multimodal_attention: str) -> tuple[VisualChatConfig
     return config, base
 
 
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """
+    Reads a checkpoint that `torch.save` wrote. It is a pickle, of which only tensors are read, so that no code in it runs.
+
+    Raises:
+        ValueError: If the file is not such a checkpoint, or contains other objects.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a file of weights that torch.save wrote: {error}") from error
+
+
 def fuse_lora(weights: dict[str, torch.Tensor], lora: str | None) -> dict[str, torch.Tensor]:
     """
-    The weights without LoRA's factors.
+    Merges the LoRA factors of a checkpoint into its weights.
 
     Args:
         weights (`dict[str, torch.Tensor]`): The checkpoint.
-        lora (`str`, *optional*): `"fused"`: the factors are part of the weights already. `"unfused"`: they are added.
+        lora (`str`, *optional*): `"fused"`: the weights already include the factors, which are dropped. `"unfused"`: the
+            product of the factors is added to the weights.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The weights without LoRA factors.
 
     Raises:
-        ValueError: If there are any and `lora` is not given, or if one of a pair is missing.
+        ValueError: If there are LoRA factors and `lora` is not given, if `lora` is given and there are none, or if a factor
+            or its weight is missing.
     """
     factors = [name for name in weights if name.endswith(LORA_FACTORS)]
     if factors and lora is None:
         raise ValueError(
-            f"The checkpoint holds {len(factors)} LoRA factors ({_listed(factors)}), and nothing in it says whether they are"
-            " part of the weights already. Pass --lora fused if so, as the released training script saves them, or"
-            " --lora unfused to add them"
+            f"The checkpoint holds {len(factors)} LoRA factors ({_listed(factors)}), but does not say whether the"
+            " weights already include them. Pass --lora fused if they do (the released training script saves such"
+            " checkpoints), or --lora unfused to add them"
         )
     if lora is not None and not factors:
         raise ValueError(f"--lora {lora} was given, but the checkpoint holds no LoRA factors")
@@ -108,7 +128,7 @@ def fuse_lora(weights: dict[str, torch.Tensor], lora: str | None) -> dict[str, t
 
 
 def released_name(name: str, projector: str) -> str:
-    """What the released code calls one of our weights."""
+    """The name of one of our weights in the released code."""
     parts = {
         f"model.multi_modal_projector.{ours}": f"projection.{theirs}" for ours, theirs in PROJECTOR_PARTS[projector].items()
     }
@@ -118,13 +138,13 @@ def released_name(name: str, projector: str) -> str:
 
 def convert_weights(weights: dict[str, torch.Tensor], config: VisualChatConfig) -> dict[str, torch.Tensor]:
     """
-    A checkpoint's weights under our names.
+    Renames the weights of a checkpoint to our names.
 
     Raises:
-        ValueError: Naming each weight that is missing, left over, or of another shape than the config makes it.
+        ValueError: If a weight is missing, unexpected, or of another shape than the config says. The error names it.
     """
     shapes = copy.deepcopy(config)
-    shapes.multimodal_attention = "mmca"  # has the same weights, and no warning
+    shapes.multimodal_attention = "mmca"  # the weights are the same, and no warning is logged
     with torch.device("meta"):
         expected = VisualChatForCausalLM._from_config(shapes).state_dict()
     names = {name: released_name(name, config.projector) for name in expected}
@@ -133,19 +153,19 @@ def convert_weights(weights: dict[str, torch.Tensor], config: VisualChatConfig) 
     missing, left_over = sorted(needed - set(weights)), sorted(set(weights) - needed)
     if missing or left_over:
         raise ValueError(
-            f"Of {len(needed)} weights the checkpoint lacks {len(missing)}{_named(missing)} and has {len(left_over)} that"
-            f" have no place in this model{_named(left_over)}: check `projector`, `vision_config` and `text_config`"
+            f"Of {len(needed)} weights, {len(missing)} are missing in the checkpoint{_named(missing)}, and it has"
+            f" {len(left_over)} unexpected ones{_named(left_over)}: check `projector`, `vision_config` and `text_config`"
         )
     converted = {}
     for name, theirs in names.items():
         weight = weights[theirs]
-        if theirs.startswith("projection.attn.in_proj_"):  # queries, keys and values in one
+        if theirs.startswith("projection.attn.in_proj_"):  # query, key and value projections in one weight
             if len(weight) != 3 * len(expected[name]):
-                raise ValueError(f"{theirs} has {len(weight)} rows, but the config makes it {3 * len(expected[name])}")
+                raise ValueError(f"{theirs} has {len(weight)} rows, but this config needs {3 * len(expected[name])}")
             weight = weight.chunk(3)["qkv".index(name.removeprefix("model.multi_modal_projector.")[0])]
         if weight.shape != expected[name].shape:
             raise ValueError(
-                f"{theirs} has the shape {tuple(weight.shape)}, but the config makes it {tuple(expected[name].shape)}"
+                f"{theirs} has the shape {tuple(weight.shape)}, but this config needs {tuple(expected[name].shape)}"
             )
         converted[name] = weight
     return converted
@@ -166,12 +186,13 @@ def make_processor(
     The processor of a converted model.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): What the released script saved, or the decoder's own, which is extended.
-        config (`VisualChatConfig`): Of the converted model.
-        base_vocab_size (`int`): Tokens of the decoder's own.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer that the released script saved, or the original tokenizer of the
+            decoder, to which the released script's tokens are added.
+        config (`VisualChatConfig`): The config of the converted model.
+        base_vocab_size (`int`): The size of the decoder's original vocabulary.
 
     Raises:
-        ValueError: If its vocabulary is not the trained one.
+        ValueError: If the vocabulary is not the one that the checkpoint was trained with.
     """
     if len(tokenizer) == base_vocab_size:
         tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
@@ -186,13 +207,13 @@ def make_processor(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts with the options of `visualchat convert released`."""
-    config, base_vocab_size = read_config(args.config, args.attention)
-    processor = None
-    if args.tokenizer:
-        processor = make_processor(AutoTokenizer.from_pretrained(args.tokenizer), config, base_vocab_size)
-    weights = torch.load(args.model, map_location="cpu", weights_only=True, mmap=True)
-    weights = convert_weights(fuse_lora(weights, args.lora), config)
+    """Runs `visualchat convert released` with these options."""
+    with input_errors(f"cannot convert {args.model}: "):
+        config, base_vocab_size = read_config(args.config, args.attention)
+        processor = None
+        if args.tokenizer:
+            processor = make_processor(AutoTokenizer.from_pretrained(args.tokenizer), config, base_vocab_size)
+        weights = convert_weights(fuse_lora(read_weights(args.model), args.lora), config)
     dtype = weights["model.language_model.embed_tokens.weight"].dtype
     model = VisualChatForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if processor is not None:
@@ -203,10 +224,12 @@ def run(args: argparse.Namespace) -> None:
 
     print(f"{args.output}: {model.num_parameters():,} parameters, {dtype}, multimodal_attention={args.attention!r}")
     if args.lora == "fused":
-        print("The LoRA factors are left out, as part of the weights")
+        print("The LoRA factors were dropped, since the weights include them")
     if processor is None:
-        print("No processor was written, for want of --tokenizer: the folder takes tensors, not messages")
+        print("No processor was saved, since --tokenizer was not given: the folder cannot be used with messages")
     if args.attention == "mmca":
-        print("The checkpoint was not trained with this attention: fine-tune projector and token embedding before use")
+        print(
+            "The checkpoint was not trained with this attention: fine-tune the projector and the token embedding before use"
+        )
     if args.attention == "causal":
-        print("The checkpoint was trained with pictures in reverse: give each sample's last picture first, or fine-tune")
+        print("The checkpoint was trained with images in reverse order: pass images last to first, or fine-tune")

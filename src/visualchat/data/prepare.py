@@ -29,6 +29,7 @@ from visualchat.data.checks import Needs, Problem, summarize
 from visualchat.data.rows import Context, Sample
 from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_whole
 from visualchat.data.sources import SOURCES, open_source
+from visualchat.errors import input_errors
 from visualchat.training.rows import load_rows
 
 
@@ -306,14 +307,11 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         list_sources()
         return 0
-    try:
+    with input_errors():
         options.needs = load_needs(options.model)
         statuses = []
         for plan_one, names in ((plan_source, options.source), (plan_dataset, options.dataset)):
             for name in names or []:
                 print(f"{name}: reading", flush=True)
                 statuses.append(prepare(plan_one(name, options), options))
-        return max(statuses)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return max(statuses)

@@ -13,16 +13,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import BatchFeature
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.image_memory_visualchat import ModelWeights, fingerprint_weights
+from visualchat.errors import input_errors
 from visualchat.evaluation.answers import generate_answers
 from visualchat.evaluation.conversations import Dialogue, read_conversations, read_labelled
 from visualchat.evaluation.report import describe_number, describe_share, write_csv, write_report
 from visualchat.evaluation.scores import MATCHES, compare, score
-from visualchat.loading import load_model, load_processor
-from visualchat.training.merge import load_merged
+from visualchat.loading import choose_device, load_model, load_processor
 from visualchat.training.rows import count_tokens
 
 
@@ -210,27 +209,9 @@ def name_folders(models: list[str], output: Path) -> dict[str, Path]:
     return folders
 
 
-def find_processor(name: str, trust_remote_code: bool) -> VisualChatProcessor:
-    """
-    Raises:
-        ValueError: If there is none of this name.
-    """
-    try:
-        return load_processor(name, trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} is neither a folder nor a Hub id of a VisualChat model or an adapter: {error}") from error
-
-
 def load_checkpoint(name: str, dtype: str, device: str | None, trust_remote_code: bool) -> VisualChatForCausalLM:
-    """A VisualChat, or an adapter merged into its base, to generate with."""
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
-    if find_adapter_config_file(name) is not None:
-        model = load_merged(name, trust_remote_code=trust_remote_code, dtype=dtype)
-    else:
-        model = load_model(name, trust_remote_code, dtype=dtype)
-    return model.to(device).eval()
+    """A model, or an adapter merged into its base, to generate with."""
+    return load_model(name, trust_remote_code, dtype=dtype).to(choose_device(device)).eval()
 
 
 def describe(args: argparse.Namespace, name: str, model: VisualChatForCausalLM, digest: str) -> dict:
@@ -310,23 +291,19 @@ def run(args: argparse.Namespace) -> int:
     if generation["do_sample"]:
         generation |= {"temperature": args.temperature, "top_p": args.top_p}
     evaluations, settings = {}, {}
-    try:
+    with input_errors():
         if args.labelled:
             dialogues, digest = read_labelled(args.labelled)
         else:
             dialogues, digest = read_conversations(args.conversations, args.image_root)
         folders = name_folders(args.model, args.output)
-        processors = {name: find_processor(name, args.trust_remote_code) for name in folders}
-    except (OSError, ValueError) as error:
-        return refuse(error)
+        processors = {name: load_processor(name, args.trust_remote_code) for name in folders}
 
     for name, folder in folders.items():
-        try:
+        with input_errors(f"cannot evaluate {name}: "):
             model = load_checkpoint(name, args.dtype, args.device, args.trust_remote_code)
             settings[name] = describe(args, name, model, digest)
             keep_settings(folder, settings[name])
-        except (OSError, ValueError) as error:
-            return refuse(error)
         evaluation = Evaluation(model, processors[name], folder, dialogues, generation, args.batch_size, args.seed)
         evaluation.run(name)
         del model, evaluation.model  # room for the next
@@ -354,8 +331,3 @@ def run(args: argparse.Namespace) -> int:
     if not any(answers.values()):
         return 2
     return int(failed)
-
-
-def refuse(error: Exception) -> int:
-    print(f"visualchat evaluate: {error}", file=sys.stderr)
-    return 2

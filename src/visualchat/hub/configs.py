@@ -1,5 +1,5 @@
 """
-Writes `hub_configs/`: for each model a Hub repository's root, less weights and code.
+Writes `hub_configs/`: for each model, the files of its Hub repository without weights and code.
 
     python -m visualchat.hub.configs
 """
@@ -59,8 +59,8 @@ LLAMA_2_70B = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }
-TEXT_TOKENS = 512  # of a conversation, beside its pictures
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # LLaMA's, with LLaMA's ids
+TEXT_TOKENS = 512  # text tokens of a conversation, for the number of images that fit beside them
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # the tokens of LLaMA, with the same ids
 TINY_TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -86,10 +86,10 @@ TINY_DECODER = {
 class HubModel:
     """
     Args:
-        title (`str`): The tower and the decoder, in words.
-        tower, decoder (`dict`): Fields of `CLIPVisionConfig` and `LlamaConfig`.
-        projector (`str`): As in `VisualChatConfig`.
-        base_models (`tuple[str, str]`, *optional*): Hub ids of tower and decoder.
+        title (`str`): A short description of the vision tower and the decoder.
+        tower, decoder (`dict`): The fields of `CLIPVisionConfig` and `LlamaConfig`.
+        projector (`str`): The projector, as in `VisualChatConfig`.
+        base_models (`tuple[str, str]`, *optional*): The Hub ids of the vision tower and the decoder.
     """
 
     title: str
@@ -111,8 +111,8 @@ MODELS = {
     "70b": HubModel(
         "CLIP ViT-L/14 and LLaMA-2-70B", CLIP_VIT_L_14, LLAMA_2_70B, base_models=(CLIP_ID, "meta-llama/Llama-2-70b-hf")
     ),
-    # 448 px and 256 tokens an image, as the paper's second tower, Qwen-VL's. A linear projector would give 1,025 tokens: a
-    # context of 4,096 would hold 3 pictures.
+    # 448 pixels and 256 tokens per image, as with the paper's second vision tower, that of Qwen-VL. With a linear projector
+    # an image would have 1,025 tokens, so that only 3 images would fit into a context of 4,096 tokens.
     "7b-448": HubModel(
         "CLIP ViT-L/14 at 448 pixels and LLaMA-2-7B",
         {**CLIP_VIT_L_14, "image_size": 448},
@@ -125,9 +125,10 @@ MODELS = {
 ABOUT = """
 # VisualChat {name}
 
-The configuration of a [DeepSpeed-VisualChat](https://arxiv.org/abs/2309.14327) model: {title}, joined by a
-{projector} projector and multi-modal causal attention. **This folder holds no weights and no code**: it says what a
-repository of such a model looks like. `from_pretrained` needs weights; the section below makes them.
+The configuration of a [DeepSpeed-VisualChat](https://arxiv.org/abs/2309.14327) model: {title}, connected by a
+{projector} projector, with multi-modal causal attention. **This folder contains no weights and no code**, only the other
+files of a repository of such a model. `from_pretrained` needs weights: [Create the weights](#create-the-weights) shows how
+to create them.
 
 | | |
 |---|---|
@@ -135,19 +136,21 @@ repository of such a model looks like. `from_pretrained` needs weights; the sect
 TOKENIZER_OF_LLAMA = """
 ## Tokenizer
 
-LLaMA-2's tokenizer is licensed and not part of this folder. It comes with the decoder: `AutoTokenizer` reads it from
-`{text}`, and `VisualChatProcessor` adds the placeholder `<image>` as token {image_token_id} and, as LLaMA-2
-has no padding token, pads with `<unk>`. `processor.save_pretrained` writes it beside the weights, whose licence it shares.
+The tokenizer of LLaMA-2 is not part of this folder, because it is under the licence of LLaMA-2. `AutoTokenizer` loads it
+from `{text}`. `VisualChatProcessor` adds the placeholder `<image>` as token {image_token_id} and uses `<unk>` as the
+padding token, since LLaMA-2 has none. `processor.save_pretrained` saves the tokenizer beside the weights.
 """
 TOKENIZER_OF_TINY = """
 ## Tokenizer
 
-One token a byte (3 to 258), after `<unk>`, `<s>` and `</s>`; the placeholder `<image>` is token {image_token_id}.
+A byte-level tokenizer: tokens 0 to 2 are `<unk>`, `<s>` and `</s>`, tokens 3 to 258 are the 256 bytes, and the placeholder
+`<image>` is token {image_token_id}.
 """
-MAKE_TINY = """
-## Make the weights
+CREATE_TINY = """
+## Create the weights
 
-Random ones, for tests. The `modeling_visualchat` package must be installed; the folder that is written carries its own code:
+The weights are random and serve for tests. This needs the VisualChat package (`pip install .` in its repository). The saved
+folder contains its own code:
 
 ```python
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -159,12 +162,12 @@ AutoModel.from_config(config).save_pretrained("outputs/visualchat-{name}")
 AutoProcessor.from_pretrained("hub_configs/{name}").save_pretrained("outputs/visualchat-{name}")
 ```
 """
-MAKE_OF_PARTS = """
-## Make the weights
+CREATE_FROM_PARTS = """
+## Create the weights
 
-Access to `{text}` is asked for on its page. The projector is new and random: it and the token embedding are
-what to train, and until then the model does not know what it sees. The `modeling_visualchat` package must be installed; the
-folder that is written carries its own code:
+Request access to `{text}` on its page. The projector is initialized at random, so the model does not understand
+images until the projector and the token embedding have been trained. This needs the VisualChat package (`pip install .` in
+its repository). The saved folder contains its own code:
 
 ```python
 {import_torch}from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, GenerationConfig
@@ -172,10 +175,10 @@ folder that is written carries its own code:
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
 vision, text = "{vision}", "{text}"
-image_processor = CLIPImageProcessorPil.from_pretrained(vision{larger_pictures})
+image_processor = CLIPImageProcessorPil.from_pretrained(vision{larger_images})
 processor = VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(text))
 tower = CLIPVisionModel.from_pretrained(vision, dtype="bfloat16")
-{enlarge_tower}model = VisualChatForCausalLM.from_vision_text_pretrained(
+{interpolate_positions}model = VisualChatForCausalLM.from_vision_text_pretrained(
     tower, text, dtype="bfloat16", image_token_id=processor.image_token_id, projector="{projector}"
 )
 model.generation_config = GenerationConfig.from_pretrained("hub_configs/{name}")
@@ -184,12 +187,20 @@ model.save_pretrained("outputs/visualchat-{name}")
 processor.save_pretrained("outputs/visualchat-{name}")
 ```
 
-`image_number_keys` is off, as in the paper. Where conversations hold several pictures, pass `image_number_keys=True` and
-`image_number_token_ids=processor.image_number_token_ids()` as well.
+`image_number_keys` is off, as in the paper. For conversations with several images, also pass `image_number_keys=True` and
+`image_number_token_ids=processor.image_number_token_ids()`.
+
+## Commands
+
+```bash
+visualchat plan hub_configs/{name} --gpus 8          # predicts the memory of a training step
+visualchat chat outputs/visualchat-{name}            # a chat in the terminal, once the model has been trained
+visualchat push outputs/visualchat-{name} USER/NAME  # uploads the folder to the Hugging Face Hub
+```
 """
-LARGER_PICTURES = """, size={{"shortest_edge": {size}}}, crop_size={{"height": {size}, "width": {size}}}"""
-ENLARGE_TOWER = """
-# From {old} to {size} pixels: the positions of {old_side} × {old_side} patches, interpolated to {side} × {side}
+LARGER_IMAGES = """, size={{"shortest_edge": {size}}}, crop_size={{"height": {size}, "width": {size}}}"""
+INTERPOLATE_POSITIONS = """
+# From {old} to {size} pixels: interpolate the position embeddings of {old_side} × {old_side} patches to {side} × {side}
 embeddings = tower.embeddings
 positions = embeddings.position_embedding.weight.data
 grid = positions[1:].unflatten(0, ({old_side}, {old_side})).permute(2, 0, 1)[None].float()
@@ -203,10 +214,10 @@ embeddings.image_size = tower.config.image_size = {size}
 LICENCE_OF_LLAMA = """
 ## Licence
 
-This folder is Apache-2.0, as VisualChat is. Weights that are made with it hold those of LLaMA-2 and are under the
-[LLAMA 2 Community License](https://ai.meta.com/llama/license/), which `license: llama2` above stands for: a repository with
-weights passes the licence on, with the notice "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta
-Platforms, Inc. All Rights Reserved."
+This folder is under Apache-2.0, as VisualChat is. Weights that are created with it contain the weights of LLaMA-2, so they
+are under the [LLAMA 2 Community License](https://ai.meta.com/llama/license/), hence `license: llama2` above. A repository
+with such weights must include that licence and the notice "Llama 2 is licensed under the LLAMA 2 Community License,
+Copyright (c) Meta Platforms, Inc. All Rights Reserved."
 """
 LICENCE_OF_TINY = """
 ## Licence
@@ -215,8 +226,8 @@ Apache-2.0.
 """
 
 
-def join_on_meta(model: HubModel) -> VisualChatForCausalLM:
-    """What `from_vision_text_pretrained` makes of the two parts, in bfloat16, without memory for weights."""
+def build_on_meta(model: HubModel) -> VisualChatForCausalLM:
+    """The model that `from_vision_text_pretrained` builds, in bfloat16 on the meta device, which allocates no memory."""
     with torch.device("meta"):
         tower = CLIPVisionModel._from_config(CLIPVisionConfig(**model.tower), dtype=torch.bfloat16)
         decoder = LlamaForCausalLM._from_config(
@@ -229,7 +240,7 @@ def join_on_meta(model: HubModel) -> VisualChatForCausalLM:
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after LLaMA's special tokens, and `<s>` before a text."""
+    """A tokenizer with LLaMA's special tokens and one token per byte. It puts `<s>` before a text."""
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: k for k, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -243,21 +254,21 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_llama_tokenizer() -> LlamaTokenizer:
-    """LLaMA-2's but for its words, of which it has letters only: what the chat template of its folder is written for."""
+    """A stand-in for LLaMA-2's tokenizer, which has only letters as vocabulary: the chat template is the same."""
     tokens = [*SPECIAL_TOKENS, "\u2581", *string.ascii_letters]
     return LlamaTokenizer(vocab={token: k for k, token in enumerate(tokens)}, add_bos_token=True)
 
 
 def make_processor(model: HubModel, image_seq_length: int) -> VisualChatProcessor:
-    """CLIP's image processor at the tower's size, with a tokenizer of the decoder's kind."""
+    """CLIP's image processor at the tower's image size, with a tokenizer of the decoder's type."""
     size = model.tower["image_size"]
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     tokenizer = make_llama_tokenizer() if model.base_models else make_byte_tokenizer()
     return VisualChatProcessor(image_processor, tokenizer, image_seq_length=image_seq_length)
 
 
-def write_card(name: str, model: HubModel, joined: VisualChatForCausalLM) -> str:
-    """The model card: numbers come from the model on the meta device."""
+def make_card(name: str, model: HubModel, joined: VisualChatForCausalLM) -> str:
+    """The model card. Its numbers are those of `joined`, the model on the meta device."""
     config, parts = joined.config, joined.model
     vision, text = model.base_models or (None, None)
     tower, projector, total = (
@@ -273,13 +284,13 @@ def write_card(name: str, model: HubModel, joined: VisualChatForCausalLM) -> str
         "… of the projector": projector,
         "… of the decoder": total - tower - projector - placeholder,
         "… of the placeholder token, in embedding and output layer": placeholder,
-        "… trained by `freeze_for_alignment`: projector and token embedding": trained,
+        "… trained in alignment (`freeze_for_alignment`): projector and token embedding": trained,
         "bytes of the weights, bfloat16": 2 * total,
-        "pixels of a picture": f"{side} × {side}",
-        "tokens of a picture": image_tokens,
-        "bytes of a picture's memory (`model.image_memory_nbytes`), bfloat16": joined.image_memory_nbytes,
+        "pixels of an image": f"{side} × {side}",
+        "tokens of an image": image_tokens,
+        "bytes of the image memory of an image (`model.image_memory_nbytes`), bfloat16": joined.image_memory_nbytes,
         "tokens of the context": context,
-        f"pictures that fit beside {TEXT_TOKENS} tokens of text": (context - TEXT_TOKENS) // image_tokens,
+        f"images that fit into the context beside {TEXT_TOKENS} text tokens": (context - TEXT_TOKENS) // image_tokens,
         "layers · heads · key-value heads of the decoder": " · ".join(
             str(getattr(config.text_config, field))
             for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -294,22 +305,22 @@ def write_card(name: str, model: HubModel, joined: VisualChatForCausalLM) -> str
     card = "\n".join(["---", *front, "---"]) + ABOUT.format(name=name, title=model.title, projector=model.projector)
     card += "\n".join(rows) + "\n"
     if text is None:
-        make = MAKE_TINY.format(name=name)
+        make = CREATE_TINY.format(name=name)
     else:
-        import_torch = larger_pictures = enlarge_tower = ""
+        import_torch = larger_images = interpolate_positions = ""
         if side != (old := CLIP_VIT_L_14["image_size"]):
             patch = config.vision_config.patch_size
             sides = {"old": old, "size": side, "old_side": old // patch, "side": side // patch}
             import_torch = "import torch\n"
-            larger_pictures, enlarge_tower = LARGER_PICTURES.format(**sides), ENLARGE_TOWER.format(**sides)
-        make = MAKE_OF_PARTS.format(
+            larger_images, interpolate_positions = LARGER_IMAGES.format(**sides), INTERPOLATE_POSITIONS.format(**sides)
+        make = CREATE_FROM_PARTS.format(
             name=name,
             vision=vision,
             text=text,
             projector=model.projector,
             import_torch=import_torch,
-            larger_pictures=larger_pictures,
-            enlarge_tower=enlarge_tower,
+            larger_images=larger_images,
+            interpolate_positions=interpolate_positions,
         )
     tokenizer = TOKENIZER_OF_LLAMA if text else TOKENIZER_OF_TINY
     card += make + tokenizer.format(text=text, image_token_id=config.image_token_id)
@@ -317,9 +328,9 @@ def write_card(name: str, model: HubModel, joined: VisualChatForCausalLM) -> str
 
 
 def write_folder(name: str, folder: Path) -> None:
-    """Replaces `folder` by the one of `MODELS[name]`."""
+    """Writes the files of `MODELS[name]`. An existing `folder` is replaced."""
     model = MODELS[name]
-    joined = join_on_meta(model)
+    joined = build_on_meta(model)
     with tempfile.TemporaryDirectory() as saved:
         joined.config.save_pretrained(saved)
         joined.generation_config.save_pretrained(saved)
@@ -330,7 +341,7 @@ def write_folder(name: str, folder: Path) -> None:
             is_tokenizers = path.name.startswith("tokenizer")
             if path.suffix != ".py" and not (is_tokenizers and model.base_models):
                 shutil.copyfile(path, folder / path.name)
-    (folder / "README.md").write_text(write_card(name, model, joined))
+    (folder / "README.md").write_text(make_card(name, model, joined))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,20 +11,23 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from visualchat.errors import input_errors
 
-# Of the folder's own files, no subfolder's. Pickles are no part of a repository: `training_args.bin` may hold a token.
+
+# The files of a folder (not of its subfolders) that are uploaded. Pickles are not: `training_args.bin` may hold a token.
 PUBLISHED = re.compile(
     r".+\.(safetensors|json|jinja|py|model|png|jpe?g)|README\.md|(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?|(merges|vocab)\.txt"
 )
 RUN_STATE = ("trainer_state.json",)
-REPLACED = re.compile(r".+\.(safetensors(\.index\.json)?|py)")  # a later push removes what it does not bring
+# Files of an earlier push, which are deleted if the folder does not have them
+DELETED_IF_MISSING = re.compile(r".+\.(safetensors(\.index\.json)?|py)")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 CODE_BEGIN, CODE_END = "<!-- code: written by visualchat push -->", "<!-- end of code -->"
-# What traveling code does with files and network, and only when asked to: tests/hub/test_traveling_code.py
+# Calls of the travelling code that use files or the network, and for what. tests/hub/test_traveling_code.py checks them
 EXCEPTIONS = {
-    "`ImageMemory.save`, `ImageMemoryStore` with a `folder`": "write image memories",
-    "`ChatSession.save`": "writes a conversation and its pictures",
-    "`load_image` of a URL, and so the processor and a chat that are given one": "fetch a picture",
+    "`ImageMemory.save`, `ImageMemoryStore` with a `folder`": "write image memory files",
+    "`ChatSession.save`": "writes a conversation and its images",
+    "`load_image` of a URL, also through the processor or a chat": "downloads an image",
     "`save_pretrained`, `push_to_hub`": "as in transformers",
 }
 CODE_SECTION = """\
@@ -33,8 +36,8 @@ CODE_SECTION = """\
 
 {table}
 
-Loading, `forward` and `generate` open no connection, start no process and write no file beyond transformers' own cache. Only
-when they are called: {exceptions}. Give `revision="<commit>"` to run these very files.
+Loading, `forward` and `generate` open no connection, start no process and write no file, except for transformers' own cache.
+Only these calls do: {exceptions}. Pass `revision="<commit>"` to run exactly these files.
 {end}
 """
 
@@ -42,13 +45,13 @@ when they are called: {exceptions}. Give `revision="<commit>"` to run these very
 @dataclass(frozen=True)
 class Publication:
     """
-    What a push sends.
+    What a push uploads.
 
     Args:
-        contents (`dict[str, Path | bytes]`): By name in the repository.
-        base_model (`str`, *optional*): An adapter's base.
-        left_out (`list[str]`): Names in the folder that are not sent.
-        code (`list[str]`): The code files among `contents`.
+        contents (`dict[str, Path | bytes]`): The files to upload, or their contents, by their names in the repository.
+        left_out (`list[str]`): The names in the folder that are not uploaded.
+        code (`list[str]`): The names of the code files among `contents`.
+        base_model (`str`, *optional*): The Hub id of an adapter's base model.
     """
 
     contents: dict[str, Path | bytes]
@@ -57,12 +60,12 @@ class Publication:
     base_model: str | None
 
     def describe(self) -> str:
-        """Every file with its size in bytes and its SHA-256."""
+        """A line for every file with its size in bytes and its SHA-256, and a line for every file that is left out."""
         lines = [f"{size:>15,}  {digest}  {name}" for name, size, digest in map(self.measure, sorted(self.contents))]
         return "\n".join([*lines, *(f"{'left out':>15}  {name}" for name in self.left_out)])
 
     def measure(self, name: str) -> tuple[str, int, str]:
-        """Name, size in bytes and SHA-256 of one file."""
+        """The name, size in bytes and SHA-256 of one file."""
         content = self.contents[name]
         if isinstance(content, bytes):
             return name, len(content), hashlib.sha256(content).hexdigest()
@@ -73,17 +76,17 @@ class Publication:
         return name, content.stat().st_size, digest.hexdigest()
 
 
-def collect(folder: Path, base_model: str | None = None, token: str | None = None) -> Publication:
+def collect_files(folder: Path, base_model: str | None = None, token: str | None = None) -> Publication:
     """
-    Checks that a folder loads elsewhere, and collects what is published of it. The folder stays as it is.
+    Checks that a folder has all files that others need to load it, and collects them. Nothing in the folder changes.
 
     Args:
         folder (`Path`): A saved model or adapter, with its processor.
-        base_model (`str`, *optional*): Hub id of an adapter's base, if the adapter names a folder.
-        token (`str`, *optional*): The access token, which no file may hold.
+        base_model (`str`, *optional*): The Hub id of an adapter's base model, if the adapter names a local folder.
+        token (`str`, *optional*): The access token, to check that no file contains it.
 
     Raises:
-        FileNotFoundError, ValueError: Naming the file that is missing or at fault, and what to do.
+        FileNotFoundError, ValueError: If a file is missing or wrong. The error names the file and says what to do.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}")
@@ -96,32 +99,32 @@ def collect(folder: Path, base_model: str | None = None, token: str | None = Non
     _check_weights(folder, contents, "adapter_model" if is_adapter else "model")
     for name in ("processor_config.json", "chat_template.jinja", "tokenizer_config.json"):
         if name not in contents:
-            raise FileNotFoundError(f"{folder} has no {name}: save the processor there, by processor.save_pretrained")
+            raise FileNotFoundError(f"{folder} has no {name}: save the processor there with processor.save_pretrained")
     code = find_code(folder)
     for name in [name for name in contents if name.endswith(".py") and name not in code]:
-        del contents[name]  # nothing runs it
+        del contents[name]  # no other file imports it
     if is_adapter:
-        contents["adapter_config.json"], base_model = _name_base(folder / "adapter_config.json", base_model)
-    contents["README.md"] = b""  # takes part in what is there
+        contents["adapter_config.json"], base_model = _set_base_model(folder / "adapter_config.json", base_model)
+    contents["README.md"] = b""  # so that it does not count as left out
     publication = Publication(
         contents=contents,
         left_out=sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in contents),
         code=code,
         base_model=base_model if is_adapter else None,
     )
-    contents["README.md"] = write_card(folder, publication).encode()
+    contents["README.md"] = make_card(folder, publication).encode()
     for name, content in contents.items():
         if not name.endswith(".safetensors"):
             data = content if isinstance(content, bytes) else content.read_bytes()
             if TOKEN.search(data) or (token and token.encode() in data):
-                raise ValueError(f"{folder / name} holds an access token: remove it, and revoke it if others have seen it")
+                raise ValueError(f"{folder / name} contains an access token: remove it, and revoke it if it was shared")
     return publication
 
 
 def _check_weights(folder: Path, contents: dict[str, Path | bytes], stem: str) -> None:
     config = "adapter_config.json" if stem == "adapter_model" else "config.json"
     if config not in contents:
-        raise FileNotFoundError(f"{folder} has neither config.json nor adapter_config.json: it is no saved model")
+        raise FileNotFoundError(f"{folder} has neither config.json nor adapter_config.json: it is not a saved model")
     index = folder / f"{stem}.safetensors.index.json"
     if index.name in contents:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -130,17 +133,17 @@ def _check_weights(folder: Path, contents: dict[str, Path | bytes], stem: str) -
                 f"{index} names {len(shards)} files, {len(missing)} of which are missing: {', '.join(missing)}"
             )
     elif f"{stem}.safetensors" not in contents:
-        raise FileNotFoundError(f"{folder} has no {stem}.safetensors: save the model there, by model.save_pretrained")
+        raise FileNotFoundError(f"{folder} has no {stem}.safetensors: save the model there with model.save_pretrained")
 
 
 def find_code(folder: Path) -> list[str]:
     """
-    The code files that loading a folder runs: those that an `auto_map` names, and what they import of their siblings.
+    The code files that run when the folder is loaded: the files that an `auto_map` names, and those that they import.
 
     Raises:
-        FileNotFoundError: If one is missing.
+        FileNotFoundError: If one of them is missing.
     """
-    needed: dict[str, str] = {}  # by what it is needed
+    needed: dict[str, str] = {}  # module name: the file that needs it
     for name in ("config.json", "processor_config.json"):
         if (folder / name).is_file():
             for entry in json.loads((folder / name).read_text()).get("auto_map", {}).values():
@@ -150,32 +153,32 @@ def find_code(folder: Path) -> list[str]:
         for module in new:
             path = folder / f"{module}.py"
             if not path.is_file():
-                raise FileNotFoundError(f"{path}, which {needed[module]} names, is missing: save the model once more")
+                raise FileNotFoundError(f"{path}, which {needed[module]} names, is missing: save the model again")
             for sibling in re.findall(r"^\s*from \.(\w+) import", path.read_text(), flags=re.MULTILINE):
                 needed.setdefault(sibling, path.name)
         found |= new
     return sorted(f"{module}.py" for module in found)
 
 
-def _name_base(path: Path, base_model: str | None) -> tuple[bytes, str]:
-    """An adapter's configuration with a base that others can load, and that base."""
+def _set_base_model(path: Path, base_model: str | None) -> tuple[bytes, str]:
+    """An adapter's configuration with a base model that is on the Hub, and the id of that base model."""
     config = json.loads(path.read_text())
     base = base_model or config["base_model_name_or_path"]
     if not is_hub_id(base):
         raise ValueError(
-            f"{path} names the base {base!r}, which only this machine has: publish the base first and give its"
-            " id by --base-model"
+            f"{path} names the base model {base!r}, which exists on this machine only: push the base model first"
+            " and pass its id with --base-model"
         )
     return json.dumps({**config, "base_model_name_or_path": base}, indent=2).encode(), base
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id, and is no folder here."""
+    """Whether a name has the form of a Hub id and is not a local folder."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def write_card(folder: Path, publication: Publication) -> str:
-    """The folder's model card, or a short one, with the code that is run, and without bases that are folders."""
+def make_card(folder: Path, publication: Publication) -> str:
+    """The folder's model card (or a short new one) with a section on its code, and without local folders as base models."""
     path = folder / "README.md"
     text = path.read_text() if path.is_file() else f"# {folder.resolve().name}\n"
     front, body = {}, text
@@ -193,9 +196,9 @@ def write_card(folder: Path, publication: Publication) -> str:
         bases = [publication.base_model]
     if bases:
         front["base_model"] = bases
-    for picture in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", body):
-        if picture not in publication.contents:
-            raise FileNotFoundError(f"{path} shows {picture}, which is not in {folder}")
+    for image in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", body):
+        if image not in publication.contents:
+            raise FileNotFoundError(f"{path} shows the image {image}, which is not in {folder}")
     table = ["| file | bytes | SHA-256 |", "|---|---|---|"]
     table += [f"| `{name}` | {size:,} | `{digest}` |" for name, size, digest in map(publication.measure, publication.code)]
     section = CODE_SECTION.format(
@@ -210,27 +213,27 @@ def write_card(folder: Path, publication: Publication) -> str:
 
 def check_access(token: str | None = None) -> HfApi:
     """
-    The Hub, once it has accepted the token: `token`, else `HF_TOKEN`, else that of `hf auth login`.
+    Connects to the Hub with `token`, else `HF_TOKEN`, else the token of `hf auth login`, and checks that it is valid.
 
     Raises:
         ConnectionError: If the Hub cannot be reached.
-        PermissionError: If there is no token, or the Hub refuses it.
+        PermissionError: If there is no token, or the Hub rejects it.
     """
     api = HfApi(token=token)
     try:
         api.whoami()
     except LocalTokenNotFoundError:
         raise PermissionError(
-            f"There is no access token for {api.endpoint}: log in by `hf auth login`, or set HF_TOKEN"
+            f"There is no access token for {api.endpoint}: log in with `hf auth login`, or set HF_TOKEN"
         ) from None
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
         raise PermissionError(
-            f"{api.endpoint} refuses the access token: make one with the right to write at {api.endpoint}/settings/tokens,"
-            " and give it by `hf auth login` or HF_TOKEN"
+            f"{api.endpoint} rejects the access token: create one with write access at {api.endpoint}/settings/tokens,"
+            " and log in with `hf auth login` or set HF_TOKEN"
         ) from None
-    except Exception as error:  # whatever the network library of the day raises
+    except Exception as error:  # the type depends on the HTTP library that huggingface_hub uses
         raise ConnectionError(f"{api.endpoint} cannot be reached: {error}") from error
     return api
 
@@ -245,59 +248,60 @@ def push(
     base_model: str | None = None,
 ) -> CommitInfo:
     """
-    Publishes a folder in one commit. Weights and code of earlier commits that the folder does not have are removed.
+    Uploads a folder in one commit. Weights and code files in the repository that are not in the folder are deleted.
 
     Args:
-        folder (`Path`): See [`collect`].
+        folder (`Path`): See [`collect_files`].
         repo_id (`str`): `"user/name"`. The repository is created if it does not exist.
-        private (`bool`, *optional*): Of a repository that is created.
+        private (`bool`, *optional*): Whether the repository is private, if it is created.
         revision (`str`, *optional*): A branch, created if it does not exist. Defaults to `"main"`.
-        token (`str`, *optional*): Defaults to `HF_TOKEN` or that of `hf auth login`.
-        base_model (`str`, *optional*): See [`collect`].
+        token (`str`, *optional*): The access token. Defaults to `HF_TOKEN`, else the token of `hf auth login`.
+        base_model (`str`, *optional*): See [`collect_files`].
 
     Raises:
-        ConnectionError: If the Hub cannot be reached, or the upload broke off. The same call goes on with it.
-        PermissionError: If the Hub refuses the token, or the token may not write there.
-        ValueError: If an adapter's base is not on the Hub; see also [`collect`].
+        ConnectionError: If the Hub cannot be reached, or the upload was interrupted. The same call resumes the upload.
+        PermissionError: If the Hub rejects the token, or the token has no write access to the repository.
+        ValueError: If an adapter's base model is not on the Hub; see also [`collect_files`].
     """
-    publication = collect(folder, base_model, token)
+    publication = collect_files(folder, base_model, token)
     api = check_access(token)
     if publication.base_model and not api.repo_exists(publication.base_model):
         raise ValueError(
-            f"{folder / 'adapter_config.json'} names the base {publication.base_model!r}, which is not at {api.endpoint}:"
-            " publish the base first and give its id by --base-model"
+            f"{folder / 'adapter_config.json'} names the base model {publication.base_model!r}, not found at {api.endpoint}:"
+            " push the base model first and pass its id with --base-model"
         )
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision)
+        remote_files = api.list_repo_files(repo_id, revision=revision)
         operations = [CommitOperationAdd(name, content) for name, content in publication.contents.items()]
         operations += [
             CommitOperationDelete(name)
-            for name in there
-            if REPLACED.fullmatch(name) and "/" not in name and name not in publication.contents
+            for name in remote_files
+            if DELETED_IF_MISSING.fullmatch(name) and "/" not in name and name not in publication.contents
         ]
         return api.create_commit(repo_id, operations, commit_message=f"Publish {folder.resolve().name}", revision=revision)
     except HfHubHTTPError as error:
         if error.response.status_code != 403:
             raise
         raise PermissionError(
-            f"The access token may not write to {repo_id} at {api.endpoint}: choose another name, or a token with"
-            " the right to write"
+            f"The access token has no write access to {repo_id} at {api.endpoint}: choose another name, or a token"
+            " with write access"
         ) from None
     except (RuntimeError, OSError) as error:
         cause = error.__cause__ or error
         raise ConnectionError(
-            f"The upload to {repo_id} broke off: {error} ({type(cause).__name__}: {cause}). Run the command again to resume"
+            f"The upload to {repo_id} was interrupted: {error} ({type(cause).__name__}: {cause})."
+            " Run the command again to resume it"
         ) from error
 
 
 def run(args: argparse.Namespace) -> None:
-    """Uploads with the options of `visualchat push`."""
-    try:
+    """Runs `visualchat push` with these options."""
+    with input_errors():  # includes PermissionError, ConnectionError and FileNotFoundError
         if args.dry_run:
-            print(collect(args.model, args.base_model, args.token).describe())
+            print(collect_files(args.model, args.base_model, args.token).describe())
             return
         commit = push(
             args.model,
@@ -307,6 +311,4 @@ def run(args: argparse.Namespace) -> None:
             token=args.token,
             base_model=args.base_model,
         )
-    except (OSError, ValueError) as error:  # PermissionError, ConnectionError and FileNotFoundError among them
-        raise SystemExit(f"error: {error}") from error
     print(f'{commit.commit_url}\nfrom_pretrained("{args.repository}", trust_remote_code=True, revision="{commit.oid}")')

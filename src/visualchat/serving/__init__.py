@@ -1,1 +1,1 @@
-"""An HTTP server that speaks the OpenAI API."""
+"""An HTTP server that implements the OpenAI API."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What one request to the server may ask for, at most."""
+"""The limits of a request to the server."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 class Limits:
     """
     Args:
-        body_bytes (`int`): Of a request.
-        body_seconds (`float`): For which a request may be under way.
-        images (`int`): In a conversation.
-        choices (`int`): Answers to a request.
-        image_bytes (`int`): Of each encoded picture.
-        image_pixels (`int`): Of each picture.
-        fetch_seconds (`float`): For each picture from an allowed host.
-        new_tokens (`int`): Of an answer.
-        hosts (`frozenset[str]`): From which pictures are fetched, with the port unless it is the scheme's own.
+        body_bytes (`int`): The largest size of a request's body.
+        body_seconds (`float`): The longest time in which the body must arrive.
+        images (`int`): The most images in a conversation.
+        choices (`int`): The most choices (`n`) of a request.
+        image_bytes (`int`): The largest size of an encoded image.
+        image_pixels (`int`): The most pixels of an image.
+        fetch_seconds (`float`): The longest time in which an image must arrive from an allowed host.
+        new_tokens (`int`): The most generated tokens of an answer.
+        hosts (`frozenset[str]`): The hosts from which images are fetched, as `host`, or `host:port` if the port is not the
+            default one of the scheme.
     """
 
     body_bytes: int = 32_000_000

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""From the body of a chat completion request to a checked conversation. After this, what strangers send is safe."""
+"""Reads a chat completion request and checks everything in it, since it may come from anybody: fields, limits, images."""
 
 import io
 from typing import Annotated, Any, Literal
@@ -17,16 +17,16 @@ from modeling_visualchat.image_loading_visualchat import DATA_URL, crop_for_clip
 from visualchat.serving.limits import Limits
 
 
-# Pillow reads many more, some of them by programs of the system
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# Resizing the shorter edge to the tower's would make an enormous picture of a thin one
+# Pillow reads many more formats, for some of which it starts other programs
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# The image processor resizes the shorter edge to a fixed length, so a very thin image would become enormous
 MAX_ASPECT_RATIO = 100
 MAX_REDIRECTS = 3
 DISCARDED_BYTES = 64_000_000
 
 
 class RequestError(Exception):
-    """What a client is told in place of an answer, in OpenAI's form."""
+    """An error that the client gets in OpenAI's format, with an HTTP status."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400, headers=None):
         super().__init__(message)
@@ -38,23 +38,23 @@ class RequestError(Exception):
         return JSONResponse({"error": self.error}, self.status, self.headers)
 
 
-class Checked(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def leave_out_nulls(cls, data: Any) -> Any:
-        """OpenAI's clients write null where nothing is meant."""
+        """OpenAI's clients send null for fields that are not set."""
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-def whole(value: Any) -> Any:
-    """JSON has one kind of number: 8.0 is 8."""
+def accept_integral_float(value: Any) -> Any:
+    """Accepts 8.0 for 8: JSON does not distinguish integers from floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def only(*allowed: Any, because: str) -> BeforeValidator:
-    """Of a field for what this server does not do: it takes the values that ask for nothing. Null is always one."""
+def allow_only(*allowed: Any, because: str) -> BeforeValidator:
+    """For the field of a feature that this server lacks: only null and `allowed`, values that do not use it, pass."""
 
     def check(value: Any) -> Any:
         if value not in allowed:
@@ -64,23 +64,23 @@ def only(*allowed: Any, because: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Whole = Annotated[int, BeforeValidator(whole)]
+Integer = Annotated[int, BeforeValidator(accept_integral_float)]
 NO_TOOLS = "this server calls no tools, leave it out"
 
 
-class ImageUrl(Checked):
+class ImageUrl(StrictModel):
     url: str
-    # Of no consequence: the vision tower has one resolution
+    # Ignored: the vision tower has one resolution
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class Part(Checked):
+class Part(StrictModel):
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: Annotated[
         ImageUrl | None, BeforeValidator(lambda image: {"url": image} if isinstance(image, str) else image)
     ] = None
-    # Of no consequence: what was read before is remembered anyway
+    # Ignored: this server caches without being told
     cache_control: Any = None
     prompt_cache_breakpoint: Any = None
 
@@ -92,26 +92,26 @@ class Part(Checked):
         return self
 
 
-class Message(Checked):
+class Message(StrictModel):
     role: Annotated[
         Literal["system", "developer", "user", "assistant"],
-        only(
+        allow_only(
             *("system", "developer", "user", "assistant"),
             because="this server calls no tools: use 'system', 'developer', 'user' or 'assistant'",
         ),
     ]
-    # Those of answers, as clients give them back
-    tool_calls: Annotated[Any, only([], because=NO_TOOLS)] = None
-    function_call: Annotated[Any, only(because=NO_TOOLS)] = None
-    audio: Annotated[Any, only(because="this server knows text and pictures only")] = None
-    refusal: Annotated[Any, only("", because="this server knows no refusals: give what was said as `content`")] = None
-    # Of no consequence for the answer
+    # Fields of answers, which clients send back with the conversation
+    tool_calls: Annotated[Any, allow_only([], because=NO_TOOLS)] = None
+    function_call: Annotated[Any, allow_only(because=NO_TOOLS)] = None
+    audio: Annotated[Any, allow_only(because="this server takes text and images only")] = None
+    refusal: Annotated[Any, allow_only("", because="this server has no refusals: send the text as `content`")] = None
+    # Ignored
     name: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
     annotations: Any = None
     cache_control: Any = None
-    # Last: a message without it is first told what else is wrong
+    # Last, so that errors of the other fields are reported before a missing `content`
     content: Annotated[
         list[Part],
         BeforeValidator(lambda content: [Part(type="text", text=content)] if isinstance(content, str) else content),
@@ -122,33 +122,33 @@ class Message(Checked):
         return [part.text for part in self.content if part.type == "text"]
 
 
-class StreamOptions(Checked):
+class StreamOptions(StrictModel):
     include_usage: bool = False
-    # Of no consequence: whoever reads the connection's lengths reads those of the answer
+    # Ignored: it would add padding against observers who measure the lengths of packets
     include_obfuscation: bool | None = None
 
 
-class ChatRequest(Checked):
+class ChatRequest(StrictModel):
     """
-    The fields of a chat completion, in the order of `docs/serving.md`. What would change the answer if ignored is refused,
-    unless its value asks for nothing.
+    The fields of a chat completion, in the order of `docs/serving.md`. A field that this server does not support is refused,
+    unless its value asks for the default behaviour. Fields that do not change the answer are ignored.
     """
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: Whole | None = Field(None, ge=1)
-    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Integer | None = Field(None, ge=1)
+    max_tokens: Integer | None = Field(None, ge=1)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
         Field(max_length=4),
         BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     ] = []
-    n: Whole = Field(1, ge=1)
+    n: Integer = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float = Field(0, ge=-2, le=2)
     frequency_penalty: float = Field(0, ge=-2, le=2)
     logit_bias: Annotated[
@@ -156,27 +156,27 @@ class ChatRequest(Checked):
         Field(max_length=1024),
     ] = {}
     logprobs: bool = False
-    top_logprobs: Whole = Field(0, ge=0, le=20)
-    # Not OpenAI's, but those of other servers of open models
-    top_k: Whole | None = Field(None, ge=-1)
+    top_logprobs: Integer = Field(0, ge=0, le=20)
+    # Extensions that other servers of open models have, such as vLLM
+    top_k: Integer | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    # Refused, unless they ask for nothing
-    response_format: Annotated[Any, only({"type": "text"}, because="this server answers with plain text only")] = None
-    tools: Annotated[Any, only([], because=NO_TOOLS)] = None
-    tool_choice: Annotated[Any, only("none", "auto", because=NO_TOOLS)] = None
-    functions: Annotated[Any, only([], because=NO_TOOLS)] = None
-    function_call: Annotated[Any, only("none", "auto", because=NO_TOOLS)] = None
-    modalities: Annotated[Any, only(["text"], because="this server answers with text only")] = None
-    audio: Annotated[Any, only(because="this server answers with text only")] = None
-    moderation: Annotated[Any, only(because="this server moderates nothing")] = None
-    prediction: Annotated[Any, only(because="this server predicts nothing")] = None
-    reasoning_effort: Annotated[Any, only("none", because="this model answers at once")] = None
-    service_tier: Annotated[Any, only("auto", "default", because="this server has one tier")] = None
-    store: Annotated[Any, only(False, because="this server stores nothing")] = None
-    verbosity: Annotated[Any, only("medium", because="say in words how long the answer is to be")] = None
-    web_search_options: Annotated[Any, only(because="this server searches nothing")] = None
-    # Of no consequence for the answer
+    # Refused, unless they ask for the default behaviour
+    response_format: Annotated[Any, allow_only({"type": "text"}, because="this server answers with plain text only")] = None
+    tools: Annotated[Any, allow_only([], because=NO_TOOLS)] = None
+    tool_choice: Annotated[Any, allow_only("none", "auto", because=NO_TOOLS)] = None
+    functions: Annotated[Any, allow_only([], because=NO_TOOLS)] = None
+    function_call: Annotated[Any, allow_only("none", "auto", because=NO_TOOLS)] = None
+    modalities: Annotated[Any, allow_only(["text"], because="this server answers with text only")] = None
+    audio: Annotated[Any, allow_only(because="this server answers with text only")] = None
+    moderation: Annotated[Any, allow_only(because="this server does not moderate")] = None
+    prediction: Annotated[Any, allow_only(because="this server takes no predicted outputs")] = None
+    reasoning_effort: Annotated[Any, allow_only("none", because="this model does not reason before it answers")] = None
+    service_tier: Annotated[Any, allow_only("auto", "default", because="this server has one service tier")] = None
+    store: Annotated[Any, allow_only(False, because="this server stores no completions")] = None
+    verbosity: Annotated[Any, allow_only("medium", because="ask for a short or a long answer in the message instead")] = None
+    web_search_options: Annotated[Any, allow_only(because="this server does not search the web")] = None
+    # Ignored
     user: Any = None
     metadata: Any = None
     safety_identifier: Any = None
@@ -187,13 +187,13 @@ class ChatRequest(Checked):
 
     @property
     def new_tokens(self) -> tuple[str, int | None]:
-        """The name of the field that says how long the answer may be, and what it says."""
+        """The name and value of the field that limits the tokens of the answer: `max_completion_tokens` or `max_tokens`."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return name, getattr(self, name)
 
     @property
     def images(self) -> list[tuple[str, str]]:
-        """Where each image stands in the request, and its URL."""
+        """The path of each image in the request (such as `messages[0].content[1].image_url.url`) and its URL."""
         return [
             (f"messages[{m}].content[{p}].image_url.url", part.image_url.url)
             for m, message in enumerate(self.messages)
@@ -205,16 +205,16 @@ class ChatRequest(Checked):
 async def read_body(request: Request, limits: Limits) -> bytes:
     """
     Raises:
-        RequestError: If the body is not said to be JSON, is too large or takes too long.
+        RequestError: If the content type is not JSON, or the body is too large or takes too long.
     """
-    # A page in the user's browser may send anything else to this machine without asking it first
+    # Browsers let any web page send other content types to this machine, without asking the server first (CORS)
     is_json = request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
     body, size = await receive_body(request, limits, limits.body_bytes if is_json else 0)
     if not is_json:
         raise RequestError("The header Content-Type must be application/json", status=415)
     if size > limits.body_bytes:
         raise RequestError(
-            f"The body is larger than {limits.body_bytes:,} bytes: send fewer or smaller pictures",
+            f"The body is larger than {limits.body_bytes:,} bytes: send fewer or smaller images",
             code="request_too_large",
             status=413,
         )
@@ -223,8 +223,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 async def receive_body(request: Request, limits: Limits, kept: int) -> tuple[bytes, int]:
     """
-    The first `kept` bytes of the body at least, and its size. Clients read no answer while they send: so what is too much is
-    thrown away, up to `DISCARDED_BYTES`.
+    Returns at least the first `kept` bytes of the body, and its size. Many clients read the response only after they have
+    sent the whole body. So what exceeds the limit is received and discarded, up to `DISCARDED_BYTES`.
 
     Raises:
         RequestError: If it takes too long.
@@ -246,55 +246,57 @@ async def receive_body(request: Request, limits: Limits, kept: int) -> tuple[byt
 def parse_request(body: bytes) -> ChatRequest:
     """
     Raises:
-        RequestError: Naming the field at fault.
+        RequestError: If the request is not valid. The error names the field.
     """
     try:
-        asked = ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
     else:
-        check_together(asked)
-        return asked
+        check_consistency(request)
+        return request
     param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in error["loc"]).lstrip(".") or None
     if error["type"] == "json_invalid":
         raise RequestError(f"The body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
     if error["type"] == "extra_forbidden":
         raise RequestError(f"{param}: this server does not support it, leave it out", param, "unsupported_parameter")
     if error["type"] == "missing":
-        raise RequestError(f"{param}: it is required", param, "missing_required_parameter")
+        raise RequestError(f"{param}: this field is required", param, "missing_required_parameter")
     problem = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     code = "unsupported_value" if error["type"] == "unsupported_value" else "invalid_value"
     raise RequestError(f"{param or 'The body'}: {problem}, got {error['input']!r:.80}", param, code)
 
 
-def check_together(asked: ChatRequest) -> None:
+def check_consistency(request: ChatRequest) -> None:
     """
     Raises:
-        RequestError: If fields contradict each other.
+        RequestError: If two fields contradict each other.
     """
-    lengths = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    lengths = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(lengths) > 1:
-        message = (
-            f"max_tokens is {asked.max_tokens}, but max_completion_tokens {asked.max_completion_tokens}: give one of them"
-        )
+        message = f"max_tokens is {request.max_tokens}, but max_completion_tokens {request.max_completion_tokens}: give one"
         raise RequestError(message, "max_tokens", "invalid_value")
-    if asked.top_logprobs and not asked.logprobs:
-        message = f"top_logprobs: {asked.top_logprobs} are asked for, but logprobs is not true"
+    if request.top_logprobs and not request.logprobs:
+        message = f"top_logprobs: {request.top_logprobs} are requested, but logprobs is not true"
         raise RequestError(message, "top_logprobs", "invalid_value")
 
 
-def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Round], list[int]]:
+def read_rounds(request: ChatRequest, limits: Limits) -> tuple[str | None, list[Round], list[int]]:
     """
-    The system message; the rounds, of which the last is to be answered, and may have the beginning of an answer; and how
-    many images each brings, which come later. Messages of the user that follow each other are one, as those before them of
-    the system and developer are.
+    Converts messages to rounds. Consecutive messages of the user are joined with a newline, as are those of the system and
+    the developer, which must come first.
+
+    Returns:
+        The system message; the rounds without their images, of which the last is to be answered (if the last message is of
+        the assistant, the model continues it); and the number of images of each round.
 
     Raises:
-        RequestError: If there are too many images, from elsewhere than allowed, or if roles or parts are wrong.
+        RequestError: If there are too many images or choices, an image comes from a host that is not allowed, or a role is
+            in the wrong order.
     """
-    if asked.n > limits.choices:
-        raise RequestError(f"n: this server gives up to {limits.choices} answers, got {asked.n}", "n", "invalid_value")
-    images = asked.images
+    if request.n > limits.choices:
+        raise RequestError(f"n: this server gives up to {limits.choices} answers, got {request.n}", "n", "invalid_value")
+    images = request.images
     if len(images) > limits.images:
         raise RequestError(
             f"The conversation has {len(images)} images, but this server takes up to {limits.images}",
@@ -308,11 +310,13 @@ def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Ro
     answers: list[list[str]] = []
     counts: list[int] = []
     previous = None
-    for index, message in enumerate(asked.messages):
+    for index, message in enumerate(request.messages):
         where, role = f"messages[{index}]", message.role
         num_images = sum(part.type == "image_url" for part in message.content)
         if num_images and role != "user":
-            raise wrong_message(where, f"it holds a picture, but has the role {role!r}: only the user brings pictures")
+            raise invalid_message_error(
+                where, f"it has an image, but the role {role!r}: only messages of the user may have images"
+            )
         if role == "user":
             if previous != "user":
                 questions.append([])
@@ -322,29 +326,33 @@ def read_rounds(asked: ChatRequest, limits: Limits) -> tuple[str | None, list[Ro
             counts[-1] += num_images
         elif role == "assistant":
             if previous != "user":
-                raise wrong_message(where, "it has the role 'assistant', but answers no message of the user")
+                raise invalid_message_error(where, "it has the role 'assistant', but does not follow a message of the user")
             answers[-1] = message.texts
         elif questions:
-            raise wrong_message(where, f"it has the role {role!r}, which only messages before the user's first may have")
+            raise invalid_message_error(
+                where, f"it has the role {role!r}, which is only allowed before the first message of the user"
+            )
         else:
             systems += message.texts
         previous = role
     if not questions:
-        raise RequestError("messages: there are only system messages, and none of the user", "messages", "invalid_value")
+        raise RequestError("messages: there is no message of the user", "messages", "invalid_value")
     rounds = [Round("\n".join(question), answer="\n".join(answer)) for question, answer in zip(questions, answers)]
     if cut_section(rounds[-1].answer) != rounds[-1].answer:
-        raise wrong_message(where, "it holds a section line of the prompt, after which an answer cannot go on")
+        raise invalid_message_error(
+            where, "it contains a section heading of the prompt format, so the answer cannot be continued"
+        )
     return "\n".join(systems) if systems else None, rounds, counts
 
 
-def wrong_message(where: str, problem: str) -> RequestError:
+def invalid_message_error(where: str, problem: str) -> RequestError:
     return RequestError(f"{where}: {problem}", where, "invalid_value")
 
 
 def check_url(url: str, param: str, limits: Limits) -> None:
     """
     Raises:
-        RequestError: If it is neither a data URL nor that of an allowed host.
+        RequestError: If the URL is neither a data URL nor the URL of an allowed host.
     """
     if DATA_URL.match(url):
         return
@@ -354,31 +362,31 @@ def check_url(url: str, param: str, limits: Limits) -> None:
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https"):
         raise RequestError(
-            f"{param}: pictures must be data URLs (data:image/png;base64,…), this server reads no files; got {url!r:.80}",
+            f"{param}: images must be data URLs (data:image/png;base64,…): this server reads no files, got {url!r:.80}",
             param,
             "invalid_image_url",
         )
-    # Without the port where it is the scheme's own
+    # `netloc` omits the port if it is the default one of the scheme
     if parsed.netloc.decode().lower() not in limits.hosts or parsed.userinfo:
         raise RequestError(
-            f"{param}: this server fetches nothing from {parsed.host!r}: send the picture as a data URL"
-            " (its operator may allow hosts with --allow-host)",
+            f"{param}: this server does not fetch images from {parsed.host!r}: send the image as a data URL"
+            " (the operator of the server can allow hosts with --allow-host)",
             param,
             "invalid_image_url",
         )
 
 
-async def fetch_picture(url: str, param: str, limits: Limits) -> bytes:
+async def fetch_image(url: str, param: str, limits: Limits) -> bytes:
     """
-    Downloads from an allowed host, also by way of other allowed hosts.
+    Downloads an image from an allowed host. Redirects are followed if they lead to allowed hosts.
 
     Raises:
-        RequestError: If that fails, takes too long or is too large.
+        RequestError: If the download fails or takes too long, or the image is too large.
     """
-    asked = url
+    first_url = url
     try:
         with anyio.fail_after(limits.fetch_seconds):
-            # As it lies there: what is sent compressed could be any size
+            # No compression: a small compressed response could expand to any size
             headers = {"Accept-Encoding": "identity"}
             async with httpx.AsyncClient(timeout=limits.fetch_seconds, headers=headers) as client:
                 for _ in range(1 + MAX_REDIRECTS):
@@ -395,60 +403,62 @@ async def fetch_picture(url: str, param: str, limits: Limits) -> bytes:
                         return bytes(data)
     except (TimeoutError, httpx.HTTPError) as error:
         reason = str(error) or f"no answer within {limits.fetch_seconds:g} seconds"
-        raise RequestError(f"{param}: cannot fetch {asked:.200}: {reason}", param, "invalid_image_url") from error
-    raise RequestError(f"{param}: {asked:.200} was redirected more than {MAX_REDIRECTS} times", param, "invalid_image_url")
+        raise RequestError(f"{param}: cannot fetch {first_url:.200}: {reason}", param, "invalid_image_url") from error
+    raise RequestError(
+        f"{param}: {first_url:.200} was redirected more than {MAX_REDIRECTS} times", param, "invalid_image_url"
+    )
 
 
 def decode_data_url(url: str, param: str, limits: Limits) -> bytes:
     """
     Raises:
-        RequestError: If it does not hold base64, or too much of it.
+        RequestError: If the URL does not contain valid base64, or the image is too large.
     """
     head, _, encoded = url.partition(",")
     if not head.lower().endswith(";base64"):
         raise RequestError(
-            f"{param}: a data URL must begin with data:image/png;base64, or the like, got {url!r:.80}",
+            f"{param}: a data URL must begin with data:image/png;base64, (or another image type), got {url!r:.80}",
             param,
             "invalid_base64",
         )
     check_size(len(encoded) * 3 // 4 - 2, param, limits)
     try:
         return decode_base64(url)
-    except ValueError as error:  # binascii's among them
-        raise RequestError(f"{param}: broken base64: {error}", param, "invalid_base64") from error
+    except ValueError as error:  # includes binascii.Error
+        raise RequestError(f"{param}: invalid base64: {error}", param, "invalid_base64") from error
 
 
 def check_size(size: int, param: str, limits: Limits) -> None:
     if size > limits.image_bytes:
-        raise RequestError(f"{param}: the picture has more than {limits.image_bytes:,} bytes", param, "image_too_large")
+        raise RequestError(f"{param}: the image has more than {limits.image_bytes:,} bytes", param, "image_too_large")
 
 
-def open_picture(data: bytes, param: str, image_processor, limits: Limits) -> Image.Image:
+def open_image(data: bytes, param: str, image_processor, limits: Limits) -> Image.Image:
     """
-    The part of a picture that the image processor keeps: see [`crop_for_clip`].
+    Opens an image, and crops it to the part that the image processor keeps: see [`crop_for_clip`].
 
     Raises:
-        RequestError: If it cannot be read, has too many pixels or is too thin.
+        RequestError: If the image cannot be read, has too many pixels or is too thin.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise RequestError(f"{param}: {error}", param, "image_too_large") from error
     except UnidentifiedImageError as error:
-        kinds = ", ".join(PICTURE_FORMATS)
-        raise RequestError(f"{param}: not a picture that can be read: send {kinds}", param, "invalid_image") from error
-    except Exception as error:  # Pillow's readers raise what they happen to stumble over
-        raise RequestError(f"{param}: broken picture: {error}", param, "invalid_image") from error
+        kinds = ", ".join(IMAGE_FORMATS)
+        raise RequestError(f"{param}: this is not a readable image: send {kinds}", param, "invalid_image") from error
+    except Exception as error:  # the decoders of Pillow raise errors of many types
+        raise RequestError(f"{param}: broken image: {error}", param, "invalid_image") from error
     width, height = image.size
     if width * height > limits.image_pixels:
         raise RequestError(
-            f"{param}: the picture has {width} × {height} pixels, more than {limits.image_pixels:,}",
+            f"{param}: the image has {width} × {height} pixels, more than {limits.image_pixels:,}",
             param,
             "image_too_large",
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise RequestError(
-            f"{param}: the picture has {width} × {height} pixels, one edge more than {MAX_ASPECT_RATIO} times the other",
+            f"{param}: the image has {width} × {height} pixels, one side more than {MAX_ASPECT_RATIO} times the other",
             param,
             "invalid_image",
         )
@@ -456,5 +466,5 @@ def open_picture(data: bytes, param: str, image_processor, limits: Limits) -> Im
         image.load()
         image = load_image(image, param)
     except Exception as error:
-        raise RequestError(f"{param}: broken picture: {error}", param, "invalid_image") from error
+        raise RequestError(f"{param}: broken image: {error}", param, "invalid_image") from error
     return crop_for_clip(image, image_processor)

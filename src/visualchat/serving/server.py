@@ -1,9 +1,10 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-The HTTP server of `visualchat serve`, which speaks the OpenAI chat completions API.
+The HTTP server of `visualchat serve`. It implements the OpenAI chat completions API.
 
-Not built on `transformers serve`: it answers most broken requests with status 500, opens any path and URL that a request
-names, has no limits and no bounded queue, and goes on with an answer whose client has gone unless it was streamed.
+It is not built on `transformers serve`, which answers most invalid requests with status 500, opens any path and URL that a
+request names, has no limits and no bounded queue, and continues an answer that is not streamed after its client has
+disconnected.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import torch
 import uvicorn
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response
@@ -25,15 +25,16 @@ from starlette.requests import ClientDisconnect
 
 from modeling_visualchat.image_loading_visualchat import DATA_URL
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.loading import load_model, load_processor
-from visualchat.serving.answers import Answer, AnswerService, Conversation, DisconnectedError, Piece
+from visualchat.errors import input_errors
+from visualchat.loading import choose_device, load_model, load_processor
+from visualchat.serving.answers import Answer, AnswerChunk, AnswerService, Conversation, DisconnectedError
 from visualchat.serving.limits import Limits
 from visualchat.serving.requests import (
     ChatRequest,
     RequestError,
     decode_data_url,
-    fetch_picture,
-    open_picture,
+    fetch_image,
+    open_image,
     parse_request,
     read_body,
     read_rounds,
@@ -43,16 +44,16 @@ from visualchat.serving.requests import (
 
 logger = logging.getLogger("uvicorn.error")
 
-# As nginx notes it. Nobody reads this answer
+# The status that nginx logs for this case. The client does not see it
 CLIENT_CLOSED_REQUEST = 499
 
 
 def build_app(service: AnswerService, name: str, limits: Limits) -> FastAPI:
     """
     Args:
-        service (`AnswerService`): Answers.
-        name (`str`): Of the model, as requests give it.
-        limits (`Limits`): Of requests.
+        service (`AnswerService`): It generates the answers.
+        name (`str`): The name of the model in requests.
+        limits (`Limits`): The limits of requests.
     """
 
     @asynccontextmanager
@@ -73,7 +74,7 @@ def build_app(service: AnswerService, name: str, limits: Limits) -> FastAPI:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
         except Exception:
             logger.exception("A request failed")
-            response = internal_error().to_response()
+            response = internal_server_error().to_response()
         service.requests[response.status_code] += 1
         return response
 
@@ -81,9 +82,9 @@ def build_app(service: AnswerService, name: str, limits: Limits) -> FastAPI:
     async def list_models() -> dict:
         return {"object": "list", "data": [model_card]}
 
-    @app.get("/v1/models/{asked:path}")
-    async def show_model(asked: str) -> Response:
-        return JSONResponse(model_card) if asked == name else unknown_model(asked, name).to_response()
+    @app.get("/v1/models/{model_id:path}")
+    async def show_model(model_id: str) -> Response:
+        return JSONResponse(model_card) if model_id == name else unknown_model_error(model_id, name).to_response()
 
     @app.get("/health")
     async def health() -> dict:
@@ -104,91 +105,93 @@ def build_app(service: AnswerService, name: str, limits: Limits) -> FastAPI:
 async def complete_chat(request: Request, service: AnswerService, name: str, limits: Limits) -> Response:
     """
     Raises:
-        RequestError: If the request is wrong or there is no place for it.
-        DisconnectedError: If the client goes before it has a response.
+        RequestError: If the request is not valid or no slot is free.
+        DisconnectedError: If the client disconnects before the response begins.
     """
     try:
-        service.take_place()
+        service.take_slot()
     except RequestError:
         await receive_body(request, limits, 0)
         raise
     try:
-        asked = await run_sync(parse_request, await read_body(request, limits))
-        if asked.model != name:
-            raise unknown_model(asked.model, name)
-        conversation = await prepare(asked, service, limits)
-        answer = service.begin(asked, conversation, request.receive)
+        chat_request = await run_sync(parse_request, await read_body(request, limits))
+        if chat_request.model != name:
+            raise unknown_model_error(chat_request.model, name)
+        conversation = await prepare_conversation(chat_request, service, limits)
+        answer = service.submit(chat_request, conversation, request.receive)
     except BaseException:
-        service.leave_place()
+        service.release_slot()
         raise
-    pieces = answer.pieces()
-    # A failure before the first piece still has its status
-    first = await anext(pieces)
+    chunks = answer.chunks()
+    # An error before the first chunk is still answered with its own HTTP status
+    first = await anext(chunks)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-    if asked.stream:
-        events = stream_events(answer, first, pieces, head)
+    if chat_request.stream:
+        events = stream_events(answer, first, chunks, head)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     by_choice = {first.index: [first]}
-    async for piece in pieces:
-        by_choice.setdefault(piece.index, []).append(piece)
+    async for chunk in chunks:
+        by_choice.setdefault(chunk.index, []).append(chunk)
     choices = []
     for index, parts in by_choice.items():
-        message = {"role": "assistant", "content": "".join(piece.text for piece in parts), "refusal": None}
-        logprobs = to_logprobs(asked, [token for piece in parts for token in piece.logprobs])
+        message = {"role": "assistant", "content": "".join(chunk.text for chunk in parts), "refusal": None}
+        logprobs = to_logprobs(chat_request, [token for chunk in parts for token in chunk.logprobs])
         choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": parts[-1].finish_reason}
         choices.append(choice)
     return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": answer.usage})
 
 
-def to_logprobs(asked: ChatRequest, tokens: list[dict]) -> dict | None:
-    return {"content": tokens, "refusal": None} if asked.logprobs else None
+def to_logprobs(chat_request: ChatRequest, tokens: list[dict]) -> dict | None:
+    return {"content": tokens, "refusal": None} if chat_request.logprobs else None
 
 
-async def prepare(asked: ChatRequest, service: AnswerService, limits: Limits) -> Conversation:
-    """What costs little is checked first."""
-    system, rounds, counts = read_rounds(asked, limits)
-    pictures = []
-    for param, url in asked.images:
+async def prepare_conversation(chat_request: ChatRequest, service: AnswerService, limits: Limits) -> Conversation:
+    """Reads and opens the images, then tokenizes the conversation. Cheap checks come first."""
+    system, rounds, counts = read_rounds(chat_request, limits)
+    images = []
+    for param, url in chat_request.images:
         if DATA_URL.match(url):
             data = await run_sync(decode_data_url, url, param, limits)
         else:
-            data = await fetch_picture(url, param, limits)
-        opened = run_sync(open_picture, data, param, service.processor.image_processor, limits, limiter=service.opening)
-        pictures.append(await opened)
+            data = await fetch_image(url, param, limits)
+        opened = run_sync(open_image, data, param, service.processor.image_processor, limits, limiter=service.image_limiter)
+        images.append(await opened)
     for one, count in zip(rounds, counts):
-        one.images, pictures = pictures[:count], pictures[count:]
-    asked.messages.clear()  # of encoded pictures, before the answer waits for its turn
-    return await run_sync(service.fit, asked, system, rounds, limits)
+        one.images, images = images[:count], images[count:]
+    chat_request.messages.clear()  # frees the encoded images while the answer waits in the queue
+    return await run_sync(service.prepare, chat_request, system, rounds, limits)
 
 
-async def stream_events(answer: Answer, first: Piece, pieces: AsyncIterator[Piece], head: dict) -> AsyncIterator[str]:
-    """The answer as server-sent events."""
-    asked = answer.asked
+async def stream_events(
+    answer: Answer, first: AnswerChunk, chunks: AsyncIterator[AnswerChunk], head: dict
+) -> AsyncIterator[str]:
+    """Yields the answer as server-sent events."""
+    chat_request = answer.request
     head = {**head, "object": "chat.completion.chunk"}
-    # Where the last event has it, the others have none
-    usage = {"usage": None} if asked.stream_options.include_usage else {}
-    begun = set()
+    # As in OpenAI's API: if the last event has the usage, it is null in all others
+    usage = {"usage": None} if chat_request.stream_options.include_usage else {}
+    started = set()
 
     def event(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> str:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return to_event({**head, "choices": [choice], **usage})
 
-    def events_of(piece: Piece) -> str:
-        # As with OpenAI, each choice begins with an event of its own: clients would count what else it holds twice
-        opening = "" if piece.index in begun else event(piece.index, {"role": "assistant", "content": ""})
-        begun.add(piece.index)
-        delta = {"content": piece.text} if piece.text else {}
-        return opening + event(piece.index, delta, to_logprobs(asked, piece.logprobs), piece.finish_reason)
+    def events_of(chunk: AnswerChunk) -> str:
+        # As in OpenAI's API, a choice begins with an event that has only the role. Clients would count other content twice
+        opening = "" if chunk.index in started else event(chunk.index, {"role": "assistant", "content": ""})
+        started.add(chunk.index)
+        delta = {"content": chunk.text} if chunk.text else {}
+        return opening + event(chunk.index, delta, to_logprobs(chat_request, chunk.logprobs), chunk.finish_reason)
 
     yield events_of(first)
     try:
-        async for piece in pieces:
-            yield events_of(piece)
+        async for chunk in chunks:
+            yield events_of(chunk)
     except DisconnectedError:
         return
     except Exception:
         logger.exception("A request failed")
-        yield to_event({"error": internal_error().error})
+        yield to_event({"error": internal_server_error().error})
         return
     if usage:
         yield to_event({**head, "choices": [], "usage": answer.usage})
@@ -199,23 +202,23 @@ def to_event(content: dict) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def unknown_model(asked: str, name: str) -> RequestError:
-    return RequestError(f"There is no model {asked!r:.200} here: use {name!r}", "model", "model_not_found", status=404)
+def unknown_model_error(model: str, name: str) -> RequestError:
+    return RequestError(
+        f"There is no model {model!r:.200} on this server: use {name!r}", "model", "model_not_found", status=404
+    )
 
 
-def internal_error() -> RequestError:
-    """Says nothing of what happened: that is in the server's log."""
-    return RequestError("The server failed to answer; its log says why", code="internal_error", status=500)
+def internal_server_error() -> RequestError:
+    """An error without details, which are in the server's log only."""
+    return RequestError("The server failed to answer. Its log has the details", code="internal_error", status=500)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves with the options of `visualchat serve`, until the process is stopped."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = load_model(args.model, args.trust_remote_code, dtype=args.dtype).to(device).eval()
+    """Runs `visualchat serve` with these options, until the process is stopped."""
+    with input_errors(f"cannot load {args.model}: "):
+        model = load_model(args.model, args.trust_remote_code, dtype=args.dtype)
+        model = model.to(choose_device(args.device)).eval()
         processor = load_processor(args.model, args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot load {args.model}: {error}") from error
     config = model.config
     numbered = len(config.image_number_token_ids) if config.image_number_keys else args.max_images
     limits = Limits(
@@ -228,10 +231,8 @@ def run(args: argparse.Namespace) -> None:
         hosts=frozenset(host.lower() for host in args.allow_host),
     )
     store = ImageMemoryStore(model, int(args.image_memory_gb * 2**30), args.image_memory_folder)
-    try:
+    with input_errors(f"cannot serve {args.model}: "):
         service = AnswerService(model, processor, store, args.concurrency, args.queue)
-    except ValueError as error:
-        raise SystemExit(f"cannot serve {args.model}: {error}") from error
     app = build_app(service, args.model_name or args.model, limits)
-    # Ctrl-C waits this long for open connections, then breaks them off
+    # After Ctrl-C, the server waits this many seconds for open connections before it closes them
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)

@@ -10,18 +10,18 @@ from typing import Any, Literal
 class ModelArguments:
     """What is trained."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat: a folder or a Hub id."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat model: a folder or a Hub id."})
     vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a CLIP vision tower to join …"})
     text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
-    multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model."})
-    image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model."})
-    projector: str = field(default="linear", metadata={"help": "Of a joined model."})
+    multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
+    image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: keys hold their image's number."})
+    projector: str = field(default="linear", metadata={"help": "Of a joined model: linear, vit or perceiver."})
     dtype: str = field(default="auto", metadata={"help": "What the weights are loaded in."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a model of another type; a VisualChat needs none."}
+        default=False, metadata={"help": "Run code that comes with the model; a VisualChat model needs none."}
     )
     mode: Literal["alignment", "lora", "full"] = field(
         default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
@@ -37,14 +37,30 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub ids; see load_rows."})
-    weights: list[float] | None = field(default=None, metadata={"help": "Of each dataset in the mixture."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of the rows that is held out."})
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders of parquet files, .parquet, .json or .jsonl files, save_to_disk folders, Hub ids."},
+    )
+    weights: list[float] | None = field(default=None, metadata={"help": "Share of each dataset in the mixture."})
+    eval_fraction: float = field(default=0.1, metadata={"help": "Share of the examples that is held out."})
     max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set --max_steps."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure rows."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Go on past bad rows and pictures; they are counted."})
+    streaming: bool = field(default=False, metadata={"help": "Read examples as they are needed; set --max_steps."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure examples."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Leave out and count bad examples and images."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
+
+
+@dataclass
+class LoopArguments:
+    """How it is trained and measured, beside transformers' own fields. `learning_rate` is for what has no rate of its own."""
+
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector."})
+    embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of the token embedding."})
+    lora_learning_rate: float | None = field(default=None, metadata={"help": "Of LoRA's matrices."})
+    generation_samples: int = field(
+        default=0, metadata={"help": "Held-out examples whose last answer is generated, and counted if it is exact."}
+    )
+    generation_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a generated answer, at most."})
 
 
 def describe_fields(kind: type) -> Iterator[tuple[str, Any, str]]:

@@ -216,6 +216,8 @@ def prepare_rows(
     Raises:
         ValueError: If a row has a fault, naming file, row and field; or if no row is left.
     """
+    if not names:
+        raise ValueError("there is nothing to train on: give --datasets")
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"There are {len(names)} datasets, but {len(weights)} weights")
     parts, too_long, faults = [], {}, {}

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, 
 from modeling_visualchat.modeling_visualchat import check_parts
 from visualchat.data.checks import Needs
 from visualchat.hub.push import check_access, is_hub_id, push
-from visualchat.loading import check_model_type, load_model, load_processor
+from visualchat.loading import check_model_type, check_name, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
@@ -52,13 +52,31 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Vis
     kinds = (ModelArguments, DataArguments, VisualChatTrainingArguments)
     parser = HfArgumentParser(kinds, prog="visualchat train", description=__doc__)
     if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe = yaml.safe_load(Path(argv[0]).read_text())
+        recipe = read_recipe(Path(argv[0]))
         known = {one.name for kind in kinds for one in fields(kind)}
         if unknown := sorted(set(recipe) - known):
             raise ValueError(f"{argv[0]}: unknown fields {', '.join(unknown)}")
         parser.set_defaults(**recipe)
         argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown options {' '.join(unknown)}")
+    return tuple(parsed)
+
+
+def read_recipe(path: Path) -> dict:
+    """
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no YAML file of fields.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold fields and their values, such as `mode: lora`, got {recipe!r:.80}")
+    return recipe
 
 
 def check_arguments(
@@ -101,6 +119,7 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     The model's, or one made of the parts'.
 
     Raises:
+        OSError: If it cannot be read.
         ValueError: If neither is given, or the model is no VisualChat.
         TypeError: If the parts are of families that cannot be joined.
     """
@@ -113,6 +132,8 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
             raise ValueError(f"--model_name_or_path: {error} {join}") from error
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    check_name(model_args.vision_name_or_path)
+    check_name(model_args.text_name_or_path)
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
     return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
@@ -220,7 +241,41 @@ def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Mod
     return model
 
 
+@dataclass
+class Run:
+    """
+    A run that is ready to begin.
+
+    Args:
+        model_args (`ModelArguments`), data_args (`DataArguments`): Its fields.
+        trainer (`VisualChatTrainer`): With model, data and the other fields.
+        checkpoint (`str`, *optional*): The checkpoint to go on from.
+        table (`str`): What it trains on, for the model card.
+        push_to_hub (`bool`): Whether the model is published at the end.
+        hub_token (`str`, *optional*): The access token for that.
+    """
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    trainer: VisualChatTrainer
+    checkpoint: str | None
+    table: str
+    push_to_hub: bool
+    hub_token: str | None
+
+
 def main(argv: list[str]) -> dict[str, float]:
+    """Trains with the recipe and the options of `visualchat train`. Returns the metrics."""
+    return train(prepare(argv))
+
+
+def prepare(argv: list[str]) -> Run:
+    """
+    Everything before the first step.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: If a field, a file, the data or the model cannot be used.
+    """
     model_args, data_args, training_args = parse_arguments(argv)
     check_arguments(model_args, data_args, training_args)
     training_args.remove_unused_columns = False  # the collator reads all columns
@@ -307,17 +362,25 @@ def main(argv: list[str]) -> dict[str, float]:
         callbacks=[EpochOrder()],
     )
 
+    return Run(model_args, data_args, trainer, checkpoint, table, push_to_hub, hub_token)
+
+
+def train(run: Run) -> dict[str, float]:
+    """Trains, saves, evaluates, and publishes if that was asked for. Returns the metrics."""
+    trainer, training_args = run.trainer, run.trainer.args
+    output_dir = Path(training_args.output_dir)
+
     # Train
-    if checkpoint and is_for_another_world(Path(checkpoint), training_args):
+    if run.checkpoint and is_for_another_world(Path(run.checkpoint), training_args):
         load_universal(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # Save
     folder = output_dir / "model"
     trainer.save_model(str(folder))
 
     # Evaluate
-    metrics = trainer.evaluate() if eval_rows is not None else {}
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics["broken_rows"] = trainer.data_collator.broken_rows.value
 
     # Card and push
@@ -325,14 +388,14 @@ def main(argv: list[str]) -> dict[str, float]:
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
         (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
         plot_curves(trainer.state.log_history, output_dir / "curves.png")
-        write_card(folder, model_args, data_args, training_args, table, metrics, output_dir)
-        if push_to_hub:
+        write_card(folder, run.model_args, run.data_args, training_args, run.table, metrics, output_dir)
+        if run.push_to_hub:
             commit = push(
                 folder,
                 training_args.hub_model_id or output_dir.name,
                 private=training_args.hub_private_repo,
                 revision=training_args.hub_revision,
-                token=hub_token,
+                token=run.hub_token,
             )
             logger.info("Published as %s", commit.commit_url)
     if torch.distributed.is_initialized():

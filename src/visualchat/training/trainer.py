@@ -9,7 +9,7 @@ import logging
 import re
 import shlex
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from visualchat.evaluation.answers import generate_answers, is_exact, text_of
+from visualchat.training.arguments import LoopArguments
 from visualchat.training.rows import TrainingCollator
 
 
@@ -30,16 +31,8 @@ LATEST_UNIVERSAL = "latest_universal"  # written by ds_to_universal when it is d
 
 
 @dataclass
-class VisualChatTrainingArguments(TrainingArguments):
-    """transformers' arguments, and learning rates by part. `learning_rate` is for whatever has none of its own."""
-
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector."})
-    embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of the token embedding."})
-    lora_learning_rate: float | None = field(default=None, metadata={"help": "Of LoRA's matrices."})
-    generation_samples: int = field(
-        default=0, metadata={"help": "Evaluation rows whose last answer is generated, and counted if it is exact."}
-    )
-    generation_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a generated answer at most."})
+class VisualChatTrainingArguments(LoopArguments, TrainingArguments):
+    """transformers' arguments and ours."""
 
 
 class SeededLengthGroups(LengthGroupedSampler):
