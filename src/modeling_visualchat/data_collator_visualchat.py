@@ -10,7 +10,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_loading_visualchat import ImageSource
-from .processing_visualchat import VisualChatProcessor, check_conversation, list_images
+from .processing_visualchat import VisualChatProcessor, list_images
 
 
 IGNORE_INDEX = -100
@@ -47,23 +47,22 @@ class VisualChatDataCollator:
         """
         processor = self.processor
         conversations = [
-            check_conversation(fill_images(row, f"row {index}"), processor.image_token, f"row {index}: ")
+            processor.prepare_conversation(fill_images(row, f"row {index}"), f"row {index}: ")
             for index, row in enumerate(rows)
         ]
-        rows_images = [list_images(conversation) for conversation in conversations]
+        images = [list_images(conversation) for conversation in conversations]
         tokens, learned = [], []
         for index, (ids, is_answer) in enumerate(self._tokenize(conversations)):
-            is_image = ids == processor.image_token_id
-            if is_image.sum() != len(rows_images[index]):
+            placeholders = (ids == processor.image_token_id).sum() // processor.image_seq_length
+            if placeholders != len(images[index]):
                 raise ValueError(
-                    f"row {index}: the chat template writes {is_image.sum()} image placeholders for"
-                    f" {len(rows_images[index])} images"
+                    f"row {index}: the chat template writes {placeholders} image placeholders for"
+                    f" {len(images[index])} images"
                 )
             if not is_answer.any():
                 raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")
-            repeats = np.where(is_image, processor.image_seq_length, 1)
-            tokens.append(ids.repeat(repeats))
-            learned.append(is_answer.repeat(repeats))
+            tokens.append(ids)
+            learned.append(is_answer)
 
         length = max(len(ids) for ids in tokens)
         length += -length % (self.pad_to_multiple_of or 1)
@@ -71,9 +70,8 @@ class VisualChatDataCollator:
             "input_ids": _pad(tokens, length, processor.tokenizer.pad_token_id),
             "attention_mask": _pad([np.ones_like(ids) for ids in tokens], length, 0),
         }
-        images = [image for row_images in rows_images for image in row_images]
-        if images:
-            batch.update(processor(images=images, return_tensors="pt"))
+        if any(images):
+            batch.update(processor(images=list(chain.from_iterable(images)), return_tensors="pt"))
         learned = _pad(learned, length, False)
         batch["labels"] = batch["input_ids"].masked_fill(~learned, IGNORE_INDEX)
         if self.supervised_logits_only:
@@ -82,25 +80,21 @@ class VisualChatDataCollator:
         return batch
 
     def _tokenize(self, conversations: list[list[dict]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """
-        Of each conversation the token ids, as [`VisualChatProcessor`] makes them but with one placeholder an image (the
-        tokenizer takes its time for each), and which of them are an answer.
-        """
+        """Of each conversation the token ids, and which of them are an answer, both of shape `(tokens,)`."""
         processor = self.processor
         prompts, answer_spans = render_jinja_template(
-            [processor.mark_special_tokens(one, f"row {index}: ") for index, one in enumerate(conversations)],
+            conversations,
             chat_template=processor.chat_template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
         encoded = processor.encode_prompts(prompts)
         for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans):
-            # Of a list of pairs, np.array takes twice as long
-            starts, ends = np.fromiter(chain.from_iterable(offsets), int, 2 * len(ids)).reshape(-1, 2).T
+            starts, ends = offsets.T
             is_answer = np.zeros(len(ids), dtype=bool)
             for start, end in spans:
                 is_answer |= (starts < end) & (ends > start)
-            yield np.array(ids), is_answer
+            yield ids, is_answer
 
 
 def _pad(rows: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:

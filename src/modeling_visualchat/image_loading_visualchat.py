@@ -77,6 +77,18 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
     return to_rgb(image, name)
 
 
+def load_own_image(source: ImageSource, name: str) -> Image.Image:
+    """
+    As [`load_image`], an image of our own: what the caller does to theirs later does not matter, and one that is read late
+    is read now.
+    """
+    image = load_image(source, name)
+    try:
+        return image.copy()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name}: the picture is broken: {error}") from error
+
+
 def find_path(source: str | os.PathLike) -> str | None:
     """
     The path that `source` names, `~` and file URLs resolved: whether or not there is such a file, but none for what can only
