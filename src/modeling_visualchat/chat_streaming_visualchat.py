@@ -75,7 +75,7 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         stopped = self._stopped.is_set()
-        done = [stopped or SECTION_START.search(self.decode(row)) is not None for row in input_ids[:, self.prompt_length :]]
+        done = [stopped or SECTION_START.search(self.decode(ids)) is not None for ids in input_ids[:, self.prompt_length :]]
         return torch.tensor(done, device=input_ids.device)
 
 

@@ -41,10 +41,10 @@ class Round:
 
     Args:
         text (`str`): The question.
-        images (`list[PIL.Image.Image]`): The pictures that came with it.
+        images (`list[PIL.Image.Image]`): The images that came with it.
         answer (`str`): The answer.
         pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): What the processor made of
-            the pictures, once they were needed.
+            the images, once they were needed.
     """
 
     text: str
@@ -55,13 +55,13 @@ class Round:
 
 class Computed(NamedTuple):
     """
-    A cache, the tokens in it (of shape `(tokens,)`), the pictures that their placeholders stand for, and what the model was
+    A cache, the tokens in it (of shape `(tokens,)`), the images that their placeholders stand for, and what the model was
     when it computed them.
     """
 
     cache: DynamicCache
     input_ids: torch.LongTensor
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     model_state: tuple = ()
 
 
@@ -83,7 +83,7 @@ class ChatSession:
     Args:
         model (`VisualChatForCausalLM`): Answers.
         processor (`VisualChatProcessor`): The model's.
-        store (`ImageMemoryStore`, *optional*): Remembers pictures, also across sessions that share it. By default the
+        store (`ImageMemoryStore`, *optional*): Remembers images, also across sessions that share it. By default the
             session has one of its own, of up to `max_store_bytes`. Without image memory, which needs `mmca` or
             `mmca_merged`, `sdpa` and all weights in memory in a form that can be read, it is not used.
         system (`str`, *optional*): In place of the prompt's first line.
@@ -125,7 +125,7 @@ class ChatSession:
 
         Args:
             text (`str`): The question. What looks like a special token in it is text.
-            images (*optional*): A picture that comes with it, or a list of them: anything that [`load_image`] takes.
+            images (*optional*): An image that comes with it, or a list of them: anything that [`load_image`] takes.
             stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made;
                 reading begins the answer. The conversation holds it when it ends. Closing the iterator, Ctrl-C, or asking
                 something else meanwhile ends the answer where it is. Beam search has but one piece.
@@ -135,7 +135,7 @@ class ChatSession:
                 tokens, or a quarter of the model's context if that is less.
 
         Raises:
-            ValueError: If a picture cannot be read, if `begin_with` holds a section of the prompt, or if the conversation
+            ValueError: If an image cannot be read, if `begin_with` holds a section of the prompt, or if the conversation
                 does not fit the model's context. The conversation is as before, as after any other error.
         """
         check_texts(text, begin_with)
@@ -159,7 +159,7 @@ class ChatSession:
 
     def edit(self, index: int, text: str, stream: bool = False, begin_with: str = "", **generation) -> str | Iterator[str]:
         """
-        Asks another question in place of an earlier one, about the same pictures. The rounds after it are dropped.
+        Asks another question in place of an earlier one, about the same images. The rounds after it are dropped.
 
         Args:
             index (`int`): The round, from 0.
@@ -178,7 +178,7 @@ class ChatSession:
         return self._ask([*self.rounds[:index], asked], stream, generation)
 
     def clear(self) -> None:
-        """Begins a new conversation. Pictures stay remembered."""
+        """Begins a new conversation. Images stay remembered."""
         self._take_turn()
         self.rounds, self.dropped_rounds = [], 0
         self._computed = self._nothing_computed()
@@ -192,7 +192,7 @@ class ChatSession:
         return other
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `conversation.json` and the pictures, as PNG, into a folder."""
+        """Writes `conversation.json` and the images, as PNG, into a folder."""
         os.makedirs(folder, exist_ok=True)
         rounds, numbers = [], itertools.count(1)
         for one in self.rounds:
@@ -214,7 +214,7 @@ class ChatSession:
             model, processor, settings: As for [`ChatSession`].
 
         Raises:
-            FileNotFoundError: If there is no `conversation.json`, or one of its pictures is missing.
+            FileNotFoundError: If there is no `conversation.json`, or one of its images is missing.
             ValueError: If it holds something else.
         """
         path = os.path.join(folder, FILE_NAME)
@@ -289,7 +289,7 @@ class ChatSession:
     ) -> Iterator[str]:
         if self._turn is not turn:
             raise RuntimeError("Something else was asked of the conversation before this iterator was begun: ask again")
-        pictures = [image for one in rounds for image in one.images]
+        images = [image for one in rounds for image in one.images]
         # Whatever breaks the answer off, a cache that is half written is not used again
         computed, self._computed = self._computed, self._nothing_computed()
         weights = ModelWeights(self.model)
@@ -298,13 +298,13 @@ class ChatSession:
         # Without image memory beams need all images. The model may have been trained on, or have another adapter or dtype
         if (num_beams > 1 and not remembers) or computed.model_state != model_state:
             computed = self._nothing_computed()
-        computed = self._cut(computed, input_ids[0], pictures)._replace(model_state=model_state)
+        computed = self._cut(computed, input_ids[0], images)._replace(model_state=model_state)
         cache = computed.cache
         if num_beams > 1:
             cache = copy_cache(cache)
             cache.batch_repeat_interleave(num_beams)
         inputs = {
-            **self._new_images(rounds, len(computed.pictures), remembers),
+            **self._new_images(rounds, len(computed.images), remembers),
             "input_ids": input_ids.to(self.model.device),
             "attention_mask": torch.ones_like(input_ids, device=self.model.device),  # no token of an answer is padding
             "past_key_values": cache,
@@ -334,7 +334,7 @@ class ChatSession:
                     self.dropped_rounds += dropped
                     logger.warning("The model's context is full: the oldest %d rounds were dropped", dropped)
                 if streams:
-                    computed = Computed(cache, worker.ids[: cache.get_seq_length()], pictures, model_state)
+                    computed = Computed(cache, worker.ids[: cache.get_seq_length()], images, model_state)
                 self._computed = computed
         if worker.error is not None:
             raise worker.error
@@ -354,21 +354,21 @@ class ChatSession:
     def _nothing_computed(self) -> Computed:
         return Computed(DynamicCache(config=self.model.config), torch.empty(0, dtype=torch.long), [])
 
-    def _cut(self, computed: Computed, input_ids: torch.LongTensor, pictures: list[Image.Image]) -> Computed:
-        """What was computed, cut back to what it shares with a prompt of shape `(tokens,)` and its pictures."""
+    def _cut(self, computed: Computed, input_ids: torch.LongTensor, images: list[Image.Image]) -> Computed:
+        """What was computed, cut back to what it shares with a prompt of shape `(tokens,)` and its images."""
         per_image = self.processor.image_seq_length
         placeholders = (input_ids == self.processor.image_token_id).nonzero()[:, 0]
         length = _shared_length(computed.input_ids, input_ids[:-1])  # one token at least is to be computed
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(computed.pictures, pictures)))
-        if same < len(pictures):
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(computed.images, images)))
+        if same < len(images):
             length = min(length, int(placeholders[same * per_image]))
-        # Under "mmca_released" text depends on the pictures after it, also on those that were taken back
-        has_others = not same == len(pictures) == len(computed.pictures)
+        # Under "mmca_released" text depends on the images after it, also on those that were taken back
+        has_others = not same == len(images) == len(computed.images)
         if length == 0 or (has_others and self.model.config.multimodal_attention == "mmca_released"):
             return self._nothing_computed()
         computed.cache.crop(length - len(computed.input_ids))
         kept = int((placeholders < length).sum()) // per_image
-        return Computed(computed.cache, input_ids[:length], pictures[:kept])
+        return Computed(computed.cache, input_ids[:length], images[:kept])
 
     def _can_remember(self, weights: ModelWeights) -> bool:
         if not self.model.model.language_model.can_sort_rows(None):
@@ -383,7 +383,7 @@ class ChatSession:
         for one in rounds:
             if one.images and one.pixel_values is None:
                 one.pixel_values = self.processor.image_processor(one.images, return_tensors="pt")["pixel_values"]
-        pixel_values = [picture for one in rounds if one.images for picture in one.pixel_values][known:]
+        pixel_values = [pixels for one in rounds if one.images for pixels in one.pixel_values][known:]
         if not pixel_values:
             return {}
         pixel_values = torch.stack(pixel_values).to(self.model.device)

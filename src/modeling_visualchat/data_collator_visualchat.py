@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 @dataclass
 class VisualChatDataCollator:
     """
-    Turns rows of `{"messages": [...], "images": [...]}` into a batch. `images` fills the image parts that carry no picture
+    Turns examples of `{"messages": [...], "images": [...]}` into a batch. `images` fills the image parts that carry no image
     of their own, in reading order. Labels are the answers and their end tokens, in every round, taken from the chat
     template's generation spans; all else is -100.
 
@@ -31,15 +31,15 @@ class VisualChatDataCollator:
             want the logits of every position need it off.
 
     Raises:
-        ValueError: If a row's images and image parts differ in number (both are given), or if a row has nothing to learn.
-            The row's index in the batch is named.
+        ValueError: If an example's images and image parts differ in number (both are given), or if it has nothing to learn.
+            Its index in the batch is named.
     """
 
     processor: VisualChatProcessor
     pad_to_multiple_of: int | None = None
     supervised_logits_only: bool = False
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right, and
@@ -47,8 +47,8 @@ class VisualChatDataCollator:
         """
         processor = self.processor
         conversations = [
-            processor.prepare_conversation(fill_images(row, f"row {index}"), f"row {index}: ")
-            for index, row in enumerate(rows)
+            processor.prepare_conversation(fill_images(example, f"example {index}"), f"example {index}: ")
+            for index, example in enumerate(examples)
         ]
         images = [list_images(conversation) for conversation in conversations]
         tokens, learned = [], []
@@ -56,11 +56,11 @@ class VisualChatDataCollator:
             placeholders = (ids == processor.image_token_id).sum() // processor.image_seq_length
             if placeholders != len(images[index]):
                 raise ValueError(
-                    f"row {index}: the chat template writes {placeholders} image placeholders for"
+                    f"example {index}: the chat template writes {placeholders} image placeholders for"
                     f" {len(images[index])} images"
                 )
             if not is_answer.any():
-                raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")
+                raise ValueError(f"example {index} holds no answer: a conversation needs an assistant message to learn from")
             tokens.append(ids)
             learned.append(is_answer)
 
@@ -97,23 +97,23 @@ class VisualChatDataCollator:
             yield ids, is_answer
 
 
-def _pad(rows: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
-    padded = np.full((len(rows), length), value, dtype=rows[0].dtype)
-    for row, padded_row in zip(rows, padded):
-        padded_row[: len(row)] = row
+def _pad(sequences: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
+    padded = np.full((len(sequences), length), value, dtype=sequences[0].dtype)
+    for sequence, padded_sequence in zip(sequences, padded):
+        padded_sequence[: len(sequence)] = sequence
     return torch.from_numpy(padded)
 
 
-def fill_images(row: dict, name: str) -> list[dict]:
+def fill_images(example: dict, name: str) -> list[dict]:
     """
-    The messages of a row, with its images put into the image parts that carry none, in reading order. An image may be what
-    datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
+    The messages of an example, with its images put into the image parts that carry none, in reading order. An image may be
+    what datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
     """
-    images = [undecoded(image) for image in row.get("images") or []]
+    images = [undecoded(image) for image in example.get("images") or []]
     given = len(images)
     empty = 0
     messages = []
-    for message in row["messages"]:
+    for message in example["messages"]:
         content = message["content"]
         if isinstance(content, list):
             filled = []
@@ -125,12 +125,12 @@ def fill_images(row: dict, name: str) -> list[dict]:
             content = filled
         messages.append({**message, "content": content})
     if empty != given:
-        raise ValueError(f"{name}: {empty} image parts wait for a picture, but `images` holds {given}")
+        raise ValueError(f"{name}: {empty} image parts wait for an image, but `images` holds {given}")
     return messages
 
 
 def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
-    """An image of a row, or what is in it if it is what datasets' undecoded Image feature holds."""
+    """An image of an example, or what is in it if it is what datasets' undecoded Image feature holds."""
     if isinstance(image, dict):
         return image["path"] if image.get("bytes") is None else image["bytes"]
     return image

@@ -85,9 +85,9 @@ class VisualChatImageInputsMixin:
         new = list(source.split(per_image)) if num_computed else []
         num_new, expected = len(new), sum(memory is None for memory in memories)
         if expected == 0 and new:
-            raise ValueError(f"`image_memory` has no entry `None` for the {num_new} new pictures: say where they stand")
+            raise ValueError(f"`image_memory` has no entry `None` for the {num_new} new images: say where they stand")
         if num_new != expected:
-            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new pictures were given")
+            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new images were given")
         placed, first_token, end = [], {}, num_computed
         for memory in memories:
             if memory is None:
@@ -159,8 +159,8 @@ class VisualChatImageInputsMixin:
         per_image = self.config.image_seq_length
         tokens = is_image.sum(-1).tolist()
         return (
-            f"The batch holds {sum(tokens)} image placeholder tokens ({', '.join(map(str, tokens))} by row), which makes"
-            f" {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images:g} images were given"
+            f"The batch holds {sum(tokens)} image placeholder tokens ({', '.join(map(str, tokens))} by sequence), which"
+            f" makes {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images:g} images were given"
         )
 
     def embed_image_numbers(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -216,6 +216,7 @@ def refuse_adapters_by_sequence(name: str, part: nn.Module, num_inputs: int) -> 
     for argument, of_sequences in find_row_arguments(part).items():
         if max(len(of_sequences), num_inputs) > 1:
             raise ValueError(
-                f"PEFT's `{argument}` is for {len(of_sequences)} rows of a batch, but the adapters change {name} too, where"
-                f" {num_inputs} pictures or image numbers go in, and not rows: use one adapter at a time (`set_adapter`)"
+                f"PEFT's `{argument}` is for {len(of_sequences)} sequences of a batch, but the adapters change {name} too,"
+                f" where {num_inputs} images or image numbers go in, and not sequences: use one adapter at a time"
+                " (`set_adapter`)"
             )

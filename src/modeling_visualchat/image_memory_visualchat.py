@@ -1,9 +1,9 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Image memory: what the decoder knows of a picture, kept for the next time.
+Image memory: what the decoder knows of an image, kept for the next time.
 
-Under `mmca` and `mmca_merged` an image row looks at nothing but itself, so its keys (before numbering and rotation) and
-values in every layer depend on the picture alone: not on the prompt, not on other pictures, not on its place. Computed once,
+Under `mmca` and `mmca_merged` an image token looks at nothing but itself, so its keys (before numbering and rotation) and
+values in every layer depend on the image alone: not on the prompt, not on other images, not on its position. Computed once,
 they are exact in any later round and any other conversation. Prefix caches need the same prefix, and approximate
 position-independent caches recompute some tokens.
 """
@@ -32,7 +32,7 @@ class ImageMemory:
     The keys and values of images in every decoder layer, as [`VisualChatForCausalLM.encode_images`] makes them.
 
     ```python
-    >>> memory = model.encode_images(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
+    >>> memory = model.encode_images(processor.image_processor(images, return_tensors="pt")["pixel_values"])
     >>> len(memory), memory.nbytes
     >>> first_two = memory[:2]
     >>> model.generate(**text_inputs, image_memory=ImageMemory.cat([memory[3], first_two]))
@@ -112,7 +112,7 @@ class ImageMemory:
 
 class ImageMemoryStore:
     """
-    Remembers pictures by their content, so that asking about a known one costs neither vision tower nor prefill.
+    Remembers images by their content, so that a known image skips the vision tower and its prefill.
 
     ```python
     >>> store = ImageMemoryStore(model, max_bytes=8 * 2**30, folder="memories")
@@ -128,7 +128,7 @@ class ImageMemoryStore:
             next process. Files are never deleted.
 
     Attributes:
-        hits, misses, evictions (`int`): Pictures that were known, that were encoded, and that went for lack of room.
+        hits, misses, evictions (`int`): Images that were known, that were encoded, and that went for lack of room.
         nbytes (`int`): Bytes in memory.
     """
 
@@ -146,13 +146,13 @@ class ImageMemoryStore:
 
     def get(self, pixel_values: torch.Tensor) -> list[ImageMemory]:
         """
-        The memory of each picture. Those that are not known are encoded together, in one pass.
+        The memory of each image. Those that are not known are encoded together, in one pass.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
         """
         fingerprint = self.model.image_fingerprint()
-        keys = [f"{fingerprint[:16]}-{_hash_picture(picture)}" for picture in pixel_values]
+        keys = [f"{fingerprint[:16]}-{_hash_image(pixels)}" for pixels in pixel_values]
         with self._lock:
             if fingerprint != self._fingerprint:
                 self._memories.clear()
@@ -180,7 +180,7 @@ class ImageMemoryStore:
         try:
             memory.save(self._path(key))
         except (SafetensorError, OSError) as error:  # a disk that is full: the answer need not wait for it
-            logger.warning("%s cannot be written, the picture is known to this process alone: %s", self._path(key), error)
+            logger.warning("%s cannot be written, the image is known to this process alone: %s", self._path(key), error)
 
     def _find(self, key: str, fingerprint: str) -> ImageMemory | None:
         if key in self._memories:
@@ -269,21 +269,21 @@ class VisualChatImageMemoryMixin:
         variant = self.config.multimodal_attention
         if variant not in ("mmca", "mmca_merged"):
             raise ValueError(
-                f"multimodal_attention={variant!r} cannot use image memory: its image rows look at the text and the images"
-                " before them, so what is known of a picture differs from one conversation to the next"
+                f"multimodal_attention={variant!r} cannot use image memory: its image tokens look at the text and the images"
+                " before them, so what is known of an image differs from one conversation to the next"
             )
         theirs = {memory.fingerprint for memory in memories if memory is not None}
         if theirs and theirs != {ours := self.image_fingerprint()}:
             other = min(theirs - {ours})
             raise ValueError(
                 f"The image memory was made with other weights or another dtype (fingerprint {other[:16]}, this model has"
-                f" {ours[:16]}): encode the pictures again with this model"
+                f" {ours[:16]}): encode the images again with this model"
             )
 
 
-def _hash_picture(picture: torch.Tensor) -> str:
-    described = f"{picture.dtype} {tuple(picture.shape)}".encode()
-    return hashlib.sha256(described + picture.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _hash_image(pixels: torch.Tensor) -> str:
+    described = f"{pixels.dtype} {tuple(pixels.shape)}".encode()
+    return hashlib.sha256(described + pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 __all__ = ["ImageMemory", "ImageMemoryStore"]

@@ -81,7 +81,7 @@ class VisualChatJoiningMixin:
         model.generation_config.suppress_tokens = [visualchat_config.image_token_id]
         model.generation_config.validate(strict=True)  # as `save_pretrained` does, which may be after days of training
         if visualchat_config.image_token_id >= vocab_size:
-            # The new row is a placeholder's: image features stand in its place
+            # The new embedding is the placeholder's, in whose position image features stand
             model.resize_token_embeddings(visualchat_config.image_token_id + 1, mean_resizing=False)
         model.freeze_for_alignment()
         return model.eval()

@@ -84,7 +84,7 @@ class VisualChatProcessor(ProcessorMixin):
     A CLIP image processor, a LLaMA tokenizer and the chat template in one.
 
     The template writes every special token of a prompt: the one that the tokenizer begins a text with, `<image>` for
-    pictures, and the end token behind answers. Special tokens in messages are text: a mark within them, which the tokenizer
+    images, and the end token behind answers. Special tokens in messages are text: a mark within them, which the tokenizer
     takes out again, stands in the prompt.
 
     ```python
@@ -367,7 +367,7 @@ def check_conversation(conversation: list[dict], image_token: str | None = None,
         texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
         if image_token is not None and any(image_token in text for text in texts):
             raise ValueError(
-                f"{where} holds the text {image_token!r}, which stands for a picture: give pictures as parts of the type"
+                f"{where} holds the text {image_token!r}, which stands for an image: give images as parts of the type"
                 " 'image', or pass sanitize_control_tokens=True to take it as text"
             )
         checked.append({**{key: value for key, value in message.items() if value is not None}, "content": content})
