@@ -86,22 +86,24 @@ class AnswerThread(threading.Thread):
     Args:
         model (`VisualChatForCausalLM`): Answers.
         reader ([`AnswerReader`]): Is told when the answer ends.
-        inputs (`dict`): Of `model.generate`.
+        streams (`bool`): Whether the reader is given each token. Beam search has none to give.
+        inputs (`dict`), generation (`dict`): Of `model.generate`.
 
     Attributes:
         ids (`torch.LongTensor` of shape `(tokens,)`, *optional*): Prompt and answer, once they are there.
         error (`BaseException`, *optional*): What broke the answer off.
     """
 
-    def __init__(self, model, reader: AnswerReader, inputs: dict):
+    def __init__(self, model, reader: AnswerReader, streams: bool, inputs: dict, generation: dict):
         super().__init__(daemon=True)
-        self.model, self.reader, self.inputs = model, reader, inputs
+        self.model, self.reader, self.streamer = model, reader, reader if streams else None
+        self.inputs, self.generation = inputs, generation
         self.ids, self.error = None, None
 
     def run(self):
         try:
-            # The tokenizer is for `stop_strings`
-            self.ids = self.model.generate(**self.inputs, tokenizer=self.reader.tokenizer)[0].cpu()
+            own = {"streamer": self.streamer, "tokenizer": self.reader.tokenizer}  # the tokenizer is for `stop_strings`
+            self.ids = self.model.generate(**self.inputs, **self.generation, **own)[0].cpu()
         except BaseException as error:
             self.error = error
         finally:

@@ -313,7 +313,7 @@ class ChatSession:
         reader = AnswerReader(self.processor.tokenizer, start, find_setting(self.model, generation, "eos_token_id"))
         generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
         streams = num_beams == 1
-        worker = AnswerThread(self.model, reader, {**inputs, **generation, "streamer": reader if streams else None})
+        worker = AnswerThread(self.model, reader, streams, inputs, generation)
         beginning = answer = shown = reader.decode(input_ids[0, start:])
         try:
             worker.start()
