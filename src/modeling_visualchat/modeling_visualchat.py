@@ -88,8 +88,8 @@ class VisualChatPreTrainedModel(VisualChatDistributedMixin, VisualChatImageMemor
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # What this guards against, weights written in place, is not done here; and it leaves out the initialization of
-        # modules without parameters of their own: CLIP's attention and MLP, when a checkpoint lacks the tower
+        # Of custom code, transformers does not initialize modules without parameters of their own: CLIP's attention and MLP,
+        # when a checkpoint lacks the tower. It guards against weights written in place, which is not done here
         return False
 
     @torch.no_grad()

@@ -143,9 +143,9 @@ def describe_state(model: nn.Module, weights: ModelWeights) -> tuple:
     # Brought to the CPU together: one by one, a GPU would wait for each
     values = [torch.cat(some).tolist() for some in samples.values()]
     held = weights.held.values()
-    places = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in held)
+    addresses = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in held)
     names = *weights.held, *weights.besides
-    return places, names, weights.unreadable, tuple(map(tuple, values)), _active_adapters(model)
+    return addresses, names, weights.unreadable, tuple(map(tuple, values)), _active_adapters(model)
 
 
 def _active_adapters(model: nn.Module) -> tuple:
