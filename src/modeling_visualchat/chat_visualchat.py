@@ -19,9 +19,9 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .cache_visualchat import copy_cache
 from .image_loading_visualchat import ImageSource, load_image
 from .image_memory_visualchat import ImageMemoryStore, ModelWeights, describe_state
+from .modality_cache_visualchat import copy_cache
 
 
 logger = logging.getLogger(__name__)

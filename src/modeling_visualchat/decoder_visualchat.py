@@ -18,7 +18,12 @@ from transformers.utils import TransformersKwargs, is_tracing, torch_compilable_
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_visualchat import (
+from .configuration_visualchat import VisualChatConfig
+from .modality_attention_visualchat import ModalityLayout
+from .modality_cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
+from .modality_masks_visualchat import computes_by_flex
+from .released_attention_visualchat import ReleasedMask, place_in_reverse
+from .sequence_attention_visualchat import (
     MultimodalMask,
     VisualChatAttention,
     check_attention_implementation,
@@ -26,11 +31,6 @@ from .attention_visualchat import (
     find_conversation_starts,
     update_image_numbers,
 )
-from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
-from .configuration_visualchat import VisualChatConfig
-from .layout_visualchat import ModalityLayout
-from .released_visualchat import ReleasedMask, place_in_reverse
-from .visibility_visualchat import computes_by_flex
 
 
 class VisualChatRMSNorm(LlamaRMSNorm):

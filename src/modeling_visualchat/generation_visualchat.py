@@ -9,8 +9,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .cache_visualchat import get_places
 from .image_memory_visualchat import ImageMemory
+from .modality_cache_visualchat import get_places
 
 
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -23,10 +23,10 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.utils import is_tracing
 
-from .cache_visualchat import NO_KEY, Places
-from .kernels_visualchat import attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
-from .packing_visualchat import PackedRows, move
-from .visibility_visualchat import Visibility
+from .modality_cache_visualchat import NO_KEY, Places
+from .modality_kernels_visualchat import attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
+from .modality_masks_visualchat import Visibility
+from .modality_packing_visualchat import PackedRows, move
 
 
 class ModalityLayout:

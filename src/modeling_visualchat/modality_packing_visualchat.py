@@ -5,7 +5,7 @@ import copy
 
 import torch
 
-from .kernels_visualchat import ImageCall
+from .modality_kernels_visualchat import ImageCall
 
 
 class PackedRows:

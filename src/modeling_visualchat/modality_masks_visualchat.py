@@ -8,8 +8,8 @@ Shape letters: B batch, W queries of the longest text, I image keys, K text and 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .kernels_visualchat import BLOCK_SIZE, ImageCall, make_block_mask
-from .packing_visualchat import PackedRows
+from .modality_kernels_visualchat import BLOCK_SIZE, ImageCall, make_block_mask
+from .modality_packing_visualchat import PackedRows
 
 
 # More calls than one are worth their launch from here on, in a prefill (`benchmarks/gpu_attention.py`)

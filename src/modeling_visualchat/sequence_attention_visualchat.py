@@ -11,13 +11,13 @@ For the query row i and a key j ≤ i that is not padding:
 | `causal`      | one softmax over all keys ≤ i  | one softmax over all keys ≤ i                                     |
 
 A text row before the first image gets exactly nothing from the second softmax of `mmca`. After it, the weights of a text
-row sum to 2: the paper's definition (arXiv 2309.14327, section 4.1). `released_visualchat.py` defines a fourth variant, what
+row sum to 2: the paper's definition (arXiv 2309.14327, section 4.1). `released_attention_visualchat.py` defines a fourth variant, what
 the released code computes.
 
 An image row never looks beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
 numbering) and values are a function of that image alone, in every layer.
 
-This file is the definition: all rows in the order of the sequence, under masks. `layout_visualchat.py` computes the same by
+This file is the definition: all rows in the order of the sequence, under masks. `modality_attention_visualchat.py` computes the same by
 modality, many times faster; what its rows cannot express (quantized caches, `eager` and its weights, 4-dimensional
 masks, packed sequences, a prefill that is compiled and fills a cache) is computed here.
 
@@ -37,10 +37,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
-from .cache_visualchat import carry_image_numbers, get_image_numbers
-from .kernels_visualchat import rotate
-from .layout_visualchat import ModalityLayout
-from .released_visualchat import ReleasedMask, create_released_mask
+from .modality_attention_visualchat import ModalityLayout
+from .modality_cache_visualchat import carry_image_numbers, get_image_numbers
+from .modality_kernels_visualchat import rotate
+from .released_attention_visualchat import ReleasedMask, create_released_mask
 
 
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
