@@ -437,7 +437,7 @@ class ChatSession:
         return describe_state(self.model, ModelWeights(self.model)), self.model.config.text_config._attn_implementation
 
     def _can_remember(self) -> bool:
-        if not self.model.model.language_model.can_sort_rows(None):
+        if not self.model.model.language_model.can_split_modalities(None):
             return False
         for unreadable in ModelWeights(self.model).unreadable.values():
             logger.warning_once(f"Conversations go on without image memory, which {unreadable.reason}")

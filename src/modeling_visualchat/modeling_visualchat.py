@@ -29,14 +29,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 
+from .attention_visualchat import check_attention_implementation
 from .chat_visualchat import ChatSession
 from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel, check_values, find_row_arguments
 from .generation_visualchat import VisualChatGenerationMixin, drop_unused_flags
 from .image_memory_visualchat import ImageMemory, ModelWeights, describe_state, fingerprint_weights
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
-from .released_attention_visualchat import VisualChatReleasedPerceiverProjector, released_positions, warn_of_defects
-from .sequence_attention_visualchat import check_attention_implementation
+from .released_attention_visualchat import warn_of_defects
+from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
 
 
 if torch.distributed.is_available():

@@ -1,0 +1,207 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+The attention layer of the decoder, and the plan by which a forward pass computes multi-modal causal attention (MMCA).
+
+The decoder chooses an [`AttentionPlan`] once per forward pass, for all of its layers:
+
+| plan           | file                               | computes                                                         |
+|----------------|------------------------------------|------------------------------------------------------------------|
+| `SequencePlan` | `sequence_attention_visualchat.py` | the definition of MMCA: all tokens in the order of the sequence  |
+| `ReleasedPlan` | `released_attention_visualchat.py` | what the code released with the paper computes, in that order    |
+| `ModalityPlan` | `modality_attention_visualchat.py` | the same as the definition, much faster: tokens by modality      |
+
+The definition and the fast path know nothing of each other. The tests compare them.
+
+Shape letters: N image numbers, C hidden size.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+
+SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+
+
+def check_attention_implementation(config: LlamaConfig) -> None:
+    """
+    Raises a `ValueError` that says what to use if the decoder is to run an attention backend that cannot express the masks
+    of MMCA. `None` is the default, chosen by transformers.
+    """
+    implementation = config._attn_implementation
+    if implementation is not None and implementation not in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"
+            f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder (the vision tower may differ:"
+            " attn_implementation={'text_config': …, 'vision_config': …})"
+        )
+
+
+class Movable:
+    """An object that holds tensors, and can be copied to another device with them."""
+
+    # Attributes that all copies share
+    _shared: tuple[str, ...] = ()
+
+    def to(self, device: torch.device, **kwargs):
+        """A copy whose tensors, also those in tuples, lists and other movable objects, are on `device`."""
+        moved, known = copy.copy(self), {}
+
+        def move(value):
+            if not isinstance(value, torch.Tensor | Movable):
+                return value
+            if id(value) not in known:  # one tensor may have two names
+                known[id(value)] = value.to(device, **kwargs)
+            return known[id(value)]
+
+        for name, value in vars(self).items():
+            if name not in self._shared:
+                setattr(moved, name, tree_map(move, value))
+        return moved
+
+
+class AttentionPlan(Movable):
+    """
+    How one forward pass computes attention: in which form the layers carry the hidden states, and which keys a query sees.
+
+    Attributes:
+        device (`torch.device`): Where its tensors are.
+        image_numbers (`torch.Tensor`, *optional*): Which image of its conversation a token belongs to, 1 for the first.
+    """
+
+    device: torch.device
+    image_numbers: torch.Tensor | None
+
+    def to(self, device: torch.device | None, **kwargs) -> "AttentionPlan":
+        """The plan on the device of a decoder layer: accelerate's hooks call this. `None` leaves it where it is."""
+        if device is None or torch.device(device) == self.device:
+            return self
+        return self.move_to(torch.device(device), **kwargs)
+
+    def move_to(self, device: torch.device, **kwargs) -> "AttentionPlan":
+        """A copy of the plan on this device."""
+        moved = super().to(device, **kwargs)
+        moved.device = device
+        return moved
+
+    def arrange(self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None) -> torch.Tensor:
+        """
+        The hidden states that the first layer takes.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings; where an
+                image stands, anything.
+            image_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*): Projected image features.
+        """
+        raise NotImplementedError
+
+    def for_last_layer(self, is_read: torch.BoolTensor) -> "AttentionPlan":
+        """
+        The plan of the last layer, which may leave out what nobody reads.
+
+        Args:
+            is_read (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The tokens whose output is read.
+        """
+        return self
+
+    def select_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The hidden states of the tokens that have a query."""
+        return hidden_states
+
+    def attend(
+        self,
+        attention: "VisualChatAttention",
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        number_keys: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            attention (`VisualChatAttention`): The layer.
+            queries, keys, values (`torch.Tensor` of shape `(…, tokens, heads * head_size)`): Projected, before the rotation.
+                Queries are those of [`~AttentionPlan.select_queries`].
+            number_keys (`torch.Tensor` of shape `(numbers + 1, key-value heads * head_size)`, *optional*): What is added to
+                the keys of text (0: nothing) and of the images with the numbers 1, 2, …, before the rotation.
+            position_embeddings (`tuple` of two `torch.Tensor`): cos and sin of the rotary embedding.
+            past_key_values (`Cache`, *optional*): Keys after rotation and numbering, and values.
+
+        Returns:
+            What the output projection takes, of the tokens that [`~AttentionPlan.residual`] keeps, and with `eager` the
+            weights of shape `(batch_size, heads, sequence_length, keys)`.
+        """
+        raise NotImplementedError
+
+    def residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The hidden states, before the layer, of the tokens that it computes to the end."""
+        return hidden_states
+
+    def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """From hidden states as layers carry them to `(batch_size, sequence_length, hidden_size)`."""
+        return hidden_states
+
+
+class VisualChatAttention(LlamaAttention):
+    """
+    LLaMA's attention (same weights, same names) with multi-modal causal attention in place of plain causal attention.
+
+    Args:
+        config (`LlamaConfig`): The decoder's.
+        layer_idx (`int`): Its index among the layers.
+        image_number_key_bias (`bool`): See [`VisualChatConfig`].
+    """
+
+    def __init__(self, config: LlamaConfig, layer_idx: int, image_number_key_bias: bool = False):
+        super().__init__(config, layer_idx)
+        self.image_number_key_bias = image_number_key_bias
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        plan: AttentionPlan,
+        past_key_values: Cache | None = None,
+        number_states_NC: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): The normalized input, in the form of the plan.
+            position_embeddings (`tuple` of two `torch.Tensor`): cos and sin of the rotary embedding.
+            plan (`AttentionPlan`): What each token sees.
+            past_key_values (`Cache`, *optional*): Keys after rotation and numbering, and values.
+            number_states_NC (`torch.Tensor`, *optional*): The normalized embeddings of the numbers 1 to N. Their keys are
+                added to the keys of the images with these numbers, before the rotation.
+
+        Returns:
+            The output, in the form of the plan, and with `eager` the weights of shape
+            `(batch_size, heads, sequence_length, keys)`.
+        """
+        # All processes of a distributed run call the projections in this order, whatever their batches hold
+        keys = self.k_proj(hidden_states)
+        number_keys = self._project_numbers(number_states_NC) if number_states_NC is not None else None
+        queries = self.q_proj(plan.select_queries(hidden_states))
+        values = self.v_proj(hidden_states)
+        output, weights = plan.attend(
+            self, queries, keys, values, number_keys, position_embeddings, past_key_values, **kwargs
+        )
+        return self.o_proj(output), weights
+
+    def _project_numbers(self, number_states_NC: torch.Tensor) -> torch.Tensor:
+        """
+        What is added to the keys of text (index 0: nothing) and of the images 1 to N: W_K norm(e). The keys have the bias of
+        `k_proj` already, where it has one.
+        """
+        number_keys = self.k_proj(nn.functional.pad(number_states_NC, (0, 0, 1, 0)))
+        nothing = number_keys[:1]  # k_proj(0), its bias
+        if self.image_number_key_bias:
+            return torch.cat([nothing - nothing, number_keys[1:]])
+        return number_keys - nothing
