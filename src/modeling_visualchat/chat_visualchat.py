@@ -16,7 +16,6 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteriaList
 from transformers.utils import logging
 
-from .cache_visualchat import copy_cache
 from .chat_streaming_visualchat import (
     AnswerReader,
     AnswerThread,
@@ -27,6 +26,7 @@ from .chat_streaming_visualchat import (
 )
 from .image_loading_visualchat import ImageSource, load_own_image
 from .image_memory_visualchat import ImageMemoryStore
+from .modality_cache_visualchat import copy_cache
 from .weight_fingerprint_visualchat import ModelWeights, describe_state
 
 
@@ -371,7 +371,7 @@ class ChatSession:
         return Computed(computed.cache, input_ids[:length], images[:kept])
 
     def _can_remember(self, weights: ModelWeights) -> bool:
-        if not self.model.model.language_model.can_sort_rows(None):
+        if not self.model.model.language_model.can_split_modalities(None):
             return False
         for unreadable in weights.unreadable.values():
             logger.warning_once(f"Conversations go on without image memory, which {unreadable.reason}")

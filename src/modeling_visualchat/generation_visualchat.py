@@ -9,8 +9,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .cache_visualchat import get_places
 from .image_memory_visualchat import ImageMemory
+from .modality_cache_visualchat import get_modality_positions
 
 
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -173,9 +173,9 @@ class VisualChatGenerationMixin(GenerationMixin):
         needed: the prefill takes padding from the 2-dimensional mask, and the cache notes it.
         """
         decoder = self.model.language_model
-        if get_places(past_key_values) is not None:
+        if get_modality_positions(past_key_values) is not None:
             return attention_mask if is_first_iteration else None
-        if is_first_iteration and decoder.can_sort_rows(attention_mask):
+        if is_first_iteration and decoder.can_split_modalities(attention_mask):
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 

@@ -28,7 +28,8 @@ from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, r
 from .image_memory_visualchat import ImageMemory, VisualChatImageMemoryMixin
 from .joining_visualchat import VisualChatJoiningMixin
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
-from .released_visualchat import VisualChatReleasedPerceiverProjector, released_positions, warn_of_defects
+from .released_attention_visualchat import warn_of_defects
+from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
 
 
 @dataclass
