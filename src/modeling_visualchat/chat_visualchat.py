@@ -3,12 +3,9 @@
 
 import copy
 import inspect
+import itertools
 import json
-import logging
 import os
-import queue
-import re
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,35 +13,25 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache, StoppingCriteriaList
+from transformers.utils import logging
 
-from .cache_visualchat import copy_cache
-from .image_loading_visualchat import ImageSource, load_image
-from .image_memory_visualchat import ImageMemoryStore, ModelWeights, describe_state
-
-
-logger = logging.getLogger(__name__)
-
-# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section
-SECTION = r"(?:\A|\n+)### (?:Image \d+|Question|Answer):"
-SECTION_START = re.compile(SECTION + r"(?=\n)")
-# … and an answer that was broken off may be broken off there
-SECTION_START_OR_END = re.compile(SECTION + r"(?=\n|\Z)")
-
-
-def _beginning_of(text: str, rest: str = "") -> str:
-    """A pattern for the beginnings of a text, the empty one too, and for all of it with what follows."""
-    for character in reversed(text):
-        rest = f"(?:{re.escape(character)}{rest})?"
-    return rest
+from .chat_streaming_visualchat import (
+    AnswerReader,
+    AnswerThread,
+    check_texts,
+    choose_settings,
+    find_setting,
+    find_sure_part,
+)
+from .image_loading_visualchat import ImageSource, load_own_image
+from .image_memory_visualchat import ImageMemoryStore
+from .modality_cache_visualchat import copy_cache
+from .weight_fingerprint_visualchat import ModelWeights, describe_state
 
 
-# The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
-NAMES = (_beginning_of("Image ", r"(?:\d+:?)?"), _beginning_of("Question:"), _beginning_of("Answer:"))
-UNSURE = re.compile(rf"(?:\A|\n+){_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|\uFFFD+\Z")
+logger = logging.get_logger(__name__)
 FILE_NAME = "conversation.json"
-MAX_NEW_TOKENS = 512
 
 
 @dataclass
@@ -54,10 +41,10 @@ class Round:
 
     Args:
         text (`str`): The question.
-        images (`list[PIL.Image.Image]`): The pictures that came with it.
+        images (`list[PIL.Image.Image]`): The images that came with it.
         answer (`str`): The answer.
         pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): What the processor made of
-            the pictures, once they were needed.
+            the images, once they were needed.
     """
 
     text: str
@@ -68,13 +55,13 @@ class Round:
 
 class Computed(NamedTuple):
     """
-    A cache, the tokens in it (of shape `(tokens,)`), the pictures that their placeholders stand for, and what the model was
+    A cache, the tokens in it (of shape `(tokens,)`), the images that their placeholders stand for, and what the model was
     when it computed them.
     """
 
     cache: DynamicCache
     input_ids: torch.LongTensor
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     model_state: tuple = ()
 
 
@@ -96,7 +83,7 @@ class ChatSession:
     Args:
         model (`VisualChatForCausalLM`): Answers.
         processor (`VisualChatProcessor`): The model's.
-        store (`ImageMemoryStore`, *optional*): Remembers pictures, also across sessions that share it. By default the
+        store (`ImageMemoryStore`, *optional*): Remembers images, also across sessions that share it. By default the
             session has one of its own, of up to `max_store_bytes`. Without image memory, which needs `mmca` or
             `mmca_merged`, `sdpa` and all weights in memory in a form that can be read, it is not used.
         system (`str`, *optional*): In place of the prompt's first line.
@@ -138,7 +125,7 @@ class ChatSession:
 
         Args:
             text (`str`): The question. What looks like a special token in it is text.
-            images (*optional*): A picture that comes with it, or a list of them: anything that [`load_image`] takes.
+            images (*optional*): An image that comes with it, or a list of them: anything that [`load_image`] takes.
             stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made;
                 reading begins the answer. The conversation holds it when it ends. Closing the iterator, Ctrl-C, or asking
                 something else meanwhile ends the answer where it is. Beam search has but one piece.
@@ -148,14 +135,13 @@ class ChatSession:
                 tokens, or a quarter of the model's context if that is less.
 
         Raises:
-            ValueError: If a picture cannot be read, if `begin_with` holds a section of the prompt, or if the conversation
+            ValueError: If an image cannot be read, if `begin_with` holds a section of the prompt, or if the conversation
                 does not fit the model's context. The conversation is as before, as after any other error.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"A question is a string, got {type(text).__name__}")
+        check_texts(text, begin_with)
         images = [images] if isinstance(images, ImageSource) else images
-        images = [_load(image, f"image {number}") for number, image in enumerate(images, 1)]
-        asked = Round(text, images, answer=_check_beginning(begin_with))
+        images = [load_own_image(image, f"image {number}") for number, image in enumerate(images, 1)]
+        asked = Round(text, images, answer=begin_with)
         self._take_turn()
         return self._ask([*self.rounds, asked], stream, generation)
 
@@ -173,7 +159,7 @@ class ChatSession:
 
     def edit(self, index: int, text: str, stream: bool = False, begin_with: str = "", **generation) -> str | Iterator[str]:
         """
-        Asks another question in place of an earlier one, about the same pictures. The rounds after it are dropped.
+        Asks another question in place of an earlier one, about the same images. The rounds after it are dropped.
 
         Args:
             index (`int`): The round, from 0.
@@ -186,14 +172,13 @@ class ChatSession:
         self._take_turn()
         if not 0 <= index < len(self.rounds):
             raise IndexError(f"There is no round {index}: the conversation has {len(self.rounds)}")
-        if not isinstance(text, str):
-            raise TypeError(f"A question is a string, got {type(text).__name__}")
+        check_texts(text, begin_with)
         one = self.rounds[index]
-        asked = Round(text, one.images, answer=_check_beginning(begin_with), pixel_values=one.pixel_values)
+        asked = Round(text, one.images, answer=begin_with, pixel_values=one.pixel_values)
         return self._ask([*self.rounds[:index], asked], stream, generation)
 
     def clear(self) -> None:
-        """Begins a new conversation. Pictures stay remembered."""
+        """Begins a new conversation. Images stay remembered."""
         self._take_turn()
         self.rounds, self.dropped_rounds = [], 0
         self._computed = self._nothing_computed()
@@ -207,15 +192,13 @@ class ChatSession:
         return other
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `conversation.json` and the pictures, as PNG, into a folder."""
+        """Writes `conversation.json` and the images, as PNG, into a folder."""
         os.makedirs(folder, exist_ok=True)
-        rounds, number = [], 0
+        rounds, numbers = [], itertools.count(1)
         for one in self.rounds:
-            names = []
-            for image in one.images:
-                number += 1
-                names.append(f"image-{number}.png")
-                image.save(os.path.join(folder, names[-1]))
+            names = [f"image-{next(numbers)}.png" for _ in one.images]
+            for name, image in zip(names, one.images):
+                image.save(os.path.join(folder, name))
             rounds.append({"text": one.text, "images": names, "answer": one.answer})
         content = {"system": self.system, "dropped_rounds": self.dropped_rounds, "rounds": rounds}
         with open(os.path.join(folder, FILE_NAME), "w", encoding="utf-8") as file:
@@ -231,7 +214,7 @@ class ChatSession:
             model, processor, settings: As for [`ChatSession`].
 
         Raises:
-            FileNotFoundError: If there is no `conversation.json`, or one of its pictures is missing.
+            FileNotFoundError: If there is no `conversation.json`, or one of its images is missing.
             ValueError: If it holds something else.
         """
         path = os.path.join(folder, FILE_NAME)
@@ -244,7 +227,7 @@ class ChatSession:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a conversation that was saved here: {error!r}") from error
         for text, names, answer in saved:
-            images = [_load(os.path.join(folder, name), name) for name in names]
+            images = [load_own_image(os.path.join(folder, name), name) for name in names]
             session.rounds.append(Round(text, images, answer))
         return session
 
@@ -268,9 +251,7 @@ class ChatSession:
         if not rounds[-1].answer:
             messages, ending = messages[:-1], {"add_generation_prompt": True}
         prompt = processor.apply_chat_template(messages, **ending, sanitize_control_tokens=True)
-        input_ids = torch.tensor(processor.encode_prompts([prompt])["input_ids"])
-        repeats = torch.where(input_ids[0] == processor.image_token_id, processor.image_seq_length, 1)
-        return input_ids.repeat_interleave(repeats, dim=1)
+        return torch.from_numpy(processor.encode_prompts([prompt])["input_ids"][0])[None]
 
     def find_answer(self, rounds: list[Round], input_ids: torch.LongTensor) -> int:
         """
@@ -280,39 +261,18 @@ class ChatSession:
         if not rounds[-1].answer:
             return input_ids.shape[1]
         without = self.tokenize([*rounds[:-1], replace(rounds[-1], answer="")])
-        length = min(without.shape[1], input_ids.shape[1])
-        return _shared_length(without[0, :length], input_ids[0, :length])
+        return _shared_length(without[0], input_ids[0])
 
     def _ask(self, rounds: list[Round], stream: bool, generation: dict) -> str | Iterator[str]:
-        if (self._setting(generation, "num_return_sequences") or 1) > 1:
-            raise ValueError("A conversation goes on with one answer: leave out `num_return_sequences`")
-        if "max_length" in generation:
-            raise ValueError("`max_length` would count the whole conversation: say `max_new_tokens`")
-        if generation.get("return_dict_in_generate"):
-            raise ValueError("A conversation gives its answer as text: leave out `return_dict_in_generate`")
-        for name in ("cache_implementation", "prefill_chunk_size"):
-            if generation.get(name) is not None:
-                raise ValueError(
-                    f"`{name}={generation[name]!r}`: a conversation keeps a dynamic cache of its own, which is filled at"
-                    f" once. Leave `{name}` out, or call `model.generate` with the prompt of `tokenize`"
-                )
-        limit = self.model.config.text_config.max_position_embeddings
-        new_tokens = self._setting(generation, "max_new_tokens") or min(MAX_NEW_TOKENS, limit // 4)
-        input_ids, dropped = self._make_room(rounds, limit, new_tokens)
-        # The cache is there, whatever a script has left in the model's settings
-        settings = {"cache_implementation": None, "prefill_chunk_size": None}
-        generation = {**generation, **settings, "max_new_tokens": new_tokens, "use_cache": True}
-        generation["return_dict_in_generate"] = False  # whatever a `generation_config` says
+        generation = choose_settings(self.model, generation)
+        input_ids, dropped = self._make_room(rounds, generation["max_new_tokens"])
         pieces = self._answer(rounds[dropped:], dropped, input_ids, generation, self._turn)
         self._unfinished = weakref.ref(pieces)
         return pieces if stream else "".join(pieces)
 
-    def _setting(self, generation: dict, name: str):
-        defaults = generation.get("generation_config") or self.model.generation_config
-        return generation.get(name, getattr(defaults, name, None))
-
-    def _make_room(self, rounds: list[Round], limit: int, new_tokens: int) -> tuple[torch.LongTensor, int]:
+    def _make_room(self, rounds: list[Round], new_tokens: int) -> tuple[torch.LongTensor, int]:
         """The prompt that fits, with room for the answer, and how many rounds were dropped. The last one is always kept."""
+        limit = self.model.config.text_config.max_position_embeddings
         for dropped in range(len(rounds) if self.drop_oldest else 1):
             input_ids = self.tokenize(rounds[dropped:])
             if input_ids.shape[1] + new_tokens <= limit:
@@ -329,52 +289,36 @@ class ChatSession:
     ) -> Iterator[str]:
         if self._turn is not turn:
             raise RuntimeError("Something else was asked of the conversation before this iterator was begun: ask again")
-        pictures = [image for one in rounds for image in one.images]
+        images = [image for one in rounds for image in one.images]
         # Whatever breaks the answer off, a cache that is half written is not used again
         computed, self._computed = self._computed, self._nothing_computed()
-        num_beams, remembers = self._setting(generation, "num_beams") or 1, self._can_remember()
-        # Where `generate` cannot go on from a cache: beams need all pictures
-        if num_beams > 1 and not remembers:
+        weights = ModelWeights(self.model)
+        num_beams, remembers = find_setting(self.model, generation, "num_beams") or 1, self._can_remember(weights)
+        model_state = describe_state(self.model, weights), self.model.config.text_config._attn_implementation
+        # Without image memory beams need all images. The model may have been trained on, or have another adapter or dtype
+        if (num_beams > 1 and not remembers) or computed.model_state != model_state:
             computed = self._nothing_computed()
-        model_state = self._describe_model()
-        if computed.model_state != model_state:  # trained on, another adapter, another dtype
-            computed = self._nothing_computed()
-        computed = self._cut(computed, input_ids[0], pictures)._replace(model_state=model_state)
+        computed = self._cut(computed, input_ids[0], images)._replace(model_state=model_state)
         cache = computed.cache
         if num_beams > 1:
             cache = copy_cache(cache)
             cache.batch_repeat_interleave(num_beams)
         inputs = {
-            **self._new_images(rounds, len(computed.pictures), remembers),
+            **self._new_images(rounds, len(computed.images), remembers),
             "input_ids": input_ids.to(self.model.device),
             "attention_mask": torch.ones_like(input_ids, device=self.model.device),  # no token of an answer is padding
             "past_key_values": cache,
         }
         begin_with, start = rounds[-1].answer, self.find_answer(rounds, input_ids)
-        reader = AnswerReader(self.processor.tokenizer, start, self._setting(generation, "eos_token_id"))
+        reader = AnswerReader(self.processor.tokenizer, start, find_setting(self.model, generation, "eos_token_id"))
         generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
-        outcome = {}
-
-        def run():
-            try:
-                ids = self.model.generate(
-                    **inputs,
-                    **generation,
-                    streamer=reader if num_beams == 1 else None,
-                    tokenizer=reader.tokenizer,  # for `stop_strings`
-                )
-                outcome["ids"] = ids[0].cpu()
-            except BaseException as error:
-                outcome["error"] = error
-            finally:
-                reader.end()
-
-        worker = threading.Thread(target=run, daemon=True)
+        streams = num_beams == 1
+        worker = AnswerThread(self.model, reader, streams, inputs, generation)
         beginning = answer = shown = reader.decode(input_ids[0, start:])
         try:
             worker.start()
             for text in reader:
-                piece = _sure_part(text)[len(shown) :]
+                piece = find_sure_part(text)[len(shown) :]
                 if piece:
                     shown += piece
                     yield piece
@@ -382,19 +326,18 @@ class ChatSession:
             # Also when the answer is broken off: what there is of it stands in the conversation
             reader.stop()
             worker.join()
-            if "ids" in outcome:
-                ids = outcome["ids"]
-                answer = reader.answer(ids)
+            if worker.ids is not None:
+                answer = reader.answer(worker.ids)
                 rounds[-1].answer = begin_with + answer[len(beginning) :]
                 self.rounds = rounds
                 if dropped:
                     self.dropped_rounds += dropped
                     logger.warning("The model's context is full: the oldest %d rounds were dropped", dropped)
-                if num_beams == 1:
-                    computed = Computed(cache, ids[: cache.get_seq_length()], pictures, model_state)
+                if streams:
+                    computed = Computed(cache, worker.ids[: cache.get_seq_length()], images, model_state)
                 self._computed = computed
-        if "error" in outcome:
-            raise outcome["error"]
+        if worker.error is not None:
+            raise worker.error
         if len(answer) > len(shown):
             yield answer[len(shown) :]
 
@@ -411,35 +354,26 @@ class ChatSession:
     def _nothing_computed(self) -> Computed:
         return Computed(DynamicCache(config=self.model.config), torch.empty(0, dtype=torch.long), [])
 
-    def _cut(self, computed: Computed, input_ids: torch.LongTensor, pictures: list[Image.Image]) -> Computed:
-        """What was computed, cut back to what it shares with a prompt of shape `(tokens,)` and its pictures."""
+    def _cut(self, computed: Computed, input_ids: torch.LongTensor, images: list[Image.Image]) -> Computed:
+        """What was computed, cut back to what it shares with a prompt of shape `(tokens,)` and its images."""
         per_image = self.processor.image_seq_length
         placeholders = (input_ids == self.processor.image_token_id).nonzero()[:, 0]
-        length = min(len(computed.input_ids), len(input_ids) - 1)  # one token at least is to be computed
-        length = _shared_length(computed.input_ids[:length], input_ids[:length])
-        same = 0
-        for known, picture in zip(computed.pictures, pictures):
-            if known is not picture:
-                break
-            same += 1
-        if same < len(pictures):
+        length = _shared_length(computed.input_ids, input_ids[:-1])  # one token at least is to be computed
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(computed.images, images)))
+        if same < len(images):
             length = min(length, int(placeholders[same * per_image]))
-        # Under "mmca_released" text depends on the pictures after it, also on those that were taken back
-        has_others = not same == len(pictures) == len(computed.pictures)
+        # Under "mmca_released" text depends on the images after it, also on those that were taken back
+        has_others = not same == len(images) == len(computed.images)
         if length == 0 or (has_others and self.model.config.multimodal_attention == "mmca_released"):
             return self._nothing_computed()
         computed.cache.crop(length - len(computed.input_ids))
         kept = int((placeholders < length).sum()) // per_image
-        return Computed(computed.cache, input_ids[:length], pictures[:kept])
+        return Computed(computed.cache, input_ids[:length], images[:kept])
 
-    def _describe_model(self) -> tuple:
-        """What a cache depends on, of what can be read of the weights."""
-        return describe_state(self.model, ModelWeights(self.model)), self.model.config.text_config._attn_implementation
-
-    def _can_remember(self) -> bool:
-        if not self.model.model.language_model.can_sort_rows(None):
+    def _can_remember(self, weights: ModelWeights) -> bool:
+        if not self.model.model.language_model.can_split_modalities(None):
             return False
-        for unreadable in ModelWeights(self.model).unreadable.values():
+        for unreadable in weights.unreadable.values():
             logger.warning_once(f"Conversations go on without image memory, which {unreadable.reason}")
             return False
         return True
@@ -449,92 +383,18 @@ class ChatSession:
         for one in rounds:
             if one.images and one.pixel_values is None:
                 one.pixel_values = self.processor.image_processor(one.images, return_tensors="pt")["pixel_values"]
-        pixel_values = [picture for one in rounds if one.images for picture in one.pixel_values][known:]
+        pixel_values = [pixels for one in rounds if one.images for pixels in one.pixel_values][known:]
         if not pixel_values:
             return {}
         pixel_values = torch.stack(pixel_values).to(self.model.device)
         return {"image_memory": self._store.get(pixel_values)} if remembers else {"pixel_values": pixel_values}
 
 
-class AnswerReader(BaseStreamer, StoppingCriteria):
-    """
-    Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where a
-    section of the prompt begins or where it is asked to.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Decodes.
-        prompt_length (`int`): Tokens before the answer, without the beginning that it was given.
-        end_tokens (`int` or `list[int]`, *optional*): With which of them the model ends an answer itself.
-    """
-
-    def __init__(self, tokenizer, prompt_length: int, end_tokens: int | list[int] | None):
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
-        self._stopped = threading.Event()
-        self._tokens = queue.SimpleQueue()
-
-    def put(self, value: torch.LongTensor) -> None:
-        self._tokens.put(value.flatten().tolist())
-
-    def end(self) -> None:
-        self._tokens.put(None)
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def decode(self, ids: torch.LongTensor | list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def answer(self, ids: torch.LongTensor) -> str:
-        """The answer in what `generate` returned for one prompt, of shape `(tokens,)`: without the section behind it."""
-        new = ids[self.prompt_length :].tolist()
-        section = SECTION_START if self.end_tokens.intersection(new) else SECTION_START_OR_END
-        return section.split(self.decode(new), maxsplit=1)[0]
-
-    def __iter__(self) -> Iterator[str]:
-        tokens = []
-        while (new := self._tokens.get()) is not None:
-            tokens += new  # the prompt comes first
-            if len(tokens) > self.prompt_length:
-                yield self.decode(tokens[self.prompt_length :])
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        stopped = self._stopped.is_set()
-        done = [stopped or SECTION_START.search(self.decode(row)) is not None for row in input_ids[:, self.prompt_length :]]
-        return torch.tensor(done, device=input_ids.device)
-
-
-def _load(source: ImageSource, name: str) -> Image.Image:
-    """A picture of our own: what the caller does to his later does not matter, and one that is read late is read now."""
-    image = load_image(source, name)
-    try:
-        return image.copy()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name}: the picture is broken: {error}") from error
-
-
 def _shared_length(a: torch.LongTensor, b: torch.LongTensor) -> int:
-    """How many tokens two prompts of one shape `(tokens,)` share from their beginning on."""
-    differs = (a != b).nonzero()
-    return int(differs[0]) if len(differs) else len(a)
-
-
-def _check_beginning(answer: str) -> str:
-    if not isinstance(answer, str):
-        raise TypeError(f"An answer begins with a string, got {type(answer).__name__}")
-    if cut_section(answer) != answer:
-        raise ValueError(f"`begin_with` holds a section line of the prompt, which would end the answer: {answer!r:.80}")
-    return answer
-
-
-def cut_section(answer: str) -> str:
-    """The answer up to a line that begins a new section of the prompt."""
-    return SECTION_START.split(answer, maxsplit=1)[0]
-
-
-def _sure_part(answer: str) -> str:
-    """What is sure to stay of an unfinished answer."""
-    return UNSURE.split(cut_section(answer), maxsplit=1)[0]
+    """How many tokens two prompts of shape `(tokens,)` share from their beginning on."""
+    length = min(len(a), len(b))
+    differs = (a[:length] != b[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length
 
 
 __all__ = ["ChatSession"]

@@ -20,12 +20,13 @@ class VisualChatConfig(PreTrainedConfig):
         text_config (`LlamaConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
             The decoder.
         multimodal_attention (`str`, *optional*, defaults to `"mmca"`):
-            `"mmca"`: an image row attends to itself only; a text row sums a softmax over the text keys and a softmax over
-            the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text row takes one softmax over all
-            of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4). `"mmca_released"`: what the
-            released code computes, with its defects, for converted checkpoints (`released_visualchat.py`).
+            `"mmca"`: an image token attends to itself only; a text token sums a softmax over the text keys and a softmax
+            over the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text token takes one softmax
+            over all of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4).
+            `"mmca_released"`: what the released code computes, with its defects, for converted checkpoints
+            (`released_visualchat.py`).
         image_number_keys (`bool`, *optional*, defaults to `False`):
-            In every layer, add the key of the image's number, as the prompt spells it, to the keys of the image's rows.
+            In every layer, add the key of the image's number, as the prompt spells it, to the keys of the image's tokens.
             Needs `image_number_token_ids`.
         image_number_token_ids (`list[list[int]]`, *optional*):
             Entry `k - 1` holds the token ids that spell the number `k` in the prompt

@@ -10,7 +10,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_loading_visualchat import ImageSource
-from .processing_visualchat import VisualChatProcessor, check_conversation, list_images
+from .processing_visualchat import VisualChatProcessor, list_images
 
 
 IGNORE_INDEX = -100
@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 @dataclass
 class VisualChatDataCollator:
     """
-    Turns rows of `{"messages": [...], "images": [...]}` into a batch. `images` fills the image parts that carry no picture
+    Turns examples of `{"messages": [...], "images": [...]}` into a batch. `images` fills the image parts that carry no image
     of their own, in reading order. Labels are the answers and their end tokens, in every round, taken from the chat
     template's generation spans; all else is -100.
 
@@ -31,15 +31,15 @@ class VisualChatDataCollator:
             want the logits of every position need it off.
 
     Raises:
-        ValueError: If a row's images and image parts differ in number (both are given), or if a row has nothing to learn.
-            The row's index in the batch is named.
+        ValueError: If an example's images and image parts differ in number (both are given), or if it has nothing to learn.
+            Its index in the batch is named.
     """
 
     processor: VisualChatProcessor
     pad_to_multiple_of: int | None = None
     supervised_logits_only: bool = False
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
         Returns:
             `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right, and
@@ -47,23 +47,22 @@ class VisualChatDataCollator:
         """
         processor = self.processor
         conversations = [
-            check_conversation(fill_images(row, f"row {index}"), processor.image_token, f"row {index}: ")
-            for index, row in enumerate(rows)
+            processor.prepare_conversation(fill_images(example, f"example {index}"), f"example {index}: ")
+            for index, example in enumerate(examples)
         ]
-        rows_images = [list_images(conversation) for conversation in conversations]
+        images = [list_images(conversation) for conversation in conversations]
         tokens, learned = [], []
         for index, (ids, is_answer) in enumerate(self._tokenize(conversations)):
-            is_image = ids == processor.image_token_id
-            if is_image.sum() != len(rows_images[index]):
+            placeholders = (ids == processor.image_token_id).sum() // processor.image_seq_length
+            if placeholders != len(images[index]):
                 raise ValueError(
-                    f"row {index}: the chat template writes {is_image.sum()} image placeholders for"
-                    f" {len(rows_images[index])} images"
+                    f"example {index}: the chat template writes {placeholders} image placeholders for"
+                    f" {len(images[index])} images"
                 )
             if not is_answer.any():
-                raise ValueError(f"row {index} holds no answer: a conversation needs an assistant message to learn from")
-            repeats = np.where(is_image, processor.image_seq_length, 1)
-            tokens.append(ids.repeat(repeats))
-            learned.append(is_answer.repeat(repeats))
+                raise ValueError(f"example {index} holds no answer: a conversation needs an assistant message to learn from")
+            tokens.append(ids)
+            learned.append(is_answer)
 
         length = max(len(ids) for ids in tokens)
         length += -length % (self.pad_to_multiple_of or 1)
@@ -71,9 +70,8 @@ class VisualChatDataCollator:
             "input_ids": _pad(tokens, length, processor.tokenizer.pad_token_id),
             "attention_mask": _pad([np.ones_like(ids) for ids in tokens], length, 0),
         }
-        images = [image for row_images in rows_images for image in row_images]
-        if images:
-            batch.update(processor(images=images, return_tensors="pt"))
+        if any(images):
+            batch.update(processor(images=list(chain.from_iterable(images)), return_tensors="pt"))
         learned = _pad(learned, length, False)
         batch["labels"] = batch["input_ids"].masked_fill(~learned, IGNORE_INDEX)
         if self.supervised_logits_only:
@@ -82,44 +80,40 @@ class VisualChatDataCollator:
         return batch
 
     def _tokenize(self, conversations: list[list[dict]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """
-        Of each conversation the token ids, as [`VisualChatProcessor`] makes them but with one placeholder an image (the
-        tokenizer takes its time for each), and which of them are an answer.
-        """
+        """Of each conversation the token ids, and which of them are an answer, both of shape `(tokens,)`."""
         processor = self.processor
         prompts, answer_spans = render_jinja_template(
-            [processor.mark_special_tokens(one, f"row {index}: ") for index, one in enumerate(conversations)],
+            conversations,
             chat_template=processor.chat_template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
         encoded = processor.encode_prompts(prompts)
         for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans):
-            # Of a list of pairs, np.array takes twice as long
-            starts, ends = np.fromiter(chain.from_iterable(offsets), int, 2 * len(ids)).reshape(-1, 2).T
+            starts, ends = offsets.T
             is_answer = np.zeros(len(ids), dtype=bool)
             for start, end in spans:
                 is_answer |= (starts < end) & (ends > start)
-            yield np.array(ids), is_answer
+            yield ids, is_answer
 
 
-def _pad(rows: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
-    padded = np.full((len(rows), length), value, dtype=rows[0].dtype)
-    for row, padded_row in zip(rows, padded):
-        padded_row[: len(row)] = row
+def _pad(sequences: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:
+    padded = np.full((len(sequences), length), value, dtype=sequences[0].dtype)
+    for sequence, padded_sequence in zip(sequences, padded):
+        padded_sequence[: len(sequence)] = sequence
     return torch.from_numpy(padded)
 
 
-def fill_images(row: dict, name: str) -> list[dict]:
+def fill_images(example: dict, name: str) -> list[dict]:
     """
-    The messages of a row, with its images put into the image parts that carry none, in reading order. An image may be what
-    datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
+    The messages of an example, with its images put into the image parts that carry none, in reading order. An image may be
+    what datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
     """
-    images = [undecoded(image) for image in row.get("images") or []]
+    images = [undecoded(image) for image in example.get("images") or []]
     given = len(images)
     empty = 0
     messages = []
-    for message in row["messages"]:
+    for message in example["messages"]:
         content = message["content"]
         if isinstance(content, list):
             filled = []
@@ -131,12 +125,12 @@ def fill_images(row: dict, name: str) -> list[dict]:
             content = filled
         messages.append({**message, "content": content})
     if empty != given:
-        raise ValueError(f"{name}: {empty} image parts wait for a picture, but `images` holds {given}")
+        raise ValueError(f"{name}: {empty} image parts wait for an image, but `images` holds {given}")
     return messages
 
 
 def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
-    """An image of a row, or what is in it if it is what datasets' undecoded Image feature holds."""
+    """An image of an example, or what is in it if it is what datasets' undecoded Image feature holds."""
     if isinstance(image, dict):
         return image["path"] if image.get("bytes") is None else image["bytes"]
     return image

@@ -18,19 +18,12 @@ from transformers.utils import TransformersKwargs, is_tracing, torch_compilable_
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_visualchat import (
-    MultimodalMask,
-    VisualChatAttention,
-    check_attention_implementation,
-    create_multimodal_mask,
-    find_conversation_starts,
-    update_image_numbers,
-)
-from .cache_visualchat import can_keep_modalities_apart, get_places, keep_modalities_apart
+from .attention_visualchat import AttentionPlan, VisualChatAttention, check_attention_implementation
 from .configuration_visualchat import VisualChatConfig
-from .layout_visualchat import ModalityLayout
-from .released_visualchat import ReleasedMask, place_in_reverse
-from .visibility_visualchat import computes_by_flex
+from .modality_attention_visualchat import ModalityPlan
+from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
+from .released_attention_visualchat import ReleasedPlan
+from .sequence_attention_visualchat import SequencePlan, find_conversation_starts, is_packed
 
 
 class VisualChatRMSNorm(LlamaRMSNorm):
@@ -40,32 +33,13 @@ class VisualChatRMSNorm(LlamaRMSNorm):
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-class VisualChatMLP(LlamaMLP):
-    """LLaMA's MLP. Where nothing is differentiated, it works in place: new memory costs a CPU more than what is computed."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config)
-        self.is_silu = config.hidden_act == "silu"
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or is_tracing() or not self.is_silu or self._is_watched():
-            return super().forward(hidden_states)
-        gate = nn.functional.silu(self.gate_proj(hidden_states), inplace=True)
-        return self.down_proj(gate.mul_(self.up_proj(hidden_states)))
-
-    def _is_watched(self) -> bool:
-        """Whether somebody's hooks are given what would be overwritten."""
-        parts = (*self.gate_proj.modules(), *self.act_fn.modules())
-        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-
-
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
     """LLaMA's decoder layer around [`VisualChatAttention`]."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int, image_number_key_bias: bool = False):
         super().__init__()
         self.self_attn = VisualChatAttention(config, layer_idx, image_number_key_bias)
-        self.mlp = VisualChatMLP(config)
+        self.mlp = LlamaMLP(config)
         self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -74,38 +48,34 @@ class VisualChatDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         number_embeds: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: MultimodalMask | ReleasedMask | ModalityLayout,
+        plan: AttentionPlan,
         past_key_values: Cache | None = None,
-        image_numbers: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings,
-            attention_mask,
+            plan,
             past_key_values,
             self.input_layernorm(number_embeds) if number_embeds is not None else None,
-            image_numbers,
             **kwargs,
         )
-        if isinstance(attention_mask, ModalityLayout):
-            hidden_states = attention_mask.keep(hidden_states)
-        hidden_states = hidden_states + attention_output
+        hidden_states = plan.residual(hidden_states) + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class SequenceOrder(nn.Module):
     """Puts hidden states into the order of the sequence. What is recorded as hidden states is what this returns."""
 
-    def forward(self, previous: torch.Tensor, hidden_states: torch.Tensor, layout: ModalityLayout | None) -> torch.Tensor:
+    def forward(self, previous: torch.Tensor, hidden_states: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """
         Args:
             previous (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The hidden states before the
                 layer, in order; those before the first layer are recorded too.
             hidden_states (`torch.Tensor`): What the layer returned.
-            layout (`ModalityLayout`, *optional*): How its rows are sorted, if they are.
+            plan (`AttentionPlan`): The layer's.
         """
-        return hidden_states if layout is None else layout.to_sequence(hidden_states)
+        return plan.restore(hidden_states)
 
 
 class VisualChatTextModel(LlamaPreTrainedModel):
@@ -159,99 +129,63 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings; where an
                 image stands, anything.
-            is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows that belong to an
+            is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens that belong to an
                 image. `None`: all of them are text.
-            image_states (`torch.Tensor` of shape `(image rows, hidden_size)`, *optional*): Projected features, of each
-                picture once.
-            image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which row of `image_states`, or after
+            image_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*): Projected features, of each
+                image once.
+            image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which token of `image_states`, or after
                 them of `image_memory`, each placeholder stands for, in reading order. `None`: its own.
             image_memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
                 Without images they have no effect.
-            rows_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The rows of the last
-                hidden state that are read. The others may be zero.
+            rows_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
+                hidden state is read. The others may be zero.
         """
         check_attention_implementation(self.config)
-        begins = find_conversation_starts(position_ids, attention_mask, past_key_values)
-        may_be_packed = begins is not None and attention_mask is None and not is_tracing()
-        is_packed = may_be_packed and bool(begins[:, 1:].any())
-        # A cache cannot be gone on with where a row holds several conversations, and with one they are not kept apart
-        if use_cache and past_key_values is None and not is_packed:
+        starts = find_conversation_starts(position_ids, attention_mask, past_key_values)
+        # A cache does not keep packed conversations apart, so that none of them could be gone on with
+        if use_cache and past_key_values is None and not is_packed(starts, attention_mask):
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if is_image is not None:
             self.check_length(inputs_embeds.shape[1], past_length)
-        num_placeholders = None
-        if image_source is not None or image_states is not None:
-            num_placeholders = len(image_source) if image_source is not None else len(image_states)
-        is_sortable = self._is_sortable(is_image, num_placeholders, attention_mask, position_ids, past_key_values)
-        sorts_rows = is_sortable and not is_packed
-        if image_memory and not sorts_rows:
-            raise ValueError(
-                "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, a"
-                " 2-dimensional attention_mask, and one PEFT adapter for all rows (no `adapter_names`). Under torch.compile,"
-                " it needs to be without a cache"
-            )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
+        plan = self._make_plan(
+            inputs_embeds,
+            is_image,
+            image_states,
+            image_source,
+            image_memory,
+            attention_mask,
+            position_ids,
+            position_embeddings,
+            past_key_values,
+            starts,
+        )
+        check_image_numbers(plan.image_numbers, number_embeds)
+        plans = [plan] * len(self.layers)
         records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if sorts_rows:
-            image_numbers = None
-            layout = self._sort_rows(
-                is_image,
-                attention_mask,
-                position_embeddings,
-                inputs_embeds.shape[:2],
-                past_key_values,
-                image_source=image_source,
-                memory=image_memory,
-                num_placeholders=num_placeholders,
-            )
-            self._check_numbers(layout.image_numbers, number_embeds)
-            masks = [layout] * len(self.layers)
-            if rows_to_keep is not None and not records and not is_tracing():
-                reads_images = is_image is not None and bool((rows_to_keep & is_image).any())
-                masks[-1] = layout.keep_rows(rows_to_keep, reads_images)
-            hidden_states = inputs_embeds.flatten(0, 1)[layout.text_rows]
-            if image_states is not None:
-                hidden_states = torch.cat([hidden_states, image_states])
-            hidden_states = hidden_states[None]
-            in_order = layout.to_sequence(hidden_states) if records else None
-        else:
-            if image_states is not None:
-                placed = image_states if image_source is None else image_states[image_source]
-                if self.multimodal_attention == "mmca_released":
-                    if is_packed:
-                        raise ValueError(
-                            "multimodal_attention='mmca_released' takes one conversation in each row of a batch, but"
-                            " `position_ids` begin again within a row: pad the conversations instead of packing them"
-                        )
-                    placed = place_in_reverse(placed, is_image, self.image_seq_length)
-                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], placed)
-            hidden_states = in_order = inputs_embeds
-            mask, image_numbers = self._mask_rows(
-                inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values, begins
-            )
-            masks = [mask] * len(self.layers)
+        if rows_to_keep is not None and not records and not is_tracing():
+            plans[-1] = plan.for_last_layer(rows_to_keep)
 
-        for layer, mask in zip(self.layers, masks):
+        hidden_states = plan.arrange(inputs_embeds, image_states)
+        in_order = plan.restore(hidden_states) if records else None
+        for layer, plan in zip(self.layers, plans):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
             hidden_states = layer(
                 hidden_states,
                 number_embeds,
                 position_embeddings=position_embeddings,
-                attention_mask=mask,
+                plan=plan,
                 past_key_values=past_key_values,
-                image_numbers=image_numbers,
                 **kwargs,
             )
             if records:
-                in_order = self.sequence_order(in_order, hidden_states, mask if sorts_rows else None)
-        hidden_states = self.norm(hidden_states)
-        if sorts_rows:
-            hidden_states = masks[-1].to_sequence(hidden_states)
+                in_order = self.sequence_order(in_order, hidden_states, plan)
+        hidden_states = plan.restore(self.norm(hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     @torch.no_grad()
@@ -268,7 +202,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         images, length = image_states.shape[:2]
         is_image = torch.ones(1, images * length, dtype=torch.bool, device=image_states.device)
         position_embeddings = self.rotary_emb(image_states, torch.zeros_like(is_image, dtype=torch.long))
-        layout = ModalityLayout(
+        plan = ModalityPlan(
             is_image,
             None,
             position_embeddings,
@@ -277,108 +211,125 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             records=True,
             num_placeholders=images * length,
         )
-        masks = [layout] * len(self.layers)
-        masks[-1] = layout.keep_rows(is_image, keeps_images=False)
+        plans = [plan] * len(self.layers)
+        plans[-1] = plan.for_last_layer(torch.zeros_like(is_image))  # its output is not needed
         hidden_states = image_states.flatten(0, 1)[None]
-        for layer, mask in zip(self.layers, masks):
-            hidden_states = layer(hidden_states, None, position_embeddings=position_embeddings, attention_mask=mask)
-        keys, values = zip(*layout.recorded)
+        for layer, plan in zip(self.layers, plans):
+            hidden_states = layer(hidden_states, None, position_embeddings=position_embeddings, plan=plan)
+        keys, values = zip(*plan.recorded)
         return torch.stack(keys).unflatten(1, (images, length)), torch.stack(values).unflatten(1, (images, length))
 
-    def can_sort_rows(self, attention_mask: torch.Tensor | BlockMask | None) -> bool:
-        """Whether the attention can be computed by modality, with such a mask."""
+    def can_split_modalities(self, attention_mask: torch.Tensor | BlockMask | None) -> bool:
+        """Whether the fast path can compute attention with such a mask."""
         is_own = self.multimodal_attention in ("mmca", "mmca_merged")
         is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
         return is_own and is_plain and self.config._attn_implementation in ("sdpa", "flex_attention")
 
-    def _is_sortable(
+    def _make_plan(
+        self,
+        inputs_embeds: torch.Tensor,
+        is_image: torch.Tensor | None,
+        image_states: torch.Tensor | None,
+        image_source: torch.Tensor | None,
+        image_memory: Sequence,
+        attention_mask: torch.Tensor | BlockMask | None,
+        position_ids: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+        starts: torch.Tensor | None,
+    ) -> AttentionPlan:
+        """The fast path where it can compute this call; else the definition, or what the released code computes."""
+        num_placeholders = None
+        if image_source is not None or image_states is not None:
+            num_placeholders = len(image_source) if image_source is not None else len(image_states)
+        config, device = self.config, position_embeddings[0].device
+        if config._attn_implementation == "flex_attention" and not computes_by_flex(device):
+            config = self.sdpa_config if not isinstance(attention_mask, BlockMask) else config
+        if self._splits_modalities(is_image, num_placeholders, attention_mask, past_key_values, starts):
+            uses_flex = config._attn_implementation == "flex_attention"
+            if uses_flex and self.training and config.attention_dropout > 0:
+                raise ValueError("'flex_attention' has no dropout: set attention_dropout=0 or attn_implementation='sdpa'")
+            positions = get_modality_positions(past_key_values)
+            # New images of a cached conversation are sorted as the data has it, outside of a graph
+            is_for_graphs = is_image is None or (positions is None and num_placeholders is not None)
+            is_merged = self.multimodal_attention == "mmca_merged"
+            if past_key_values is not None and positions is None:
+                batch_size = inputs_embeds.shape[0]
+                positions = split_cache_by_modality(
+                    past_key_values, config.num_hidden_layers, batch_size, device, joined=is_merged
+                )
+            make = ModalityPlan if is_for_graphs else _make_modality_plan_outside_of_graphs
+            return make(
+                is_image,
+                attention_mask,
+                position_embeddings,
+                tuple(inputs_embeds.shape[:2]),
+                self.image_seq_length,
+                merged=is_merged,
+                positions=positions,
+                image_source=image_source,
+                memory=image_memory,
+                num_placeholders=num_placeholders,
+                uses_flex=uses_flex,
+            )
+
+        if image_memory:
+            raise ValueError(
+                "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, a"
+                " 2-dimensional attention_mask, and one PEFT adapter for all rows (no `adapter_names`). Under torch.compile,"
+                " it needs to be without a cache"
+            )
+        variant, make = self.multimodal_attention, SequencePlan
+        if variant == "mmca_released" and is_image is None:
+            variant = "mmca"  # text that follows all images, where the two agree
+        elif variant == "mmca_released":
+            make = ReleasedPlan
+            if is_packed(starts, attention_mask):
+                raise ValueError(
+                    "multimodal_attention='mmca_released' takes one conversation in each row of a batch, but"
+                    " `position_ids` begin again within a row: pad the conversations instead of packing them"
+                )
+        return make(
+            variant,
+            config,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            is_image,
+            self.image_seq_length,
+            image_source,
+            starts,
+        )
+
+    def _splits_modalities(
         self,
         is_image: torch.Tensor | None,
         num_placeholders: int | None,
         attention_mask: torch.Tensor | BlockMask | None,
-        position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        starts: torch.Tensor | None,
     ) -> bool:
-        """Whether this call, unless it holds packed conversations, can be computed by modality."""
-        can_sort = self.can_sort_rows(attention_mask)
-        if get_places(past_key_values) is not None:
-            if not can_sort:
+        """Whether the fast path computes this call."""
+        can_split = self.can_split_modalities(attention_mask)
+        if get_modality_positions(past_key_values) is not None:
+            if not can_split:
                 raise ValueError(
                     "The conversation in past_key_values was begun with attn_implementation='sdpa' or 'flex_attention' and a"
                     " 2-dimensional attention_mask: go on with both"
                 )
             return True
         # Text alone is computed as LLaMA's is; but flex attention would compile each kind of shape, and few are worth it
-        if not can_sort or (is_image is None and self.config._attn_implementation != "flex_attention"):
+        if not can_split or (is_image is None and self.config._attn_implementation != "flex_attention"):
+            return False
+        if starts is not None:
             return False
         if is_tracing():
             # A graph is not made to change what a cache consists of
-            is_plain = position_ids is None or attention_mask is not None
-            return is_plain and past_key_values is None and num_placeholders is not None
-        if find_row_arguments(self):  # sorted by modality, a batch is one row
+            return past_key_values is None and num_placeholders is not None
+        if find_row_arguments(self):  # the stream is one sequence, whatever adapters the sequences of the batch have
             return False
-        if past_key_values is not None:
-            return can_keep_modalities_apart(past_key_values, self.config.num_hidden_layers)
-        return True
-
-    def _sort_rows(self, is_image, attention_mask, rotary, shape, past_key_values, **images) -> ModalityLayout:
-        is_merged = self.multimodal_attention == "mmca_merged"
-        places = get_places(past_key_values)
-        if past_key_values is not None and places is None:
-            places = keep_modalities_apart(
-                past_key_values, self.config.num_hidden_layers, shape[0], rotary[0].device, joined=is_merged
-            )
-        # New images of a cached conversation are sorted as the data has it, outside of a graph
-        is_for_graphs = is_image is None or (places is None and images["num_placeholders"] is not None)
-        make = ModalityLayout if is_for_graphs else _make_layout_outside_of_graphs
-        uses_flex = self.config._attn_implementation == "flex_attention" and computes_by_flex(rotary[0].device)
-        if uses_flex and self.training and self.config.attention_dropout > 0:
-            raise ValueError("'flex_attention' has no dropout: set attention_dropout=0 or attn_implementation='sdpa'")
-        settings = {"merged": is_merged, "places": places, "uses_flex": uses_flex, **images}
-        return make(is_image, attention_mask, rotary, tuple(shape), self.image_seq_length, **settings)
-
-    def _mask_rows(
-        self, inputs_embeds, is_image, number_embeds, attention_mask, position_ids, past_key_values, begins
-    ) -> tuple[MultimodalMask | ReleasedMask, torch.Tensor | None]:
-        image_numbers, key_image_numbers = update_image_numbers(
-            past_key_values,
-            is_image,
-            self.image_seq_length,
-            inputs_embeds.shape[:2],
-            inputs_embeds.device,
-            begins,
-        )
-        if number_embeds is not None and image_numbers is None:
-            image_numbers = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int, device=inputs_embeds.device)
-        self._check_numbers(image_numbers, number_embeds)
-        variant = self.multimodal_attention
-        if variant == "mmca_released" and is_image is None:
-            variant = "mmca"  # rows of text that follow all images, where the two agree
-        is_flex = self.config._attn_implementation == "flex_attention" and not isinstance(attention_mask, BlockMask)
-        uses_sdpa = is_flex and not computes_by_flex(inputs_embeds.device)
-        mask = create_multimodal_mask(
-            variant,
-            self.sdpa_config if uses_sdpa else self.config,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            image_numbers,
-            key_image_numbers,
-        )
-        return mask, image_numbers
-
-    def _check_numbers(self, image_numbers: torch.Tensor | None, number_embeds: torch.Tensor | None) -> None:
-        if number_embeds is None or image_numbers.numel() == 0:
-            return
-        check_values(
-            image_numbers.max() <= len(number_embeds),
-            lambda: (
-                f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
-                f" only {len(number_embeds)} numbers"
-            ),
-            f"A conversation holds more images than config.image_number_token_ids spells numbers, {len(number_embeds)}",
-        )
+        return past_key_values is None or can_split_by_modality(past_key_values, self.config.num_hidden_layers)
 
     def check_length(self, new_length: int, past_length: int | torch.Tensor = 0) -> None:
         """
@@ -395,6 +346,25 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             )
 
 
+def computes_by_flex(device: torch.device) -> bool:
+    """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
+    return device.type != "cpu"
+
+
+def check_image_numbers(image_numbers: torch.Tensor | None, number_embeds: torch.Tensor | None) -> None:
+    """Raises a `ValueError` with both counts if there are more images than embeddings of numbers."""
+    if number_embeds is None or image_numbers is None or image_numbers.numel() == 0:
+        return
+    check_values(
+        image_numbers.max() <= len(number_embeds),
+        lambda: (
+            f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
+            f" only {len(number_embeds)} numbers"
+        ),
+        f"A conversation holds more images than config.image_number_token_ids spells numbers, {len(number_embeds)}",
+    )
+
+
 def check_values(holds: torch.BoolTensor, describe: Callable[[], str], summary: str) -> None:
     """
     Raises a `ValueError` that describes the data unless `holds`. In a graph, an assertion of torch says the `summary`: torch
@@ -408,8 +378,8 @@ def check_values(holds: torch.BoolTensor, describe: Callable[[], str], summary: 
 
 def find_row_arguments(module: nn.Module) -> dict[str, Sequence]:
     """
-    What PEFT tells its layers inside a module of the rows of the batch, one entry a row: `adapter_names`, which adapter each
-    has, or `alora_offsets`, from which token on. Its hooks put them among the layers' arguments.
+    What PEFT tells its layers inside a module of each sequence of the batch: `adapter_names`, which adapter it has, or
+    `alora_offsets`, from which token on. Its hooks put them among the layers' arguments.
     """
     hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values() if isinstance(hook, partial))
     names = ("adapter_names", "alora_offsets")
@@ -417,5 +387,5 @@ def find_row_arguments(module: nn.Module) -> dict[str, Sequence]:
 
 
 @torch.compiler.disable
-def _make_layout_outside_of_graphs(*args, **kwargs) -> ModalityLayout:
-    return ModalityLayout(*args, **kwargs)
+def _make_modality_plan_outside_of_graphs(*args, **kwargs) -> ModalityPlan:
+    return ModalityPlan(*args, **kwargs)

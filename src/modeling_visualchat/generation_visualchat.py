@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""`generate` with pictures: which of them a cached conversation still needs, and image memory in their place."""
+"""`generate` with images: which of them a cached conversation still needs, and image memory in their place."""
 
 import copy
 
@@ -9,8 +9,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .cache_visualchat import get_places
 from .image_memory_visualchat import ImageMemory
+from .modality_cache_visualchat import get_modality_positions
 
 
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -72,8 +72,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             )
         if not {"pixel_values", "image_memory", "mm_encoder_outputs"} & set(kwargs):
             if self.model.runs_in_step(kwargs.get("past_key_values")):
-                # transformers encodes pictures before the first forward pass, on the processes that have some
-                self.get_image_features(self.model.blank_picture())
+                # transformers encodes images before the first forward pass, on the processes that have some
+                self.get_image_features(self.model.dummy_pixel_values())
         name = "image_memory" if "image_memory" in kwargs else "pixel_values"
         if name in kwargs and input_ids is not None and kwargs.get("past_key_values") is not None:
             kwargs[name] = self._select_new_images(
@@ -95,7 +95,7 @@ class VisualChatGenerationMixin(GenerationMixin):
             return
         if count := int((negative == self.config.image_token_id).sum()):
             raise ValueError(
-                f"`guidance_scale`: transformers hands no pictures to the negative prompt, but {name} holds {count} image"
+                f"`guidance_scale`: transformers hands no images to the negative prompt, but {name} holds {count} image"
                 " placeholder tokens. Give `negative_prompt_ids` of text alone, such as those of the prompt without its"
                 " images"
             )
@@ -117,8 +117,8 @@ class VisualChatGenerationMixin(GenerationMixin):
             if given if given is not None else getattr(defaults, name):
                 mode = "prompt_lookup_num_tokens" if lookup is not None else "assistant_model"
                 raise ValueError(
-                    f"`{name}` with `{mode}` and a filled `past_key_values`: transformers would take the rows of the new"
-                    " tokens for those of the whole prompt. Leave one of the three out"
+                    f"`{name}` with `{mode}` and a filled `past_key_values`: transformers would take the outputs of the"
+                    " new tokens for those of the whole prompt. Leave one of the three out"
                 )
 
     def _check_generation_with_memory(self, input_ids, image_memory, pixel_values=None, **kwargs):
@@ -137,7 +137,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         expected = 0 if isinstance(image_memory, ImageMemory) else sum(memory is None for memory in image_memory)
         num_new = len(pixel_values) if pixel_values is not None else 0
         if num_new != expected:
-            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new pictures were given")
+            raise ValueError(f"`image_memory` has {expected} entries `None`, but {num_new} new images were given")
 
     def prepare_inputs_for_generation(
         self,
@@ -147,7 +147,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
-        """As in transformers. Image memory goes into the prefill alone, like pictures."""
+        """As in transformers. Image memory goes into the prefill alone, like images."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("image_memory", None)
         cache, position_ids = kwargs.get("past_key_values"), kwargs.get("position_ids")
@@ -173,9 +173,9 @@ class VisualChatGenerationMixin(GenerationMixin):
         needed: the prefill takes padding from the 2-dimensional mask, and the cache notes it.
         """
         decoder = self.model.language_model
-        if get_places(past_key_values) is not None:
+        if get_modality_positions(past_key_values) is not None:
             return attention_mask if is_first_iteration else None
-        if is_first_iteration and decoder.can_sort_rows(attention_mask):
+        if is_first_iteration and decoder.can_split_modalities(attention_mask):
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
@@ -187,12 +187,12 @@ class VisualChatGenerationMixin(GenerationMixin):
         # transformers counts the images of the cache with the new ones, which alone are given
         names = ("image_memory", "mm_encoder_outputs") if cached else ("image_memory",)
         images = {name: kwargs.pop(name) for name in names if kwargs.get(name)}
-        if images and expand_size > 1:  # the new images of a row are repeated together
+        if images and expand_size > 1:  # the new images of a sequence are repeated together
             if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
                 cached = 0  # the new tokens alone were passed
             new = input_ids[:, cached:] == self.config.image_token_id
             counts = (new.sum(-1) // self.config.image_seq_length).tolist()
-            starts = [sum(counts[:row]) for row in range(len(counts))]
+            starts = [sum(counts[:k]) for k in range(len(counts))]
             order = [s + k for s, count in zip(starts, counts) for _ in range(expand_size) for k in range(count)]
             if "image_memory" in images:
                 images["image_memory"] = [images["image_memory"][k] for k in order]
@@ -218,6 +218,6 @@ class VisualChatGenerationMixin(GenerationMixin):
             return images
         cached = is_image[:, : int(past_key_values.get_seq_length())]
         cached_counts = (cached.sum(-1) // self.config.image_seq_length).tolist()
-        starts = [sum(counts[:row]) for row in range(len(counts))]
+        starts = [sum(counts[:k]) for k in range(len(counts))]
         new = [start + k for start, seen, count in zip(starts, cached_counts, counts) for k in range(seen, count)]
         return images[new] if isinstance(images, torch.Tensor) else [images[k] for k in new]

@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Pictures of any kind, as people see them: upright, 8-bit RGB, transparent parts on white. And on to CLIP's pixel values.
+Images of any kind, as people see them: upright, 8-bit RGB, transparent parts on white. And on to CLIP's pixel values.
 """
 
 import base64
@@ -31,7 +31,7 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tenso
 
 def load_image(source: ImageSource, name: str = "image") -> Image.Image:
     """
-    Opens a picture: whatever `transformers.image_utils.load_image` takes, and more.
+    Opens an image: whatever `transformers.image_utils.load_image` takes, and more.
 
     Args:
         source: A path (`~` is the home directory), an http(s), file or data URL, a base64 string (line breaks do not
@@ -39,13 +39,13 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
             `(channels, height, width)`, with 1, 3 or 4 channels, or a batch of one of these two: 8-bit or 16-bit unsigned
             integers, or floats from 0 to 1. Where both orders fit, such as `(3, 200, 1)`, a tensor of torch has its channels
             first and an array of NumPy has them last, as is the custom of each.
-        name (`str`): What errors call the picture.
+        name (`str`): What errors call the image.
 
     Returns:
         `PIL.Image.Image` in mode RGB, turned as its EXIF orientation says.
 
     Raises:
-        ValueError: If the picture cannot be read, has no pixels, or exceeds `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: If the image cannot be read, has no pixels, or exceeds `PIL.Image.MAX_IMAGE_PIXELS`.
         FileNotFoundError: If the path does not exist.
         TypeError: If `source` is something else.
     """
@@ -68,13 +68,25 @@ def load_image(source: ImageSource, name: str = "image") -> Image.Image:
     else:
         raise TypeError(f"{name}: expected a path, URL, bytes, PIL image or array, got {type(source).__name__}")
     if 0 in image.size:
-        raise ValueError(f"{name}: the picture has no pixels, its size is {image.width}×{image.height}")
+        raise ValueError(f"{name}: the image has no pixels, its size is {image.width}×{image.height}")
     try:
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: the picture is broken: {error}") from error
+        raise ValueError(f"{name}: the image is broken: {error}") from error
     return to_rgb(image, name)
+
+
+def load_own_image(source: ImageSource, name: str) -> Image.Image:
+    """
+    As [`load_image`], an image of our own: what the caller does to theirs later does not matter, and one that is read late
+    is read now.
+    """
+    image = load_image(source, name)
+    try:
+        return image.copy()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name}: the image is broken: {error}") from error
 
 
 def find_path(source: str | os.PathLike) -> str | None:
@@ -133,13 +145,13 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
             except ValueError as error:  # binascii's among them
                 raise ValueError(f"{name}: neither a path nor valid base64 ({error}): {source[:60]}…") from error
         elif not os.path.isfile(path):
-            described, data = "a base64 string", _decode_small_picture(source)
+            described, data = "a base64 string", _decode_small_image(source)
             if data is None:
                 raise FileNotFoundError(f"{name}: there is no file {path}")
         elif os.path.getsize(path) == 0:
             raise ValueError(f"{name}: {described} is empty")
     if data == b"":
-        raise ValueError(f"{name}: {described}: the picture is empty")
+        raise ValueError(f"{name}: {described}: the image is empty")
 
     try:
         with warnings.catch_warnings():
@@ -152,14 +164,14 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
             f" PIL.Image.MAX_IMAGE_PIXELS: {error}"
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: {described} is not a picture that Pillow can read") from error
+        raise ValueError(f"{name}: {described} is not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken data
-        raise ValueError(f"{name}: {described} is a broken picture: {error}") from error
+        raise ValueError(f"{name}: {described} is a broken image: {error}") from error
     return image
 
 
-def _decode_small_picture(text: str | os.PathLike) -> bytes | None:
-    """A base64 string as short as a path may be: a picture if it begins as one, since most names are valid base64."""
+def _decode_small_image(text: str | os.PathLike) -> bytes | None:
+    """A base64 string as short as a path may be: an image if it begins as one, since most names are valid base64."""
     try:
         data = decode_base64(os.fspath(text))
         Image.open(io.BytesIO(data))
@@ -181,10 +193,10 @@ def _from_array(array: np.ndarray, name: str, channels_first: bool) -> Image.Ima
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
             f"{name}: an array must have the shape (height, width), (height, width, channels) or (channels, height,"
-            f" width) with 1, 3 or 4 channels, got {shape}; give the pictures of a batch one by one"
+            f" width) with 1, 3 or 4 channels, got {shape}; give the images of a batch one by one"
         )
     if 0 in shape:
-        raise ValueError(f"{name}: the picture has no pixels, its shape is {shape}")
+        raise ValueError(f"{name}: the image has no pixels, its shape is {shape}")
     if array.dtype == np.uint16:
         array = array / 65535
     elif array.dtype == bool:
@@ -239,7 +251,7 @@ def clip_side(image_processor) -> int | None:
 
 def shorter_edge(image_processor) -> int | None:
     """
-    The pixels to which CLIP's image processor resizes the shorter edge of a picture, whatever the other one becomes. `None`
+    The pixels to which CLIP's image processor resizes the shorter edge of an image, whatever the other one becomes. `None`
     if it bounds both, and for other image processors.
     """
     if not isinstance(image_processor, CLIPImageProcessorPil) or not image_processor.do_resize:
@@ -249,10 +261,10 @@ def shorter_edge(image_processor) -> int | None:
 
 def check_not_too_thin(size: tuple[int, int], edge: int | None) -> None:
     """
-    Resizing the shorter edge of a thin picture makes an enormous one of it.
+    Resizing the shorter edge of a thin image makes an enormous one of it.
 
     Args:
-        size (`tuple[int, int]`): Width and height of the picture.
+        size (`tuple[int, int]`): Width and height of the image.
         edge (`int`, *optional*): See [`shorter_edge`].
 
     Raises:
@@ -262,15 +274,15 @@ def check_not_too_thin(size: tuple[int, int], edge: int | None) -> None:
     pixels = edge**2 * max(size) // min(size) if edge else 0
     if pixels > (limit := Image.MAX_IMAGE_PIXELS or pixels):
         raise ValueError(
-            f"A picture of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {edge} it would have"
+            f"An image of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {edge} it would have"
             f" {pixels} pixels, more than Pillow's limit of {limit}"
         )
 
 
 def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
     """
-    The part of an RGB picture that CLIP's image processor keeps, resized: to the bit what it computes, and what it would
-    leave as it is. Pictures for other image processors are returned unchanged; see [`clip_side`].
+    The part of an RGB image that CLIP's image processor keeps, resized: to the bit what it computes, and what it would
+    leave as it is. Images for other image processors are returned unchanged; see [`clip_side`].
 
     Raises:
         ValueError: See [`check_not_too_thin`].
@@ -282,7 +294,7 @@ def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
     width = height = side
     if image_processor.size.shortest_edge:
         width, height = (int(side * edge / min(image.size)) for edge in image.size)
-    if width > side:  # Pillow resizes the width of such a picture first: what is cut off there needs no second pass
+    if width > side:  # Pillow resizes the width of such an image first: what is cut off there needs no second pass
         left = (width - side) // 2
         image = image.resize((width, image.height), image_processor.resample).crop((left, 0, left + side, image.height))
     image = image.resize((side, height), image_processor.resample)
@@ -292,7 +304,7 @@ def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
 
 def clip_pixel_values(images: list[Image.Image], image_processor) -> torch.Tensor:
     """
-    What CLIP's image processor makes of RGB pictures, to the bit: a value depends on nothing but its channel and its level
+    What CLIP's image processor makes of RGB images, to the bit: a value depends on nothing but its channel and its level
     from 0 to 255, so 768 values are computed and then looked up. The image processor must have a [`clip_side`].
 
     Returns:

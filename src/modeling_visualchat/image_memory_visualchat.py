@@ -1,36 +1,29 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Image memory: what the decoder knows of a picture, kept for the next time.
+Image memory: what the decoder knows of an image, kept for the next time.
 
-Under `mmca` and `mmca_merged` an image row looks at nothing but itself, so its keys (before numbering and rotation) and
-values in every layer depend on the picture alone: not on the prompt, not on other pictures, not on its place. Computed once,
+Under `mmca` and `mmca_merged` an image token looks at nothing but itself, so its keys (before numbering and rotation) and
+values in every layer depend on the image alone: not on the prompt, not on other images, not on its position. Computed once,
 they are exact in any later round and any other conversation. Prefix caches need the same prefix, and approximate
 position-independent caches recompute some tokens.
 """
 
 import hashlib
-import json
-import logging
 import operator
 import os
-import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .weight_fingerprint_visualchat import ModelWeights, describe_state, fingerprint_weights
 
 
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False, repr=False)
@@ -39,7 +32,7 @@ class ImageMemory:
     The keys and values of images in every decoder layer, as [`VisualChatForCausalLM.encode_images`] makes them.
 
     ```python
-    >>> memory = model.encode_images(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
+    >>> memory = model.encode_images(processor.image_processor(images, return_tensors="pt")["pixel_values"])
     >>> len(memory), memory.nbytes
     >>> first_two = memory[:2]
     >>> model.generate(**text_inputs, image_memory=ImageMemory.cat([memory[3], first_two]))
@@ -119,7 +112,7 @@ class ImageMemory:
 
 class ImageMemoryStore:
     """
-    Remembers pictures by their content, so that asking about a known one costs neither vision tower nor prefill.
+    Remembers images by their content, so that a known image skips the vision tower and its prefill.
 
     ```python
     >>> store = ImageMemoryStore(model, max_bytes=8 * 2**30, folder="memories")
@@ -135,7 +128,7 @@ class ImageMemoryStore:
             next process. Files are never deleted.
 
     Attributes:
-        hits, misses, evictions (`int`): Pictures that were known, that were encoded, and that went for lack of room.
+        hits, misses, evictions (`int`): Images that were known, that were encoded, and that went for lack of room.
         nbytes (`int`): Bytes in memory.
     """
 
@@ -153,13 +146,13 @@ class ImageMemoryStore:
 
     def get(self, pixel_values: torch.Tensor) -> list[ImageMemory]:
         """
-        The memory of each picture. Those that are not known are encoded together, in one pass.
+        The memory of each image. Those that are not known are encoded together, in one pass.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
         """
         fingerprint = self.model.image_fingerprint()
-        keys = [f"{fingerprint[:16]}-{_hash_picture(picture)}" for picture in pixel_values]
+        keys = [f"{fingerprint[:16]}-{_hash_image(pixels)}" for pixels in pixel_values]
         with self._lock:
             if fingerprint != self._fingerprint:
                 self._memories.clear()
@@ -187,7 +180,7 @@ class ImageMemoryStore:
         try:
             memory.save(self._path(key))
         except (SafetensorError, OSError) as error:  # a disk that is full: the answer need not wait for it
-            logger.warning("%s cannot be written, the picture is known to this process alone: %s", self._path(key), error)
+            logger.warning("%s cannot be written, the image is known to this process alone: %s", self._path(key), error)
 
     def _find(self, key: str, fingerprint: str) -> ImageMemory | None:
         if key in self._memories:
@@ -212,185 +205,85 @@ class ImageMemoryStore:
             self.evictions += 1
 
 
-def _hash_picture(picture: torch.Tensor) -> str:
-    described = f"{picture.dtype} {tuple(picture.shape)}".encode()
-    return hashlib.sha256(described + picture.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+class VisualChatImageMemoryMixin:
+    """How a VisualChat makes image memory, and which it takes."""
 
+    _image_fingerprint: tuple | None = None  # of the base model: the state of its weights, and their hash
 
-class Unreadable:
-    """
-    Weights whose content cannot be read.
-
-    Args:
-        reason (`str`): What they are, to stand behind the name of what needs them.
-        holders (`Iterable`): The objects that hold them. Two are equal if these are the very same.
-    """
-
-    def __init__(self, reason: str, holders: Iterable = ()):
-        self.reason, self.holders = reason, list(holders)
-
-    def __eq__(self, other) -> bool:
-        is_alike = isinstance(other, Unreadable) and len(self.holders) == len(other.holders)
-        return is_alike and all(map(operator.is_, self.holders, other.holders))
-
-
-class ModelWeights:
-    """
-    What a model computes with, by name: its parameters and the buffers that it saves, and what quantized layers hold besides
-    (scales, for example), as far as they save it.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        without (`tuple[str, ...]`): Weights whose names begin so are left out.
-
-    Attributes:
-        held (`dict[str, torch.Tensor]`): Parameters and buffers, of which this process reads its own part. A tensor that
-            consists of others, as torchao's do, is there as these.
-        besides (`dict[str, torch.Tensor]`): What else layers save. These tensors may be made anew each time.
-        unreadable (`dict[str, Unreadable]`): What cannot be read.
-    """
-
-    def __init__(self, model: PreTrainedModel, without: tuple[str, ...] = ()):
-        self.held: dict[str, torch.Tensor] = {}
-        self.besides: dict[str, torch.Tensor] = {}
-        self.unreadable: dict[str, Unreadable] = {}
-        saved = self._read_layers(model, without)
-        not_saved = dict(model.named_non_persistent_buffers())
-        held = dict(model.named_parameters())
-        held |= {name: one for name, one in model.named_buffers() if name not in not_saved and one.numel() > 0}
-        for name, weight in {**held, **saved}.items():
-            if not name.startswith(without):
-                self._read(name, own_part(weight), self.held if name in held else self.besides)
-
-    def check(self, purpose: str) -> None:
+    def encode_images(self, pixel_values: torch.Tensor) -> ImageMemory:
         """
+        What the decoder knows of images, to be used in their place any number of times, by `image_memory` of
+        [`~VisualChatForCausalLM.forward`] and [`~VisualChatForCausalLM.generate`].
+
         Args:
-            purpose (`str`): What needs them.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
 
         Raises:
-            ValueError: If there are weights that cannot be read.
+            ValueError: If `config.multimodal_attention` lets image tokens look at text.
         """
-        for unreadable in self.unreadable.values():
-            raise ValueError(f"{purpose} {unreadable.reason}")
+        model = self.base_model
+        model._check_memory([])
+        if len(pixel_values) == 0:
+            return self.encode_images(model.dummy_pixel_values())[:0]
+        model.image_fingerprint()  # before any work: raises if there is none
+        with torch.no_grad():
+            features = torch.stack(model.get_image_features(pixel_values, return_dict=True).pooler_output)
+            embedding = model.get_input_embeddings().weight
+            keys, values = model.language_model.encode_images(features.to(embedding.device, embedding.dtype))
+        # Only now: bitsandbytes' layers bring their biases to another dtype in their first pass
+        return ImageMemory(keys, values, model.image_fingerprint())
 
-    def _read_layers(self, model: PreTrainedModel, without: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """What is saved by layers that do it in a way of their own."""
-        found, refused = {}, set()
-        for name, layer in model.named_modules():
-            kind = type(layer)
-            if name.startswith(without) or not _saves_its_own_way(kind):
-                continue
-            if kind not in refused:
-                try:
-                    saved = layer.state_dict(prefix=f"{name}.")
-                except NotImplementedError:  # bitsandbytes' embeddings, for example
-                    saved = {name: None}
-                if all(isinstance(value, torch.Tensor) for value in saved.values()):
-                    found |= saved
-                    continue
-                refused.add(kind)  # others need not be asked: for the answer, packed weights are unpacked
-            reason = f"needs weights that can be read, but {name} is a {kind.__module__}.{kind.__name__}, which hides them"
-            self.unreadable[name] = Unreadable(reason, vars(layer).values())
-        return found
+    def image_fingerprint(self) -> str:
+        """
+        What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters and what
+        quantized layers hold included, and how they are joined. It is computed again when something has changed. Under
+        tensor parallelism each process has its own heads, and so its own memory and hash.
 
-    def _read(self, name: str, weight: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        if is_traceable_wrapper_subclass(weight):  # made of others, and how is part of their names
-            parts, joined = weight.__tensor_flatten__()
-            for part in parts:
-                self._read(f"{name}.{type(weight).__name__}({joined}).{part}", getattr(weight, part), into)
-        elif weight.is_meta or weight.numel() == 0:
-            reason = f"needs all weights in memory, but {name} is not: load the model without offload"
-            self.unreadable[name] = Unreadable(reason)
-        elif not _is_plain(weight):
-            kind = f"{type(weight).__name__} ({weight.dtype}, {weight.layout})"
-            reason = f"needs weights that can be read, but {name} is a {kind}, not a plain tensor"
-            self.unreadable[name] = Unreadable(reason, [weight])
-        else:
-            into[name] = weight
+        Raises:
+            ValueError: If a weight is not in memory, as under offload or ZeRO-3, or in a form that cannot be read.
+        """
+        model, config = self.base_model, self.config
+        # Neither the token embedding nor the last norm has a part in an image's keys and values
+        without = ("language_model.embed_tokens.", "language_model.norm.")
+        weights = ModelWeights(model, without)
+        weights.check("Image memory")
+        vision, text = config.vision_config, config.text_config
+        joined = {
+            "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
+            "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
+            "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
+        }
+        state = joined, describe_state(model, weights)
+        if model._image_fingerprint is None or model._image_fingerprint[0] != state:
+            description = {**joined, "adapters": state[1][-1]}
+            model._image_fingerprint = state, fingerprint_weights(weights, description)
+        return model._image_fingerprint[1]
 
+    @property
+    def image_memory_nbytes(self) -> int:
+        """Bytes of one image's memory: 2 · layers · tokens · key-value heads · head size · bytes of a number."""
+        text, tokens = self.config.text_config, self.config.image_seq_length
+        return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
 
-def _saves_its_own_way(kind: type[nn.Module]) -> bool:
-    ways = ("state_dict", "_save_to_state_dict", "get_extra_state")
-    return any(getattr(kind, way) is not getattr(nn.Module, way) for way in ways)
-
-
-def _is_plain(weight: torch.Tensor) -> bool:
-    """Whether its numbers lie in its own storage."""
-    is_ordinary = type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return is_ordinary and weight.layout == torch.strided and not weight.is_quantized
-
-
-def own_part(weight: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a weight that is shared out."""
-    return weight.detach().to_local() if torch.distributed.is_available() and isinstance(weight, DTensor) else weight
-
-
-def describe_state(model: nn.Module, weights: ModelWeights) -> tuple:
-    """
-    What tells at little cost that weights have changed since they were last looked at: where they lie, how often they were
-    written, a few of their values (some libraries write in secret), and which adapters are at work.
-
-    Args:
-        model (`nn.Module`): Whose adapters are looked for.
-        weights (`ModelWeights`): The weights that matter.
-    """
-    samples: dict[tuple, list[torch.Tensor]] = {}
-    for weight in (*weights.held.values(), *weights.besides.values()):
-        flat = weight.detach() if weight.is_contiguous() else weight.detach().flatten()
-        size = flat.numel()
-        sample = _bits(flat).as_strided((min(size, 16),), (max(1, size // 16),))
-        samples.setdefault((sample.device, sample.dtype), []).append(sample)
-    # Brought to the CPU together: one by one, a GPU would wait for each
-    values = [torch.cat(some).tolist() for some in samples.values()]
-    held = weights.held.values()
-    places = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in held)
-    names = *weights.held, *weights.besides
-    return places, names, weights.unreadable, tuple(map(tuple, values)), _active_adapters(model)
+    def _check_memory(self, memories: list[ImageMemory | None]) -> None:
+        variant = self.config.multimodal_attention
+        if variant not in ("mmca", "mmca_merged"):
+            raise ValueError(
+                f"multimodal_attention={variant!r} cannot use image memory: its image tokens look at the text and the images"
+                " before them, so what is known of an image differs from one conversation to the next"
+            )
+        theirs = {memory.fingerprint for memory in memories if memory is not None}
+        if theirs and theirs != {ours := self.image_fingerprint()}:
+            other = min(theirs - {ours})
+            raise ValueError(
+                f"The image memory was made with other weights or another dtype (fingerprint {other[:16]}, this model has"
+                f" {ours[:16]}): encode the images again with this model"
+            )
 
 
-def _active_adapters(model: nn.Module) -> tuple:
-    if "peft" not in sys.modules:
-        return ()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tuners = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    return tuple(
-        (tuner.disable_adapters, tuple(tuner.active_adapters), tuner.merged, _scales_of_adapters(tuner)) for tuner in tuners
-    )
-
-
-def _scales_of_adapters(tuner) -> tuple:
-    scales = vars(tuner).get("scaling", {})  # some kinds of adapters have none
-    return tuple((name, scales[name]) for name in tuner.active_adapters if name in scales)
-
-
-def fingerprint_weights(weights: ModelWeights, description: dict) -> str:
-    """
-    A hash of weights, bit by bit, and of what is computed with them.
-
-    Args:
-        weights (`ModelWeights`): All that can be read of them.
-        description (`dict`): What else matters, as JSON can write it.
-    """
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name, weight in sorted({**weights.held, **weights.besides}.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(_sum_rows(weight.detach()).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sum_rows(weight: torch.Tensor) -> torch.Tensor:
-    """For each row the sum, modulo 2^64, of its numbers' bits times an odd factor of the column's own."""
-    rows = weight.reshape(-1, weight.shape[-1]) if weight.dim() > 1 else weight.reshape(1, -1)
-    bits = _bits(rows.contiguous())
-    factors = (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x1E3779B97F4A7C15 | 1
-    chunks = bits.split(max(1, 2**22 // bits.shape[1]))  # as 64-bit integers they take eight times the room
-    return torch.cat([(chunk.long() * factors).sum(-1) for chunk in chunks])
-
-
-def _bits(weight: torch.Tensor) -> torch.Tensor:
-    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return weight.view(as_integers[weight.dtype.itemsize])
+def _hash_image(pixels: torch.Tensor) -> str:
+    described = f"{pixels.dtype} {tuple(pixels.shape)}".encode()
+    return hashlib.sha256(described + pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 __all__ = ["ImageMemory", "ImageMemoryStore"]

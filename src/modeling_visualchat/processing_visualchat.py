@@ -6,10 +6,11 @@ that assembles a prompt, and the processor the one place that decides what of it
 
 import re
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
-from transformers import AddedToken, BatchEncoding, BatchFeature
+from transformers import AddedToken, BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
@@ -83,7 +84,7 @@ class VisualChatProcessor(ProcessorMixin):
     A CLIP image processor, a LLaMA tokenizer and the chat template in one.
 
     The template writes every special token of a prompt: the one that the tokenizer begins a text with, `<image>` for
-    pictures, and the end token behind answers. Special tokens in messages are text: a mark within them, which the tokenizer
+    images, and the end token behind answers. Special tokens in messages are text: a mark within them, which the tokenizer
     takes out again, stands in the prompt.
 
     ```python
@@ -161,12 +162,24 @@ class VisualChatProcessor(ProcessorMixin):
             kwargs["add_special_tokens"] = self._needs_beginning([text] if isinstance(text, str) else text)
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def encode_prompts(self, prompts: list[str]) -> BatchEncoding:
+    def encode_prompts(self, prompts: list[str]) -> dict[str, list[np.ndarray]]:
         """
-        Token ids and offsets of prompts that the chat template wrote, with one placeholder an image: but for that, what
-        [`~VisualChatProcessor.apply_chat_template`] gives. Nothing is padded.
+        Tokenizes prompts of the chat template, as [`~VisualChatProcessor.apply_chat_template`] does. Nothing is padded.
+
+        Returns:
+            `input_ids`, for each prompt of shape `(tokens,)`, with `image_seq_length` placeholders for each image, and
+            `offset_mapping` of shape `(tokens, 2)`, the characters of the prompt where each token begins and ends.
         """
-        return self.tokenizer(prompts, add_special_tokens=self._needs_beginning(prompts), return_offsets_mapping=True)
+        # The tokenizer takes its time for each placeholder, so it is given one for each image
+        encoded = self.tokenizer(prompts, add_special_tokens=self._needs_beginning(prompts), return_offsets_mapping=True)
+        expanded = {"input_ids": [], "offset_mapping": []}
+        for ids, offsets in zip(map(np.array, encoded["input_ids"]), encoded["offset_mapping"]):
+            repeats = np.where(ids == self.image_token_id, self.image_seq_length, 1)
+            # Of a list of pairs, np.array takes twice as long
+            offsets = np.fromiter(chain.from_iterable(offsets), int, 2 * len(ids)).reshape(-1, 2)
+            expanded["input_ids"].append(ids.repeat(repeats))
+            expanded["offset_mapping"].append(offsets.repeat(repeats, axis=0))
+        return expanded
 
     def _needs_beginning(self, texts: list[str]) -> bool:
         """Templates that were saved earlier leave it to the tokenizer."""
@@ -178,16 +191,16 @@ class VisualChatProcessor(ProcessorMixin):
             )
         return not all(begun)
 
-    def mark_special_tokens(self, conversation: list[dict], name: str = "") -> list[dict]:
+    def prepare_conversation(self, conversation: list[dict], name: str = "", sanitize: bool = False) -> list[dict]:
         """
-        A conversation that was checked, with special tokens in its texts marked, so that the tokenizer takes them as text.
-
-        Raises:
-            ValueError: If the tokenizer looks for one of them in text that it has normalized before.
+        The messages of one conversation for the chat template: checked, and with special tokens in their texts marked, so
+        that the tokenizer takes them as text. Errors begin with `name`; `sanitize` is `sanitize_control_tokens` of
+        [`~VisualChatProcessor.apply_chat_template`].
         """
+        checked = check_conversation(conversation, None if sanitize else self.image_token, name)
         return [
             {**message, "content": self._mark_content(message["content"], f"{name}message {index}")}
-            for index, message in enumerate(conversation)
+            for index, message in enumerate(checked)
         ]
 
     def _mark_content(self, content: str | list[dict], where: str) -> str | list[dict]:
@@ -221,17 +234,14 @@ class VisualChatProcessor(ProcessorMixin):
             ValueError: Naming the conversation, message and part at fault.
         """
         conversation = getattr(conversation, "messages", conversation)
-        is_batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
-        image_token = None if kwargs.pop("sanitize_control_tokens", False) else self.image_token
-
-        def check(one, name=""):
-            checked = check_conversation(getattr(one, "messages", one), image_token=image_token, name=name)
-            return self.mark_special_tokens(checked, name)
-
-        if is_batched:
-            conversation = [check(one, f"conversation {index}: ") for index, one in enumerate(conversation)]
+        sanitize = kwargs.pop("sanitize_control_tokens", False)
+        if len(conversation) > 0 and not isinstance(conversation[0], dict):  # a batch
+            conversation = [
+                self.prepare_conversation(getattr(one, "messages", one), f"conversation {index}: ", sanitize)
+                for index, one in enumerate(conversation)
+            ]
         else:
-            conversation = check(conversation)
+            conversation = self.prepare_conversation(conversation, "", sanitize)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def prepare_inputs_layout(self, images: ImageSource | list | None = None, **kwargs):
@@ -269,13 +279,7 @@ class VisualChatProcessor(ProcessorMixin):
 
 
 def write_chat_template(tokenizer, begin: str) -> str:
-    """
-    The paper's prompt for a tokenizer: with what it begins a text with, and token for token as if it began the rest itself.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`): The decoder's.
-        begin (`str`): What it puts before a text.
-    """
+    """The paper's prompt with `begin` before it, token for token as if the tokenizer began the text itself."""
     if not begin:
         return CHAT_TEMPLATE.replace(OPENING, "")
 
@@ -363,7 +367,7 @@ def check_conversation(conversation: list[dict], image_token: str | None = None,
         texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
         if image_token is not None and any(image_token in text for text in texts):
             raise ValueError(
-                f"{where} holds the text {image_token!r}, which stands for a picture: give pictures as parts of the type"
+                f"{where} holds the text {image_token!r}, which stands for an image: give images as parts of the type"
                 " 'image', or pass sanitize_control_tokens=True to take it as text"
             )
         checked.append({**{key: value for key, value in message.items() if value is not None}, "content": content})

@@ -92,7 +92,7 @@ class VisualChatPerceiverProjector(nn.Module):
 def sincos_positions(length: int, like: torch.Tensor) -> torch.Tensor:
     """
     2-D sine-cosine positions of a square grid of `length` cells, over the unit square, so that grids of different sizes
-    (queries, patches) name the same place alike. Half of the features encode the row, half the column.
+    (queries, patches) name the same position alike. Half of the features encode the row, half the column.
 
     Returns:
         `torch.Tensor` of shape `(length, like.shape[-1])`, with the dtype and device of `like`.

@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-What the fast path's text rows see: masks, and the calls over image keys in which the attention kernels compute it.
+What the fast path's text tokens see: masks, and the calls over image keys in which the attention kernels compute it.
 
 Shape letters: B batch, W queries of the longest text, I image keys, K text and image keys.
 """
@@ -8,11 +8,11 @@ Shape letters: B batch, W queries of the longest text, I image keys, K text and 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .kernels_visualchat import BLOCK_SIZE, ImageCall, make_block_mask
-from .packing_visualchat import PackedRows
+from .modality_kernels_visualchat import BLOCK_SIZE, ImageCall, make_block_mask
+from .modality_packing_visualchat import PackedTokens
 
 
-# More calls than one are worth their launch from here on, in a prefill (`benchmarks/gpu_attention.py`)
+# From this many queries on, a prefill on a GPU is faster in more than one call (`benchmarks/gpu_attention.py`)
 QUERIES_PER_CALL = 512
 # Queries × keys, over the batch, from which on a training step is clearly faster by flex attention (`benchmarks/gpu_7b.py`)
 MIN_FLEX_SCORES = 2 * 2**20
@@ -23,15 +23,10 @@ def runs_by_images(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def computes_by_flex(device: torch.device) -> bool:
-    """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
-    return device.type != "cpu"
-
-
 class Visibility:
     """
-    What queries see of keys, as the attention kernels take it. Keys are given by their places in the sequence, -1 for none;
-    a query sees the places from its `first` up to its `last`.
+    What queries see of keys, as the attention kernels take it. Keys are given by their positions, -1 for none; a query sees
+    the positions from its `first` up to its `last`.
 
     Args:
         dtype (`torch.dtype`): Of the scores.
@@ -43,23 +38,23 @@ class Visibility:
         self.dtype, self.is_traced, self.uses_flex = dtype, is_traced, uses_flex
 
     def make_mask(
-        self, places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
+        self, positions_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
     ) -> torch.Tensor | BlockMask | None:
         """One mask for all queries and keys, of shape `(batch_size, 1, W, K)` if it is a tensor."""
-        if self._takes_blocks(places_BK, last_BW):
-            return make_block_mask(places_BK, first_BW, last_BW)
-        return self._to_mask(_visible(places_BK, first_BW, last_BW))
+        if self._takes_blocks(positions_BK, last_BW):
+            return make_block_mask(positions_BK, first_BW, last_BW)
+        return self._to_mask(_visible(positions_BK, first_BW, last_BW))
 
     def find_image_calls(
         self,
-        places_BI: torch.Tensor,
+        positions_BI: torch.Tensor,
         first_BW: torch.Tensor,
         last_BW: torch.Tensor,
-        queries: PackedRows,
+        queries: PackedTokens,
         sees_all: bool,
     ) -> list[tuple[slice, list[ImageCall]]]:
         """
-        The calls over image keys, each list for some rows of the batch. `queries` are the packed rows behind W; with
+        The calls over image keys, each list for some sequences of the batch. `queries` are the packed tokens behind W; with
         `sees_all` each is known to see every key.
 
         On a CPU, a call without a mask for each run of queries that see the same images. On a GPU such calls are too small
@@ -67,12 +62,12 @@ class Visibility:
         `QUERIES_PER_CALL` queries, over the keys up to the last that one of them sees; or one by flex attention, which
         leaves out what no query of a block sees. In a graph, one call.
         """
-        width, num_keys = last_BW.shape[1], places_BI.shape[1]
+        width, num_keys = last_BW.shape[1], positions_BI.shape[1]
         if self.is_traced and sees_all:
             return [(slice(None), [ImageCall(0, width, num_keys)])]
-        if self._takes_blocks(places_BI, last_BW):
-            return [(slice(None), [ImageCall(0, width, num_keys, make_block_mask(places_BI, first_BW, last_BW))])]
-        visible_BWI = _visible(places_BI, first_BW, last_BW)
+        if self._takes_blocks(positions_BI, last_BW):
+            return [(slice(None), [ImageCall(0, width, num_keys, make_block_mask(positions_BI, first_BW, last_BW))])]
+        visible_BWI = _visible(positions_BI, first_BW, last_BW)
         if self.is_traced:
             return [(slice(None), [self._masked_call(visible_BWI, 0, width, num_keys)])]
         keys_I = torch.arange(num_keys, device=visible_BWI.device)
@@ -88,8 +83,8 @@ class Visibility:
         ]
         return [(slice(None), calls)]
 
-    def _takes_blocks(self, places_BK: torch.Tensor, last_BW: torch.Tensor) -> bool:
-        is_large = last_BW.numel() * places_BK.shape[1] >= MIN_FLEX_SCORES
+    def _takes_blocks(self, positions_BK: torch.Tensor, last_BW: torch.Tensor) -> bool:
+        is_large = last_BW.numel() * positions_BK.shape[1] >= MIN_FLEX_SCORES
         return self.uses_flex and is_large and last_BW.shape[1] > BLOCK_SIZE
 
     def _to_mask(self, visible_BWK: torch.Tensor) -> torch.Tensor | None:
@@ -100,9 +95,9 @@ class Visibility:
         if not self.is_traced and visible_BWK.all():
             return None
         visible_BWK = visible_BWK | ~visible_BWK.any(-1, keepdim=True)
-        *rows, keys = visible_BWK.shape
-        # Kernels on GPUs want each row of a mask to begin at a multiple of 16 bytes
-        mask = torch.zeros(*rows, (keys + 7) // 8 * 8, dtype=self.dtype, device=visible_BWK.device)
+        *queries, keys = visible_BWK.shape
+        # Kernels on GPUs want the mask of each query to begin at a multiple of 16 bytes
+        mask = torch.zeros(*queries, (keys + 7) // 8 * 8, dtype=self.dtype, device=visible_BWK.device)
         return mask[..., :keys].masked_fill_(~visible_BWK, float("-inf"))[:, None]
 
     def _masked_call(self, visible_BWI: torch.Tensor, start: int, stop: int, count: int) -> ImageCall:
@@ -113,19 +108,19 @@ class Visibility:
         return ImageCall(start, stop, count, self._to_mask(visible_BWI) if count > 0 else None, sees_image)
 
 
-def _visible(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> torch.Tensor:
-    """Which keys a query sees: those with places from its first up to its last. Of shape `(batch_size, W, keys)`."""
-    places_B1K = places_BK[:, None]
-    return (places_B1K >= first_BW[..., None]) & (places_B1K <= last_BW[..., None])
+def _visible(positions_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> torch.Tensor:
+    """Which keys a query sees: those with positions from its first up to its last. Of shape `(batch_size, W, keys)`."""
+    positions_B1K = positions_BK[:, None]
+    return (positions_B1K >= first_BW[..., None]) & (positions_B1K <= last_BW[..., None])
 
 
-def _find_runs(counts: list[list[int]], queries: PackedRows) -> list[tuple[slice, list[ImageCall]]]:
-    if queries.is_full and all(row == counts[0] for row in counts):
-        return [(slice(None), _runs_of_row(counts[0]))]
-    rows = enumerate(queries.counts)
-    return [(slice(row, row + 1), _runs_of_row(counts[row][:length])) for row, length in rows if length > 0]
+def _find_runs(counts: list[list[int]], queries: PackedTokens) -> list[tuple[slice, list[ImageCall]]]:
+    if queries.is_full and all(of_sequence == counts[0] for of_sequence in counts):
+        return [(slice(None), _runs_of_sequence(counts[0]))]
+    sequences = enumerate(queries.counts)
+    return [(slice(k, k + 1), _runs_of_sequence(counts[k][:length])) for k, length in sequences if length > 0]
 
 
-def _runs_of_row(counts: list[int]) -> list[ImageCall]:
+def _runs_of_sequence(counts: list[int]) -> list[ImageCall]:
     starts = [k for k, count in enumerate(counts) if k == 0 or count != counts[k - 1]]
     return [ImageCall(start, stop, counts[start]) for start, stop in zip(starts, [*starts[1:], len(counts)])]

@@ -7,6 +7,7 @@ R queries of the heads that share keys, D head size.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -54,8 +55,8 @@ def attend_to_images(
 def rotate(states_BHWD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """
     The rotary embedding, by cos and sin of shape `(batch_size, 1, W, head_size)`, the first half of sin with its sign
-    changed. The rows of a head come to lie behind one another, whatever lies so in `states`: image keys are many, and
-    attention on a CPU is 1.6 times faster for it.
+    changed. The result is contiguous for each head, however `states` lie in memory: image keys are many, and attention on a
+    CPU is 1.6 times faster for it.
     """
     cos, signed_sin = rotary
     return states_BHWD.roll(states_BHWD.shape[-1] // 2, -1).mul_(signed_sin).addcmul_(states_BHWD, cos)
@@ -128,26 +129,27 @@ def _compile_flex() -> Callable:
     return torch.compile(flex_attention, fullgraph=True)
 
 
-def make_block_mask(places_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> BlockMask:
+def make_block_mask(positions_BK: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor) -> BlockMask:
     """
-    For flex attention: a query sees the keys whose places are from its `first` up to its `last`. `create_block_mask` would
-    look at each key of each query to find out which blocks hold something; their smallest and largest places tell it too.
+    For flex attention: a query sees the keys whose positions are from its `first` up to its `last`. `create_block_mask`
+    would look at each key of each query to find out which blocks hold something; their smallest and largest positions tell
+    it too.
     """
-    places_BK, first_BW, last_BW = (states.int() for states in (places_BK, first_BW, last_BW))
+    positions_BK, first_BW, last_BW = (states.int() for states in (positions_BK, first_BW, last_BW))
 
     def sees(batch_idx, head_idx, q_idx, kv_idx):
-        place = places_BK[batch_idx, kv_idx]
-        return (place >= first_BW[batch_idx, q_idx]) & (place <= last_BW[batch_idx, q_idx])
+        position = positions_BK[batch_idx, kv_idx]
+        return (position >= first_BW[batch_idx, q_idx]) & (position <= last_BW[batch_idx, q_idx])
 
-    # Padding of the last block is no key, -1, and no query: it sees no place
-    keys, lasts = _in_blocks(places_BK, -1), _in_blocks(last_BW, -1)
+    # The last block is padded with -1, which is no key, and with queries that see nothing
+    keys, lasts = _in_blocks(positions_BK, -1), _in_blocks(last_BW, -1)
     firsts = _in_blocks(first_BW, 0)
     nowhere = torch.iinfo(keys.dtype).max
     lowest = keys.masked_fill(keys < 0, nowhere).amin(-1)[:, None]
     some = (lowest <= lasts.amax(-1)[..., None]) & (keys.amax(-1)[:, None] >= firsts.amin(-1)[..., None])
     every = (keys.amin(-1)[:, None] >= firsts.amax(-1)[..., None]) & (keys.amax(-1)[:, None] <= lasts.amin(-1)[..., None])
     partly, wholly = _indices_of(some & ~every), _indices_of(every)
-    seq_lengths = (last_BW.shape[1], places_BK.shape[1])
+    seq_lengths = (last_BW.shape[1], positions_BK.shape[1])
     return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_SIZE=BLOCK_SIZE, mask_mod=sees, seq_lengths=seq_lengths)
 
 
@@ -162,23 +164,38 @@ def _indices_of(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None]
 
 
+class _CudnnUse:
+    """How many threads have left cuDNN's attention out of torch's choice, which all threads of a process share."""
+
+    def __init__(self):
+        self.lock, self.threads, self.lets_in_again = threading.Lock(), 0, False
+
+
+_cudnn_use = _CudnnUse()
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """
     Leaves cuDNN's attention out, which torch prefers on Hopper GPUs. It plans each new shape for 60 ms on the host (torch
     2.11 on an H100, by its profiler). While decoding with a cache that grows, every token has a new shape; so have most
-    prompts and training batches.
+    prompts and training batches. The last thread to leave lets cuDNN in again, if the first one found it allowed.
     """
     cuda = torch.backends.cuda
-    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
-    leaves_out = cuda.cudnn_sdp_enabled() and others
-    if leaves_out:
-        cuda.enable_cudnn_sdp(False)
+    with _cudnn_use.lock:
+        if _cudnn_use.threads == 0:
+            others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+            _cudnn_use.lets_in_again = cuda.cudnn_sdp_enabled() and others
+            if _cudnn_use.lets_in_again:
+                cuda.enable_cudnn_sdp(False)
+        _cudnn_use.threads += 1
     try:
         yield
     finally:
-        if leaves_out:
-            cuda.enable_cudnn_sdp(True)
+        with _cudnn_use.lock:
+            _cudnn_use.threads -= 1
+            if _cudnn_use.threads == 0 and _cudnn_use.lets_in_again:
+                cuda.enable_cudnn_sdp(True)
 
 
 def join(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:

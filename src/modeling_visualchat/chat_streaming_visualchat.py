@@ -1,0 +1,160 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""An answer while it is made: its settings, its text so far, and where a section of the prompt cuts it off."""
+
+import queue
+import re
+import threading
+from collections.abc import Iterator
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+
+# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section
+SECTION = r"(?:\A|\n+)### (?:Image \d+|Question|Answer):"
+SECTION_START = re.compile(SECTION + r"(?=\n)")
+# … and an answer that was broken off may be broken off there
+SECTION_START_OR_END = re.compile(SECTION + r"(?=\n|\Z)")
+
+
+def _beginning_of(text: str, rest: str = "") -> str:
+    """A pattern for the beginnings of a text, the empty one too, and for all of it with what follows."""
+    for character in reversed(text):
+        rest = f"(?:{re.escape(character)}{rest})?"
+    return rest
+
+
+# The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
+NAMES = (_beginning_of("Image ", r"(?:\d+:?)?"), _beginning_of("Question:"), _beginning_of("Answer:"))
+UNSURE = re.compile(rf"(?:\A|\n+){_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|\uFFFD+\Z")
+MAX_NEW_TOKENS = 512
+
+
+class AnswerReader(BaseStreamer, StoppingCriteria):
+    """
+    Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where a
+    section of the prompt begins or where it is asked to.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Decodes.
+        prompt_length (`int`): Tokens before the answer, without the beginning that it was given.
+        end_tokens (`int` or `list[int]`, *optional*): With which of them the model ends an answer itself.
+    """
+
+    def __init__(self, tokenizer, prompt_length: int, end_tokens: int | list[int] | None):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
+        self._stopped = threading.Event()
+        self._tokens = queue.SimpleQueue()
+
+    def put(self, value: torch.LongTensor) -> None:
+        self._tokens.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        self._tokens.put(None)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def decode(self, ids: torch.LongTensor | list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def answer(self, ids: torch.LongTensor) -> str:
+        """The answer in what `generate` returned for one prompt, of shape `(tokens,)`: without the section behind it."""
+        new = ids[self.prompt_length :].tolist()
+        section = SECTION_START if self.end_tokens.intersection(new) else SECTION_START_OR_END
+        return section.split(self.decode(new), maxsplit=1)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        tokens = []
+        while (new := self._tokens.get()) is not None:
+            tokens += new  # the prompt comes first
+            if len(tokens) > self.prompt_length:
+                yield self.decode(tokens[self.prompt_length :])
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        stopped = self._stopped.is_set()
+        done = [stopped or SECTION_START.search(self.decode(ids)) is not None for ids in input_ids[:, self.prompt_length :]]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class AnswerThread(threading.Thread):
+    """
+    Makes an answer while its reader reads it.
+
+    Args:
+        model (`VisualChatForCausalLM`): Answers.
+        reader ([`AnswerReader`]): Is told when the answer ends.
+        streams (`bool`): Whether the reader is given each token. Beam search has none to give.
+        inputs (`dict`), generation (`dict`): Of `model.generate`.
+
+    Attributes:
+        ids (`torch.LongTensor` of shape `(tokens,)`, *optional*): Prompt and answer, once they are there.
+        error (`BaseException`, *optional*): What broke the answer off.
+    """
+
+    def __init__(self, model, reader: AnswerReader, streams: bool, inputs: dict, generation: dict):
+        super().__init__(daemon=True)
+        self.model, self.reader, self.streamer = model, reader, reader if streams else None
+        self.inputs, self.generation = inputs, generation
+        self.ids, self.error = None, None
+
+    def run(self):
+        try:
+            own = {"streamer": self.streamer, "tokenizer": self.reader.tokenizer}  # the tokenizer is for `stop_strings`
+            self.ids = self.model.generate(**self.inputs, **self.generation, **own)[0].cpu()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.reader.end()
+
+
+def find_setting(model, generation: dict, name: str):
+    """What a call of `generate` with these arguments takes for a setting."""
+    defaults = generation.get("generation_config") or model.generation_config
+    return generation.get(name, getattr(defaults, name, None))
+
+
+def choose_settings(model, generation: dict) -> dict:
+    """
+    The arguments of `generate` that make one answer, by those that were given.
+
+    Raises:
+        ValueError: If one is not for conversations.
+    """
+    if (find_setting(model, generation, "num_return_sequences") or 1) > 1:
+        raise ValueError("A conversation goes on with one answer: leave out `num_return_sequences`")
+    if "max_length" in generation:
+        raise ValueError("`max_length` would count the whole conversation: say `max_new_tokens`")
+    if generation.get("return_dict_in_generate"):
+        raise ValueError("A conversation gives its answer as text: leave out `return_dict_in_generate`")
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if generation.get(name) is not None:
+            raise ValueError(
+                f"`{name}={generation[name]!r}`: a conversation keeps a dynamic cache of its own, which is filled at"
+                f" once. Leave `{name}` out, or call `model.generate` with the prompt of `tokenize`"
+            )
+    limit = model.config.text_config.max_position_embeddings
+    new_tokens = find_setting(model, generation, "max_new_tokens") or min(MAX_NEW_TOKENS, limit // 4)
+    # Whatever a script has left in the model's settings or a `generation_config` says: the cache is there
+    own = {"cache_implementation": None, "prefill_chunk_size": None, "return_dict_in_generate": False, "use_cache": True}
+    return {**generation, **own, "max_new_tokens": new_tokens}
+
+
+def check_texts(question: str, begin_with: str) -> None:
+    for what, text in (("A question is", question), ("An answer begins with", begin_with)):
+        if not isinstance(text, str):
+            raise TypeError(f"{what} a string, got {type(text).__name__}")
+    if cut_section(begin_with) != begin_with:
+        raise ValueError(f"`begin_with` holds a section line of the prompt, which would end the answer: {begin_with!r:.80}")
+
+
+def cut_section(answer: str) -> str:
+    """The answer up to a line that begins a new section of the prompt."""
+    return SECTION_START.split(answer, maxsplit=1)[0]
+
+
+def find_sure_part(answer: str) -> str:
+    """What is sure to stay of an unfinished answer."""
+    return UNSURE.split(cut_section(answer), maxsplit=1)[0]

@@ -1,0 +1,119 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""A pretrained vision tower and a pretrained decoder, joined with a new projector to be aligned."""
+
+import copy
+
+import torch
+from transformers import CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .generation_visualchat import drop_unused_flags
+
+
+# Of a CLIP the vision tower is taken
+VISION_TYPES = (CLIPVisionModel.config_class.model_type, CLIPModel.config_class.model_type)
+TEXT_TYPES = (LlamaForCausalLM.config_class.model_type,)
+
+
+class VisualChatJoiningMixin:
+    """How a [`VisualChatForCausalLM`] is made of its parts."""
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | CLIPVisionModel | CLIPModel,
+        text: str | LlamaForCausalLM,
+        *,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | dict[str, str] | None = None,
+        **config,
+    ) -> PreTrainedModel:
+        """
+        Joins a CLIP vision tower and a LLaMA-family decoder with a new, random projector, makes room for the placeholder
+        token in the embedding, and freezes what the paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
+
+        Args:
+            vision (`str`, `CLIPVisionModel` or `CLIPModel`): The tower: a Hub id, a folder, or a model. A model's weights
+                are shared, not copied.
+            text (`str` or `LlamaForCausalLM`): The decoder: a Hub id, a folder, or a model. A model's weights are shared,
+                not copied.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): What ids and folders are loaded in. The
+                projector takes the decoder's.
+            attn_implementation (`str` or `dict`, *optional*): As for `from_pretrained`.
+            config: Fields of [`VisualChatConfig`]. `image_token_id` defaults to a new id after the decoder's vocabulary, as
+                [`VisualChatProcessor`] assigns it.
+
+        Raises:
+            TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
+                weights are loaded; see [`check_parts`].
+            ValueError: If the decoder's `generation_config` cannot be saved. Sampling values without `do_sample`, as folders
+                of LLaMA-2 hold them, are left out; with it they are kept.
+        """
+        check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
+        if isinstance(vision, str):
+            vision = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
+        elif isinstance(vision, CLIPModel):
+            vision = vision.vision_model
+        if isinstance(text, str):
+            text = LlamaForCausalLM.from_pretrained(text, dtype=dtype)
+        for name, part, expected in (("vision", vision, CLIPVisionModel), ("text", text, LlamaForCausalLM)):
+            if not isinstance(part, expected):
+                raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(part).__name__}")
+
+        vocab_size = text.config.vocab_size
+        config.setdefault("image_token_id", vocab_size)
+        visualchat_config = cls.config_class(
+            vision_config=copy.deepcopy(vision.config), text_config=copy.deepcopy(text.config), **config
+        )
+        visualchat_config.dtype = text.dtype
+        if attn_implementation is not None:
+            visualchat_config._attn_implementation = attn_implementation
+        with torch.device("meta"):
+            model = cls(visualchat_config)
+        model.model.vision_tower = vision
+        model.model.language_model.load_state_dict(text.model.state_dict(), assign=True)
+        model.model.language_model.rotary_emb = text.model.rotary_emb
+        model.lm_head.load_state_dict(text.lm_head.state_dict(), assign=True)
+        model.tie_weights()
+        model.model.multi_modal_projector.to_empty(device=text.device).to(text.dtype)
+        model.model.multi_modal_projector.apply(model._init_weights)
+
+        model.generation_config = drop_unused_flags(text.generation_config)
+        model.generation_config.suppress_tokens = [visualchat_config.image_token_id]
+        model.generation_config.validate(strict=True)  # as `save_pretrained` does, which may be after days of training
+        if visualchat_config.image_token_id >= vocab_size:
+            # The new embedding is the placeholder's, in whose position image features stand
+            model.resize_token_embeddings(visualchat_config.image_token_id + 1, mean_resizing=False)
+        model.freeze_for_alignment()
+        return model.eval()
+
+    def freeze_for_alignment(self):
+        """
+        Freezes all but the projector and the token embedding: what the paper trains (section 5). With tied embeddings the
+        output layer is the token embedding, and trains too.
+        """
+        self.requires_grad_(False)
+        self.model.multi_modal_projector.requires_grad_(True)
+        self.get_input_embeddings().requires_grad_(True)
+
+
+def check_parts(vision: str | None, text: str | None) -> None:
+    """
+    Checks by their configs alone that a tower and a decoder can be joined.
+
+    Args:
+        vision (`str`, *optional*), text (`str`, *optional*): Hub ids or folders.
+
+    Raises:
+        TypeError: If one is of another family. It is named, with its `model_type` and those that can be joined.
+        OSError: If there is no config.
+    """
+    for name, source, allowed in (("vision", vision, VISION_TYPES), ("text", text, TEXT_TYPES)):
+        if source is None:
+            continue
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if model_type not in allowed:
+            kind = "vision tower" if name == "vision" else "decoder"
+            raise TypeError(
+                f"`{name}`: {source} has the model_type {model_type!r}, but the {kind} must be of"
+                f" {' or '.join(map(repr, allowed))}"
+            )

@@ -1,0 +1,280 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+r"""
+Multi-modal causal attention (MMCA), its definition: what a token may look at, and how the two modalities are put together.
+
+For the query of token i and a key j ≤ i that is not padding:
+
+| variant       | image token i                  | text token i                                                      |
+|---------------|--------------------------------|-------------------------------------------------------------------|
+| `mmca`        | itself only: its output is V_i | softmax over text keys ≤ i  +  softmax over image keys ≤ i        |
+| `mmca_merged` | itself only: its output is V_i | one softmax over all keys ≤ i                                     |
+| `causal`      | one softmax over all keys ≤ i  | one softmax over all keys ≤ i                                     |
+
+A text token before the first image gets exactly nothing from the second softmax of `mmca`. After it, the weights of a text
+token sum to 2: the paper's definition (arXiv 2309.14327, section 4.1). `released_attention_visualchat.py` defines a fourth
+variant, what the released code computes.
+
+An image token never looks beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
+numbering) and values are a function of that image alone, in every layer.
+
+Here all tokens stand in the order of the sequence, under masks. The fast path computes the same many times faster; what it
+cannot express is computed here: `eager` and its weights, quantized caches, 4-dimensional masks, packed sequences, a compiled
+prefill that fills a cache.
+
+Shape letters: B batch, Q new tokens, K all tokens that are seen (cached and new), H query heads, G key-value heads,
+D head size, C hidden size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+from transformers.utils import is_tracing
+
+from .attention_visualchat import AttentionPlan, VisualChatAttention
+from .sequence_cache_visualchat import update_image_numbers
+
+
+class SequencePlan(AttentionPlan):
+    """
+    All tokens in the order of the sequence, under masks: the definition.
+
+    Args:
+        multimodal_attention (`str`): The variant.
+        config (`LlamaConfig`): The decoder's. Its attention implementation is the one that the masks are made for.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape, dtype and device.
+        attention_mask (`torch.Tensor`, *optional*): Of shape `(batch_size, tokens seen)` with 0 for padding, or a prepared
+            4-dimensional mask.
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Positions of the new tokens.
+        past_key_values (`Cache`, *optional*): The cache, before the decoder's layers are updated. The image numbers of the
+            new tokens are added to it.
+        is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The new tokens that belong to an
+            image. `None`: all of them are text.
+        image_seq_length (`int`): Tokens of one image.
+        image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which image token each placeholder stands
+            for. `None`: its own, in order.
+        starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
+
+    Attributes:
+        all_keys: All keys ≤ i. Masks are what the attention backend takes: boolean for `sdpa` (`None` where it may skip
+            them), additive for `eager`, a `BlockMask` for `flex_attention`. The only mask that exists where no image has
+            been seen, and in the variants with one softmax.
+        text_keys, image_keys: Text keys ≤ i, and image keys ≤ i.
+        sees_image (`torch.BoolTensor` of shape `(batch_size, 1, sequence_length, 1)`): Whether token i has an image key ≤ i.
+            `None` under `flex_attention`, which returns zeros for a query that sees nothing.
+        sees_itself_only (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The tokens whose output is their own
+            value. `None` if there are none.
+        past_length (`int` or `torch.Tensor`): Cached tokens: the first new token is key `past_length`.
+    """
+
+    def __init__(
+        self,
+        multimodal_attention: str,
+        config: LlamaConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | BlockMask | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        is_image: torch.Tensor | None,
+        image_seq_length: int,
+        image_source: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ):
+        self.device, self.backend = inputs_embeds.device, config._attn_implementation
+        self.is_image, self.image_source, self.image_seq_length = is_image, image_source, image_seq_length
+        self.all_keys = self.text_keys = self.image_keys = self.sees_image = self.sees_itself_only = None
+        self.image_numbers, numbers_BK = update_image_numbers(
+            past_key_values, is_image, image_seq_length, inputs_embeds.shape[:2], self.device, starts
+        )
+        # A copy: a static cache counts in place
+        self.past_length = past_key_values.get_seq_length() + 0 if past_key_values is not None else 0
+        has_two_softmaxes = multimodal_attention in ("mmca", "mmca_released") and numbers_BK is not None
+        all_keys = create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            allow_is_causal_skip=not has_two_softmaxes,
+        )
+        if has_two_softmaxes:
+            self._split_keys(all_keys, numbers_BK, inputs_embeds.dtype)
+        else:
+            self.all_keys = all_keys
+        if numbers_BK is not None and multimodal_attention in ("mmca", "mmca_merged"):
+            self.sees_itself_only = self.image_numbers > 0
+
+    def _split_keys(self, all_keys: torch.Tensor | BlockMask, numbers_BK: torch.Tensor, dtype: torch.dtype) -> None:
+        """Makes the masks of the two softmaxes."""
+        self.text_keys, _ = _restrict(all_keys, numbers_BK == 0)
+        self.image_keys, self.sees_image = _restrict(all_keys, numbers_BK > 0)
+
+    def arrange(self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None) -> torch.Tensor:
+        if image_states is None:
+            return inputs_embeds
+        return inputs_embeds.masked_scatter(self.is_image[..., None], self._find_images(image_states))
+
+    def _find_images(self, image_states: torch.Tensor) -> torch.Tensor:
+        """The image states of all placeholders, in reading order."""
+        return image_states if self.image_source is None else image_states[self.image_source]
+
+    def attend(
+        self,
+        attention: VisualChatAttention,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        number_keys: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if number_keys is not None and self.image_numbers is None:  # all is text
+            keys = keys + number_keys[:1]
+        elif number_keys is not None:
+            keys = keys + number_keys[self.image_numbers.long()]  # ONNX takes no other index
+        q_BHQD, k_BGQD, v_BGQD = (
+            states.view(*states.shape[:-1], -1, attention.head_dim).transpose(1, 2) for states in (queries, keys, values)
+        )
+        q_BHQD, k_BGQD = apply_rotary_pos_emb(q_BHQD, k_BGQD, *position_embeddings)
+        k_BGKD, v_BGKD = k_BGQD, v_BGQD
+        if past_key_values is not None:
+            k_BGKD, v_BGKD = past_key_values.update(k_BGQD, v_BGQD, attention.layer_idx)
+
+        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.backend, eager_attention)
+
+        def softmax_over(mask):
+            return backend(
+                attention,
+                q_BHQD,
+                k_BGKD,
+                v_BGKD,
+                mask,
+                dropout=attention.attention_dropout if attention.training else 0.0,
+                scaling=attention.scaling,
+                **kwargs,
+            )
+
+        output_BQHD, weights = self._combine(softmax_over, v_BGQD, v_BGKD, attention.num_key_value_groups)
+        return output_BQHD.reshape(*queries.shape).contiguous(), weights
+
+    def _combine(
+        self, softmax_over: Callable, v_BGQD: torch.Tensor, v_BGKD: torch.Tensor, num_key_value_groups: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The output of all tokens.
+
+        Args:
+            softmax_over (`Callable`): Takes a mask, returns the output (BQHD) and with `eager` the weights (BHQK).
+            v_BGQD, v_BGKD (`torch.Tensor`): The values of the new tokens, and of all tokens.
+            num_key_value_groups (`int`): H / G.
+
+        Returns:
+            As `softmax_over`.
+        """
+        if self.image_keys is None:
+            output_BQHD, weights = softmax_over(self.all_keys)
+        else:
+            output_BQHD, weights = softmax_over(self.text_keys)
+            image_BQHD, image_weights = softmax_over(self.image_keys)
+            if self.sees_image is not None:
+                image_BQHD = image_BQHD * self.sees_image.transpose(1, 2)
+            output_BQHD = output_BQHD + image_BQHD
+            if image_weights is not None:
+                weights = weights + image_weights * self.sees_image
+        if self.sees_itself_only is None:
+            return output_BQHD, weights
+        if weights is None:
+            own_values_BQHD = repeat_kv(v_BGQD, num_key_value_groups).transpose(1, 2)
+            return torch.where(self.sees_itself_only[:, :, None, None], own_values_BQHD, output_BQHD), None
+        keys_K = torch.arange(weights.shape[-1], device=weights.device)
+        own_key_Q = torch.arange(weights.shape[-2], device=weights.device) + self.past_length
+        itself_QK = (own_key_Q[:, None] == keys_K).to(weights.dtype)
+        weights = torch.where(self.sees_itself_only[:, None, :, None], itself_QK, weights)
+        # The output is made of the weights that are returned, so that they have gradients
+        return (weights @ repeat_kv(v_BGKD, num_key_value_groups)).transpose(1, 2), weights
+
+
+def find_conversation_starts(
+    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | BlockMask | None, past_key_values: Cache | None
+) -> torch.BoolTensor | None:
+    """
+    The first tokens of conversations that are packed into one sequence, of shape `(batch_size or 1, sequence_length)`.
+    `None`: each sequence holds one conversation. As in transformers, `position_ids` tell packed conversations apart if there
+    is neither a 2-dimensional `attention_mask` nor a cache; under a 4-dimensional mask, which is the caller's own, one
+    begins at each position 0.
+    """
+    if position_ids is None or past_key_values is not None:
+        return None
+    if attention_mask is None:
+        starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+        return starts if is_tracing() or starts[:, 1:].any() else None
+    return position_ids == 0 if len(attention_mask.shape) == 4 else None
+
+
+def is_packed(starts: torch.BoolTensor | None, attention_mask: torch.Tensor | BlockMask | None) -> bool:
+    """
+    Whether a sequence is known to hold several conversations. In a graph it is not, nor under a mask of the caller's own.
+
+    Args:
+        starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
+        attention_mask (`torch.Tensor`, *optional*): What was given to it.
+    """
+    return starts is not None and attention_mask is None and not is_tracing()
+
+
+def _restrict(mask: torch.Tensor | BlockMask, keep_BK: torch.Tensor) -> tuple[torch.Tensor | BlockMask, torch.Tensor | None]:
+    """
+    The mask over the kept keys only, and which queries still see a key. A query that sees none is opened to all keys,
+    because a softmax over nothing is NaN in some kernels, and its gradient in more of them; the caller drops what it gets.
+    """
+    if isinstance(mask, BlockMask):
+
+        def keeps(batch_idx, head_idx, q_idx, kv_idx):
+            return keep_BK[batch_idx, kv_idx]
+
+        query_length, key_length = mask.seq_lengths
+        restricted = create_block_mask(
+            and_masks(mask.mask_mod, keeps), keep_BK.shape[0], None, query_length, key_length, device=keep_BK.device
+        )
+        return restricted, None
+    keep_B11K = keep_BK[:, None, None, :]
+    if mask.dtype == torch.bool:
+        visible = mask & keep_B11K
+        sees_B1Q1 = visible.any(-1, keepdim=True)
+        return visible | ~sees_B1Q1, sees_B1Q1
+    lowest = torch.finfo(mask.dtype).min
+    additive = mask.masked_fill(~keep_B11K, lowest)
+    sees_B1Q1 = (additive > lowest).any(-1, keepdim=True)
+    return additive.masked_fill(~sees_B1Q1, 0), sees_B1Q1
+
+
+def eager_attention(
+    module: nn.Module,
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One softmax over the keys that `attention_mask` leaves: the definition that every other backend must equal. Returns the
+    output of shape `(batch_size, sequence_length, heads, head_size)` and the weights of shape BHQK.
+    """
+    k_BHKD = repeat_kv(k_BGKD, module.num_key_value_groups)
+    v_BHKD = repeat_kv(v_BGKD, module.num_key_value_groups)
+    scores_BHQK = q_BHQD @ k_BHKD.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BHQK = scores_BHQK + attention_mask
+    softmax_dtype = torch.promote_types(scores_BHQK.dtype, torch.float32)
+    weights_BHQK = scores_BHQK.softmax(-1, dtype=softmax_dtype).to(q_BHQD.dtype)
+    weights_BHQK = nn.functional.dropout(weights_BHQK, p=dropout, training=module.training)
+    return (weights_BHQK @ v_BHKD).transpose(1, 2).contiguous(), weights_BHQK
