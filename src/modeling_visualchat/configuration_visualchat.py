@@ -23,7 +23,7 @@ class VisualChatConfig(PreTrainedConfig):
             `"mmca"`: an image row attends to itself only; a text row sums a softmax over the text keys and a softmax over
             the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text row takes one softmax over all
             of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4). `"mmca_released"`: what the
-            released code computes, with its defects, for converted checkpoints (`released_visualchat.py`).
+            released code computes, with its defects, for converted checkpoints (`released_attention_visualchat.py`).
         image_number_keys (`bool`, *optional*, defaults to `False`):
             In every layer, add the key of the image's number, as the prompt spells it, to the keys of the image's rows.
             Needs `image_number_token_ids`.
