@@ -19,10 +19,12 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.utils import is_tracing
 
 
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -40,6 +42,34 @@ def check_attention_implementation(config: LlamaConfig) -> None:
             f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder (the vision tower may differ:"
             " attn_implementation={'text_config': …, 'vision_config': …})"
         )
+
+
+def find_conversation_starts(
+    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | BlockMask | None, past_key_values: Cache | None
+) -> torch.BoolTensor | None:
+    """
+    The first tokens of conversations that are packed into one sequence, of shape `(batch_size or 1, sequence_length)`.
+    `None`: each sequence holds one conversation. As in transformers, `position_ids` tell packed conversations apart if there
+    is neither a 2-dimensional `attention_mask` nor a cache; under a 4-dimensional mask, which is the caller's own, one
+    begins at each position 0.
+    """
+    if position_ids is None or past_key_values is not None:
+        return None
+    if attention_mask is None:
+        starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
+        return starts if is_tracing() or starts[:, 1:].any() else None
+    return position_ids == 0 if len(attention_mask.shape) == 4 else None
+
+
+def is_packed(starts: torch.BoolTensor | None, attention_mask: torch.Tensor | BlockMask | None) -> bool:
+    """
+    Whether a sequence is known to hold several conversations. In a graph it is not, nor under a mask of the caller's own.
+
+    Args:
+        starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
+        attention_mask (`torch.Tensor`, *optional*): What was given to it.
+    """
+    return starts is not None and attention_mask is None and not is_tracing()
 
 
 class Movable:

@@ -24,7 +24,7 @@ class VisualChatConfig(PreTrainedConfig):
             over the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text token takes one softmax
             over all of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4).
             `"mmca_released"`: what the released code computes, with its defects, for converted checkpoints
-            (`released_visualchat.py`).
+            (`released_attention_visualchat.py`).
         image_number_keys (`bool`, *optional*, defaults to `False`):
             In every layer, add the key of the image's number, as the prompt spells it, to the keys of the image's tokens.
             Needs `image_number_token_ids`.

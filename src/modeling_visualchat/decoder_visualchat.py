@@ -18,12 +18,18 @@ from transformers.utils import TransformersKwargs, is_tracing, torch_compilable_
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_visualchat import AttentionPlan, VisualChatAttention, check_attention_implementation
+from .attention_visualchat import (
+    AttentionPlan,
+    VisualChatAttention,
+    check_attention_implementation,
+    find_conversation_starts,
+    is_packed,
+)
 from .configuration_visualchat import VisualChatConfig
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
 from .released_attention_visualchat import ReleasedPlan
-from .sequence_attention_visualchat import SequencePlan, find_conversation_starts, is_packed
+from .sequence_attention_visualchat import SequencePlan
 
 
 class VisualChatRMSNorm(LlamaRMSNorm):

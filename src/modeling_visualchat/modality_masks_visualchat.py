@@ -8,8 +8,8 @@ Shape letters: B batch, W queries of the longest text, I image keys, K text and 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from .attention_visualchat import Movable
 from .modality_kernels_visualchat import BLOCK_SIZE, ImageCall, make_block_mask
-from .modality_packing_visualchat import PackedTokens
 
 
 # From this many queries on, a prefill on a GPU is faster in more than one call (`benchmarks/gpu_attention.py`)
@@ -21,6 +21,41 @@ MIN_FLEX_SCORES = 2 * 2**20
 def runs_by_images(device: torch.device) -> bool:
     """Whether a call for each run of text that sees the same images is the fastest way on this device."""
     return device.type == "cpu"
+
+
+class PackedTokens(Movable):
+    """
+    Tokens of all sequences of a batch one after another, without padding, and the way between this and the padded form.
+
+    Args:
+        sequence_P (`torch.LongTensor` of shape `(tokens,)`): The sequence that each packed token belongs to, ascending.
+        batch_size (`int`): Sequences in the batch.
+        width (`int`, *optional*): How many tokens each sequence has, where all have as many and it is known.
+    """
+
+    def __init__(self, sequence_P: torch.Tensor, batch_size: int, width: int | None = None):
+        self.is_full = width is not None
+        self.counts, self.shape = [width] * batch_size, (batch_size, width)
+        if width is not None:
+            return
+        counts_B = torch.bincount(sequence_P, minlength=batch_size)
+        starts_B = counts_B.cumsum(0) - counts_B
+        self.sequence_P = sequence_P
+        self.rank_P = torch.arange(len(sequence_P), device=sequence_P.device) - starts_B[sequence_P]
+        self.counts = counts_B.tolist()
+        self.shape = (batch_size, max(self.counts))
+        self.is_full = min(self.counts) == max(self.counts)
+
+    def pad(self, packed: torch.Tensor, value: int = 0) -> torch.Tensor:
+        """From `(tokens, …)` to `(batch_size, W, …)`, padded on the right."""
+        if self.is_full:
+            return packed.view(*self.shape, *packed.shape[1:])
+        padded = packed.new_full((*self.shape, *packed.shape[1:]), value)
+        return padded.index_put((self.sequence_P, self.rank_P), packed)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """From `(batch_size, W, …)` to `(tokens, …)`."""
+        return padded.flatten(0, 1) if self.is_full else padded[self.sequence_P, self.rank_P]
 
 
 class Visibility:

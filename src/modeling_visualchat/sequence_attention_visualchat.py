@@ -35,7 +35,6 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
-from transformers.utils import is_tracing
 
 from .attention_visualchat import AttentionPlan, VisualChatAttention
 from .sequence_cache_visualchat import update_image_numbers
@@ -199,34 +198,6 @@ class SequencePlan(AttentionPlan):
         weights = torch.where(self.sees_itself_only[:, None, :, None], itself_QK, weights)
         # The output is made of the weights that are returned, so that they have gradients
         return (weights @ repeat_kv(v_BGKD, num_key_value_groups)).transpose(1, 2), weights
-
-
-def find_conversation_starts(
-    position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | BlockMask | None, past_key_values: Cache | None
-) -> torch.BoolTensor | None:
-    """
-    The first tokens of conversations that are packed into one sequence, of shape `(batch_size or 1, sequence_length)`.
-    `None`: each sequence holds one conversation. As in transformers, `position_ids` tell packed conversations apart if there
-    is neither a 2-dimensional `attention_mask` nor a cache; under a 4-dimensional mask, which is the caller's own, one
-    begins at each position 0.
-    """
-    if position_ids is None or past_key_values is not None:
-        return None
-    if attention_mask is None:
-        starts = position_ids.diff(prepend=position_ids[:, :1] - 1) != 1
-        return starts if is_tracing() or starts[:, 1:].any() else None
-    return position_ids == 0 if len(attention_mask.shape) == 4 else None
-
-
-def is_packed(starts: torch.BoolTensor | None, attention_mask: torch.Tensor | BlockMask | None) -> bool:
-    """
-    Whether a sequence is known to hold several conversations. In a graph it is not, nor under a mask of the caller's own.
-
-    Args:
-        starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
-        attention_mask (`torch.Tensor`, *optional*): What was given to it.
-    """
-    return starts is not None and attention_mask is None and not is_tracing()
 
 
 def _restrict(mask: torch.Tensor | BlockMask, keep_BK: torch.Tensor) -> tuple[torch.Tensor | BlockMask, torch.Tensor | None]:
