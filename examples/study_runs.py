@@ -36,7 +36,7 @@ VARIANTS = {
 REGIMES = {
     "frozen": "decoder trained on text, then frozen (the paper)",
     "trained": "decoder trained on text, then trained on",
-    "pretrained": "decoder trained on text, then with pictures of the other task and the same attention, then frozen",
+    "pretrained": "decoder trained on text, then with images of the other task and the same attention, then frozen",
 }
 CHANGES = {
     "vit": "vit projector",
