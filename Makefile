@@ -10,7 +10,7 @@ help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(VENV)/installed  ## build, train, save and talk to a small VisualChat (outputs/demo)
-	python examples/demo.py
+	python -m examples.digits_demo.demo
 
 test: $(VENV)/installed  ## the tests
 	python -m pytest -m "not slow and not browser" --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -28,11 +28,11 @@ conformance: $(VENV)/installed  ## transformers' own test suite on our classes
 
 bench: $(VENV)/installed  ## speed side by side with LLaVA (benchmarks/results)
 	for name in attention_op prefill image_memory decoding training_step arithmetic_rate growth chat_rounds; do \
-		python benchmarks/$$name.py || exit 1; done
-	python benchmarks/report.py
+		python -m benchmarks.$$name || exit 1; done
+	python -m benchmarks.report
 
 study: $(VENV)/installed  ## causal attention, MMCA and merged MMCA compared (docs/study.md), restartable, hours
-	python examples/study.py
+	python -m benchmarks.study.run
 
 lint: $(VENV)/installed  ## what continuous integration checks first
 	ruff check .

@@ -4,16 +4,17 @@ products of one prefill are counted as they are dispatched, by the rows really c
 counted, though their time is. The rate of `torch.mm` is that of all these products one after another: each shape is timed
 alone, and weighted by how often it occurs.
 
-    python benchmarks/arithmetic_rate.py
+    python -m benchmarks.arithmetic_rate
 """
 
 from collections import Counter
 
 import torch
-from measure import compare, interleave
-from report import draw_ratios, write_results
-from sides import build_sides, leave_out_tower, make_inputs, prefill
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measure import compare, interleave
+from benchmarks.report import draw_ratios, write_results
+from benchmarks.sides import build_sides, leave_out_tower, make_inputs, prefill
 
 
 IMAGES, REPEATS, TARGET = 8, 7, 0.8

@@ -8,14 +8,14 @@ which both sides have, and masks and layout, made once for all layers, are exclu
   softmaxes, their sum, times the values;
 - two masked SDPA calls: what `attention_visualchat.py` does where rows cannot be sorted.
 
-    python benchmarks/attention_op.py
+    python -m benchmarks.attention_op
 """
 
 import torch
-from measure import compare, interleave
-from report import draw_ratios, write_results
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.measure import compare, interleave
+from benchmarks.report import draw_ratios, write_results
 from modeling_visualchat.layout_visualchat import ModalityLayout
 
 

@@ -4,19 +4,19 @@ computes what is new, against running the whole conversation again from its pixe
 
 The decoder has hidden 512 and 6 layers, the tower hidden 384 and 6 layers and makes 257 tokens of a picture; fp32.
 
-    python benchmarks/chat_rounds.py
+    python -m benchmarks.chat_rounds
 """
 
 import time
 
 import numpy as np
 import torch
-from measure import compare
 from PIL import Image
-from report import RESULTS, write_results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks.measure import compare
+from benchmarks.report import RESULTS, write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 
 

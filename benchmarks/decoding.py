@@ -2,15 +2,16 @@
 Time per decoded token after a prefill of 8 images, against LLaVA, token by token in turns: each side goes on from its own
 dynamic cache, and both are given the same tokens.
 
-    python benchmarks/decoding.py
+    python -m benchmarks.decoding
 """
 
 import time
 
 import torch
-from measure import compare
-from report import draw_ratios, write_results
-from sides import TEXT_TOKENS, build_sides, make_inputs, prefill
+
+from benchmarks.measure import compare
+from benchmarks.report import draw_ratios, write_results
+from benchmarks.sides import TEXT_TOKENS, build_sides, make_inputs, prefill
 
 
 IMAGES, TOKENS, WARMUPS = (1, 8), 64, 4

@@ -15,7 +15,7 @@ image and 32 text tokens after each. Both models (28 GB) are on the GPU at once 
   which compiles a kernel or finds one. Here it computes every size; `attn_implementation="flex_attention"` leaves small ones
   (`MIN_FLEX_SCORES`) to SDPA.
 
-    python benchmarks/gpu_7b.py  # some minutes on an H100, 80 GB
+    python -m benchmarks.gpu_7b  # some minutes on an H100, 80 GB
 """
 
 import gc
@@ -25,14 +25,14 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from arithmetic_rate import CountProducts
-from measure import compare, graph_of, interleave
-from prefill import compare_prefill
-from report import HEAD, save_results, table_row
-from sides import assert_near, build_sides, encoder_outputs, leave_out_tower, make_inputs, prefill, without
-from training_step import freeze, keep_labelled, make_step, make_steps, make_training_inputs, to_results
 from transformers import StaticCache
 
+from benchmarks.arithmetic_rate import CountProducts
+from benchmarks.measure import compare, graph_of, interleave
+from benchmarks.prefill import compare_prefill
+from benchmarks.report import HEAD, save_results, table_row
+from benchmarks.sides import assert_near, build_sides, encoder_outputs, leave_out_tower, make_inputs, prefill, without
+from benchmarks.training_step import freeze, keep_labelled, make_step, make_steps, make_training_inputs, to_results
 from modeling_visualchat import visibility_visualchat
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from modeling_visualchat.kernels_visualchat import without_cudnn

@@ -13,7 +13,7 @@ Training adds the backward pass. Against them, plain causal SDPA over all rows, 
 Decoding, in which one text row looks at all keys: two calls of SDPA without or with masks (a static cache has a buffer of
 which a part is in use), or products and softmax written out; against one call over all keys.
 
-    python benchmarks/gpu_attention.py
+    python -m benchmarks.gpu_attention
 """
 
 import functools
@@ -21,10 +21,10 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from measure import compare, graph_of
-from report import save_results
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks.measure import compare, graph_of
+from benchmarks.report import save_results
 from modeling_visualchat import visibility_visualchat
 from modeling_visualchat.layout_visualchat import ModalityLayout
 

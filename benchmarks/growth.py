@@ -3,7 +3,7 @@ Time and peak memory of the prefill as images are added: 1 to 56 images of 257 t
 16,184 tokens. Tower excluded on all sides: it costs each image the same. Memory is what a prefill needs beyond what is
 resident before it; what the image memory itself holds is added to it.
 
-    python benchmarks/growth.py
+    python -m benchmarks.growth
 """
 
 import json
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
 import torch
-from measure import compare, interleave, peak_memory, peaks_of
-from report import RESULTS, write_results
-from sides import build_sides, encoder_outputs, make_inputs, prefill
 
+from benchmarks.measure import compare, interleave, peak_memory, peaks_of
+from benchmarks.report import RESULTS, write_results
+from benchmarks.sides import build_sides, encoder_outputs, make_inputs, prefill
 from modeling_visualchat.image_memory_visualchat import ImageMemory
 
 
@@ -95,7 +95,7 @@ def draw(results: list[dict]) -> None:
 
 
 def main():
-    results = to_results(REPEATS, measure_seconds(*build_sides(), REPEATS), peaks_of(__file__))
+    results = to_results(REPEATS, measure_seconds(*build_sides(), REPEATS), peaks_of("benchmarks.growth"))
     write_results("growth", results)
     draw(results)
 

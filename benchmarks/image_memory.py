@@ -3,14 +3,14 @@ The first token of a new question about known images. Our side remembers them, s
 all 256 tokens of it; LLaVA computes everything. With the tower, LLaVA starts from pixels, and so do we: the pictures are
 hashed and found in an `ImageMemoryStore`.
 
-    python benchmarks/image_memory.py
+    python -m benchmarks.image_memory
 """
 
-from measure import compare, interleave
-from report import draw_ratios, write_results
-from sides import build_sides, leave_out_tower, make_inputs, prefill, without
 from torch.testing import assert_close
 
+from benchmarks.measure import compare, interleave
+from benchmarks.report import draw_ratios, write_results
+from benchmarks.sides import build_sides, leave_out_tower, make_inputs, prefill, without
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 
 

@@ -2,7 +2,7 @@
 Samples per second of the full input path (decode, resize, crop, normalize, template, tokenize, pad, label) against decoding
 and resizing with PIL alone, in one process, interleaved.
 
-    python benchmarks/input_path.py
+    python -m benchmarks.input_path
 """
 
 import tempfile
@@ -12,11 +12,11 @@ from statistics import median
 
 import torch
 from PIL import Image
-from report import write_results
 from sklearn.datasets import load_sample_images
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from benchmarks.report import write_results
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 
 

@@ -6,7 +6,7 @@ Both sides map the files, which are read when they are needed: timed is the retu
 weight has been read. The files are dropped from the system's cache before each turn, and each turn is a process of its own,
 whose imports are not counted.
 
-    python benchmarks/load_7b.py  # 15 GB of disk in the temporary folder, 18 GB of memory, some minutes
+    python -m benchmarks.load_7b  # 15 GB of disk in the temporary folder, 18 GB of memory, some minutes
 """
 
 import json
@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from measure import compare
-from report import write_results
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from benchmarks.measure import compare
+from benchmarks.report import write_results
 from modeling_visualchat import VisualChatForCausalLM
 
 
@@ -91,7 +91,7 @@ def drop_from_cache(folder: str) -> None:
 
 def run_alone(task: str, folder: str) -> dict[str, float]:
     """`task` ("write", "ours" or "theirs") in a process of its own: its seconds and peaks of memory."""
-    output, peaks = run_watched([sys.executable, __file__, task, folder])
+    output, peaks = run_watched([sys.executable, "-m", "benchmarks.load_7b", task, folder])
     return {**json.loads(output.splitlines()[-1]), **peaks}
 
 

@@ -2,7 +2,7 @@
 Peak memory of one training step in alignment mode, with logits at every position and with logits where there is a label,
 each in a process of its own.
 
-    python benchmarks/logits_memory.py
+    python -m benchmarks.logits_memory
 """
 
 import resource
@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import torch
-from report import write_results
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from benchmarks.report import write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
 
@@ -44,7 +44,7 @@ def step(supervised_only: bool) -> None:
 def main():
     measured = {}
     for way in ("all", "supervised"):
-        command = [sys.executable, __file__, way]
+        command = [sys.executable, "-m", "benchmarks.logits_memory", way]
         before, peak, loss = map(float, subprocess.check_output(command, text=True).split()[-3:])
         measured[way] = peak - before
         print(f"logits {way}: the step takes {peak - before:.0f} MiB more than the model, loss {loss:.6f}")

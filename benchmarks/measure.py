@@ -61,13 +61,13 @@ def peak_memory(call: Callable) -> float:
     return (_status("VmHWM") - before) / 1024
 
 
-def peaks_of(script: str):
+def peaks_of(module: str):
     """
-    What `script memory` prints as JSON on its last line. It runs in a process of its own, whose allocator gives back at once
-    what is freed: by default glibc keeps much of it, and the peak would be more than what is in use.
+    What `python -m module memory` prints as JSON on its last line. It runs in a process of its own, whose allocator gives
+    back at once what is freed: by default glibc keeps much of it, and the peak would be more than what is in use.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    output = subprocess.check_output([sys.executable, script, "memory"], env=environment, text=True)
+    output = subprocess.check_output([sys.executable, "-m", module, "memory"], env=environment, text=True)
     return json.loads(output.splitlines()[-1])
 
 

@@ -3,14 +3,15 @@ Where the time goes in a prefill of 8 images, with the vision tower and without 
 token of a new question about 8 known images: the share of each operator, by torch's profiler; and of all matrix products how
 many operations each side needs, by torch's `FlopCounterMode`, which does not count attention on a CPU.
 
-    python benchmarks/operator_shares.py
+    python -m benchmarks.operator_shares
 """
 
 from collections.abc import Callable
 
 import torch
-from sides import build_sides, leave_out_tower, make_inputs, prefill, without
 from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.sides import build_sides, leave_out_tower, make_inputs, prefill, without
 
 
 IMAGES, SHOWN = 8, 6

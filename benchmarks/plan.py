@@ -1,5 +1,5 @@
 """
-Predictions of `examples/plan.py` against real training steps: two processes of the Trainer with DeepSpeed and gloo, one
+Predictions of `visualchat plan` against real training steps: two processes of the Trainer with DeepSpeed and gloo, one
 thread each, on a model whose parts are tens of MB.
 
 Measured is the anonymous memory of a process at its peak within the second step (forward, backward and the optimizer's
@@ -9,7 +9,7 @@ Predicted is the same step with the attention kernels of the CPU, and with gloo:
 written, and gloo gathers and scatters through a copy. Where a JSON offloads, host and device are one memory here, so their
 sum is compared: that checks what there is, not where it is.
 
-    python benchmarks/plan.py
+    python -m benchmarks.plan
 """
 
 import gc
@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from report import RESULTS, write_results
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
+from benchmarks.report import RESULTS, write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 # In bytes. What is larger goes back to the system as soon as it is freed. Shares of single weights are below 1 MiB
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
@@ -74,9 +73,9 @@ def make_config(text: dict, vision: dict) -> VisualChatConfig:
 
 def predict(case: Case) -> dict:
     """The peak in MiB, on device and host together, and its parts."""
-    from plan import DTYPES, Planner, read_zero
-    from plan_trace import StepShape
-    from train import ModelArguments
+    from visualchat.planning.plan import DTYPES, Planner, read_zero
+    from visualchat.planning.trace import StepShape
+    from visualchat.training.train import ModelArguments
 
     config = make_config(TEXT, VISION)
     text = case.length - IMAGES * config.image_seq_length
@@ -114,7 +113,7 @@ class FixedBatch:
     """In place of the collator: the batch that the planner plans with, and different pictures."""
 
     def __init__(self, config: VisualChatConfig, length: int):
-        from plan_trace import StepShape, make_tokens
+        from visualchat.planning.trace import StepShape, make_tokens
 
         self.broken_rows = torch.zeros((), dtype=torch.long)
         self.broken_rows.value = 0
@@ -130,9 +129,10 @@ class FixedBatch:
 def train(case: Case, config: VisualChatConfig, length: int, folder: str) -> float:
     """Trains for two steps. Returns the peak of the second in MiB."""
     import deepspeed
-    from plan import DTYPES
-    from train import ModelArguments, set_mode
-    from training_loop import VisualChatTrainer, VisualChatTrainingArguments
+
+    from visualchat.planning.plan import DTYPES
+    from visualchat.training.train import ModelArguments, set_mode
+    from visualchat.training.trainer import VisualChatTrainer, VisualChatTrainingArguments
 
     arguments = VisualChatTrainingArguments(
         folder,
@@ -181,7 +181,7 @@ def measure(case: Case) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **GIVE_BACK}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*torchrun, __file__, json.dumps(asdict(case)), folder]
+        command = [*torchrun, "-m", "benchmarks.plan", json.dumps(asdict(case)), folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         files = [Path(folder, f"measured-{rank}.json") for rank in range(PROCESSES)]
         if not all(file.exists() for file in files):  # a finished run may abort at its exit

@@ -2,12 +2,12 @@
 Prefill of a conversation of 1, 2, 4 and 8 images, 32 text tokens after each, against LLaVA: with the vision tower, and
 without it, the projected features being given to both sides.
 
-    python benchmarks/prefill.py
+    python -m benchmarks.prefill
 """
 
-from measure import compare, interleave
-from report import draw_ratios, write_results
-from sides import build_sides, leave_out_tower, make_inputs, prefill
+from benchmarks.measure import compare, interleave
+from benchmarks.report import draw_ratios, write_results
+from benchmarks.sides import build_sides, leave_out_tower, make_inputs, prefill
 
 
 TARGETS, REPEATS = {1: 0.92, 8: 0.70}, {1: 11, 2: 7, 4: 7, 8: 7}

@@ -1,8 +1,8 @@
 """
 Results of the benchmarks as a table, as `results/<name>.json` with the machine they were measured on, and as a picture.
 
-    python benchmarks/report.py  # the README's table, from the results of `make bench`
-    python benchmarks/report.py gpu_7b  # all that one benchmark measured
+    python -m benchmarks.report  # the README's table, from the results of `make bench`
+    python -m benchmarks.report gpu_7b  # all that one benchmark measured
 """
 
 import json

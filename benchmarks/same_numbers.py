@@ -1,8 +1,8 @@
 """
 Says whether a change of the code changed a number: what one version of the code computes, against what another one does.
 
-    python benchmarks/same_numbers.py record outputs/before   # with the code as it was
-    python benchmarks/same_numbers.py compare outputs/before  # with the code as it is, exit status 1 if something differs
+    python -m benchmarks.same_numbers record outputs/before   # with the code as it was
+    python -m benchmarks.same_numbers compare outputs/before  # with the code as it is, exit status 1 if something differs
 
 `record` saves tiny models of every variant with and without numbered keys, and what they compute in float64 on one thread:
 logits, all gradients, shapes of caches, tokens of greedy and beam search. It also saves an image memory and a chat.

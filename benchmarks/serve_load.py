@@ -2,7 +2,7 @@
 500 requests by 16 clients at once, of which 5 % are broken: every good one gets the answer that `model.generate` gives,
 every broken one a 4xx, and the server's memory stays flat. More pictures are sent than its image memory holds.
 
-    make demo && python benchmarks/serve_load.py
+    make demo && python -m benchmarks.serve_load
 """
 
 import argparse
@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from report import write_results
 from sklearn.datasets import load_digits
 from transformers import AutoModel, AutoProcessor
 
 import modeling_visualchat  # noqa: F401  registers the classes
+from benchmarks.report import write_results
 
 
 ROOT = Path(__file__).parent.parent
@@ -139,14 +139,16 @@ def mix(conversations: list[list[dict]], answers: list[str], count: int, broken:
 
 @contextmanager
 def serving(model_dir: str, *arguments: str, seconds: float = 120) -> Iterator[tuple[int, int]]:
-    """The port and process id of `examples/serve.py`."""
+    """The port and process id of `visualchat serve`."""
     with socket.socket() as free, tempfile.TemporaryFile() as log:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         command = [
             sys.executable,
-            ROOT / "examples/serve.py",
+            "-m",
+            "visualchat",
+            "serve",
             model_dir,
             "--model-name",
             MODEL,

@@ -4,7 +4,7 @@ images, against LLaVA with the same parts frozen. The second half of each text i
 there is a label, as the collator asks; LLaVA computes them everywhere, as it does with `labels`. Memory is what a step needs
 at its peak beyond what there is before it: weights and optimizer state, which are the same on both sides, are not counted.
 
-    python benchmarks/training_step.py
+    python -m benchmarks.training_step
 """
 
 import json
@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 
 import torch
-from measure import compare, interleave, peak_memory, peaks_of
-from report import draw_ratios, write_results
-from sides import IMAGE_TOKEN, TEXT_TOKENS, build_sides, make_inputs
+
+from benchmarks.measure import compare, interleave, peak_memory, peaks_of
+from benchmarks.report import draw_ratios, write_results
+from benchmarks.sides import IMAGE_TOKEN, TEXT_TOKENS, build_sides, make_inputs
 
 
 IMAGES, REPEATS, MEMORY_REPEATS = 4, 7, 3
@@ -75,7 +76,7 @@ def to_results(seconds: dict[str, list[float]], peaks: dict[str, list[float]], i
 
 
 def main():
-    results = to_results(interleave(make_steps(*build_sides()), REPEATS), peaks_of(__file__))
+    results = to_results(interleave(make_steps(*build_sides()), REPEATS), peaks_of("benchmarks.training_step"))
     write_results("training_step", results)
     draw_ratios("training_step", results)
 

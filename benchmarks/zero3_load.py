@@ -5,7 +5,7 @@ Anonymous memory is what a process needs. File-backed memory is what rank 0 has 
 the system drops when it wants the room. transformers keeps all shards mapped until the last weight is read
 (`PreTrainedModel._load_pretrained_model`), on rank 0 alone. Everything lies in host memory, without an accelerator.
 
-    python benchmarks/zero3_load.py
+    python -m benchmarks.zero3_load
 """
 
 import json
@@ -17,9 +17,9 @@ import threading
 from pathlib import Path
 
 import deepspeed
-from report import write_results
 from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, TrainingArguments
 
+from benchmarks.report import write_results
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
 
@@ -73,7 +73,7 @@ def measure(folder: str, environment: dict[str, str]) -> list[dict[str, int]]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **environment}
-    subprocess.run([*torchrun, __file__, folder], check=True, env=environment)
+    subprocess.run([*torchrun, "-m", "benchmarks.zero3_load", folder], check=True, env=environment)
     return [json.loads(Path(folder, f"measured-{rank}.json").read_text()) for rank in range(2)]
 
 

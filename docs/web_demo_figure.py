@@ -2,7 +2,7 @@
 """
 Draws docs/web_demo.png: the web page, in Chromium, with the model of `make demo`:
 
-    python examples/web_demo.py outputs/demo/model --examples digits &
+    visualchat web outputs/demo/model --examples digits &
     python docs/web_demo_figure.py http://127.0.0.1:7860 docs/web_demo.png
 """
 

@@ -1,0 +1,1 @@
+"""A chat in the terminal and on a web page."""

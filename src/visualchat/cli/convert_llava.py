@@ -1,0 +1,30 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+Start a VisualChat model from a LLaVA 1.5 folder, whose CLIP tower and LLaMA decoder have learned from images already:
+
+    visualchat convert llava llava-hf/llava-1.5-7b-hf --output outputs/from_llava
+
+The tower, the decoder, the vocabulary and the choice of features are taken over. The projector is only a start: train it
+before use (`visualchat train --model_name_or_path outputs/from_llava …`), as the attention is another one.
+"""
+
+import argparse
+from pathlib import Path
+
+from visualchat.cli.options import make_parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser("convert llava", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the LLaVA model")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--attention", choices=["mmca", "mmca_merged", "causal"], default="mmca", help="default %(default)s")
+    parser.add_argument("--projector", choices=["linear", "vit", "perceiver"], default="linear", help="default %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    from visualchat.conversion.llava import run
+
+    run(args)

@@ -1,0 +1,71 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+Check data for training, or turn the public datasets of the paper into it:
+
+    visualchat prepare --list
+    visualchat prepare --source llava --data-root data --check
+    visualchat prepare --source llava llava_dial --data-root data --output prepared
+    visualchat prepare --dataset examples.jsonl --check --model openai/clip-vit-large-patch14-336
+    visualchat prepare --dataset examples.jsonl --output prepared --skip-bad
+
+You download the raw files; --list shows which ones a source needs. --dataset names a dataset that has the columns messages
+and images already, as for `visualchat train`. All texts are read and checked first. Then the images are decoded in parallel.
+OUTPUT/NAME appears once every example is written. It holds parquet shards for
+datasets.load_dataset("parquet", data_files="OUTPUT/NAME/*.parquet"), prepared.json with the settings and counts,
+problems.jsonl with every problem, and a dataset card. Until then the work lies in OUTPUT/NAME.partial. Run the command again
+to resume a run that was killed: it keeps all finished shards.
+
+--model names what is to be trained, a VisualChat model or its vision tower. It decides which images are too thin and how
+many images a conversation may hold. By default it is a CLIP tower for 224 pixels.
+
+If an example is bad, the run ends with exit status 1 and OUTPUT/NAME does not appear. Mend the data and run the command
+again: only the shards with problems are made anew. Or pass --skip-bad: bad examples are dropped and counted. With one seed
+the result is the same, whatever the number of processes.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from visualchat.cli.options import make_parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser("prepare", __doc__)
+    parser.add_argument("--source", nargs="+", metavar="NAME", help="public datasets to prepare; see --list")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="as --datasets of `visualchat train`")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the raw data")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write DIR/NAME to")
+    parser.add_argument("--check", action="store_true", help="only look for problems; with --output, list them all there")
+    parser.add_argument("--skip-bad", action="store_true", help="drop and count bad examples instead of stopping")
+    parser.add_argument("--model", metavar="MODEL", help="what is to be trained: a VisualChat model or its vision tower")
+    parser.add_argument(
+        "--max-samples", type=int, metavar="N", help="at most N examples, drawn at random; all texts are read"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default %(default)s)")
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes (default: the number of cores)")
+    parser.add_argument("--rows-per-shard", type=int, default=1000, metavar="N", help="examples (default %(default)s)")
+    parser.add_argument("--embed-images", action="store_true", help="store the bytes of image files, not their paths")
+    parser.add_argument("--overwrite", action="store_true", help="replace what a run with other settings left")
+    parser.add_argument("--list", action="store_true", help="show the sources and the raw files that each needs")
+    args = parser.parse_args(argv)
+    if not args.list:
+        needed = {"--source or --dataset": args.source or args.dataset}
+        if args.source:
+            needed["--data-root"] = args.data_root
+        if not args.check:
+            needed["--output"] = args.output
+        if missing := [name for name, value in needed.items() if not value]:
+            parser.error(f"{', '.join(missing)} missing (or use --list)")
+    for name in ("max_samples", "num_proc", "rows_per_shard"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse_arguments(argv)
+    from visualchat.data.prepare import run
+
+    return run(args)

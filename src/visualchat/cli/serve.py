@@ -1,0 +1,67 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+Serve a VisualChat model over HTTP, by the OpenAI chat completions API:
+
+    visualchat serve outputs/demo/model --port 8000
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
+      "model": "outputs/demo/model", "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 -w0 first.png)'"}},
+        {"type": "text", "text": "What digit is in image 1?"}]}]}'
+
+The server remembers an image that was sent before, in whatever conversation. It also answers GET /v1/models, /health and
+/metrics (Prometheus). There is no authentication.
+"""
+
+import argparse
+
+from visualchat.cli.options import add_model, make_parser, natural, positive
+from visualchat.serving.limits import Limits
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser("serve", __doc__)
+    add_model(parser)
+    parser.add_argument("--model-name", help="the model's name in requests; by default MODEL")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s); there is no authentication"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
+    parser.add_argument("--device", help="such as cpu or cuda:1; by default the GPU if there is one")
+    parser.add_argument("--dtype", default="auto", help="auto (as saved, the default), float32, bfloat16, float16")
+    parser.add_argument("--concurrency", type=positive, default=1, help="answers at a time (default %(default)s)")
+    parser.add_argument(
+        "--queue", type=natural, default=32, help="requests that may wait, others get a 503 (default %(default)s)"
+    )
+    parser.add_argument("--image-memory-gb", type=float, default=4.0, help="for remembered images (default %(default)s)")
+    parser.add_argument(
+        "--image-memory-folder",
+        help="keeps remembered images as files as well, for the next start; nothing is deleted there",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="fetch images from this host, by http and https; repeat for several (default: from none)",
+    )
+    limits = Limits()
+    parser.add_argument("--max-body-mb", type=float, default=limits.body_bytes / 1e6, help="default %(default)g")
+    parser.add_argument("--max-images", type=natural, default=limits.images, help="of a conversation (default %(default)s)")
+    parser.add_argument(
+        "--max-choices", type=positive, default=limits.choices, help="`n` of a request (default %(default)s)"
+    )
+    parser.add_argument("--max-image-mb", type=float, default=limits.image_bytes / 1e6, help="default %(default)g")
+    parser.add_argument(
+        "--max-image-megapixels", type=float, default=limits.image_pixels / 1e6, help="of each image (default %(default)g)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=limits.new_tokens, help="of an answer, at most (default %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    from visualchat.serving.server import run
+
+    run(args)

@@ -1,0 +1,319 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+Turns the sources of the paper's training data into examples of one schema, `messages` and `images`, and finds bad ones
+first; also those of any dataset that has the schema already: `visualchat prepare`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from tqdm import tqdm
+from transformers import AutoProcessor, PreTrainedConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modeling_visualchat import VisualChatConfig
+from modeling_visualchat.image_loading_visualchat import shorter_edge
+from modeling_visualchat.modeling_visualchat import check_parts
+from visualchat.data.checks import Needs, Problem, summarize
+from visualchat.data.rows import Context, Sample
+from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_whole
+from visualchat.data.sources import SOURCES, open_source
+from visualchat.training.rows import load_rows
+
+
+CARD = """\
+---
+configs:
+- config_name: default
+  data_files: shard-*.parquet
+---
+
+{rows} conversations of `{name}`, with {images} images and {rounds} rounds, made by VisualChat's
+`visualchat prepare`; `prepared.json` holds the settings. Images are {kept}.
+"""
+
+
+@dataclass
+class Plan:
+    """
+    What is to be checked or made of a source or a dataset.
+
+    Args:
+        name (`str`): What its files are called.
+        shards (`list[SourceShard]` or `list[DatasetShard]`): The work, not yet told where to write.
+        origin (`dict`): Its part of the settings.
+        content (`Iterable`): What the settings hold the digest of.
+        kept (`str`): Where the images are, unless they are embedded.
+        problems (`list[Problem]`), left_out (`Counter`): What was found while the rows were read.
+    """
+
+    name: str
+    shards: list[SourceShard] | list[DatasetShard]
+    origin: dict
+    content: Iterable
+    kept: str
+    problems: list[Problem] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+
+
+def load_needs(model: str | None) -> Needs:
+    """
+    What a VisualChat, or one that is made of a tower, asks of rows.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if model is None:
+        return Needs()
+    config, _ = PreTrainedConfig.get_config_dict(model)
+    if config.get("model_type") != VisualChatConfig.model_type:
+        try:
+            check_parts(model, None)
+        except TypeError as error:
+            raise ValueError(f"--model takes a VisualChat or its tower: {error}") from error
+        return Needs(shorter_edge=shorter_edge(CLIPImageProcessorPil.from_pretrained(model)))
+    return Needs.of(AutoProcessor.from_pretrained(model), VisualChatConfig.from_dict(config))
+
+
+def plan_source(name: str, options: argparse.Namespace) -> Plan:
+    """Reads and checks the texts of a source."""
+    context = open_source(name, options.data_root, options.seed)
+    rows = plan_rows(context, options.max_samples)
+    size = options.rows_per_shard
+    return Plan(
+        name,
+        [
+            SourceShard(name, rows[k : k + size], context.source.min_side, needs=options.needs)
+            for k in range(0, len(rows), size)
+        ],
+        {
+            "source": name,
+            "data_root": str(context.root),
+            **{f"bytes of {raw.path}": os.path.getsize(context.root / raw.path) for raw in context.source.files},
+        },
+        rows,
+        "in the rows" if context.source.images.endswith(".json") else "named by their paths on the machine that made it",
+        context.problems,
+        context.left_out,
+    )
+
+
+def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
+    """
+    Opens a dataset as `visualchat train` does. Its rows keep their order.
+
+    Raises:
+        ValueError: If it cannot be read at all.
+    """
+    try:
+        rows = load_rows(name)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    numbers = list(range(len(rows)))
+    if options.max_samples is not None and options.max_samples < len(rows):
+        numbers = sorted(random.Random(f"{options.seed}-{name}").sample(numbers, options.max_samples))
+    groups = [numbers[k : k + options.rows_per_shard] for k in range(0, len(numbers), options.rows_per_shard)]
+    repeated = find_repeated_ids(rows, numbers)
+    path = Path(name)
+    return Plan(
+        path.stem if path.suffix in (".parquet", ".json", ".jsonl") else path.name,
+        [
+            DatasetShard(
+                name, rows.select(group), group, {k: repeated[k] for k in group if k in repeated}, needs=options.needs
+            )
+            for group in groups
+        ],
+        {"dataset": name, "bytes of the rows": rows.data.nbytes},
+        rows.select_columns([column for column in ("id", "messages") if column in rows.features]),
+        "as the dataset has them: in the rows, or named by their paths",
+    )
+
+
+def find_repeated_ids(rows: Dataset, numbers: list[int]) -> dict[int, int]:
+    """For each of the rows `numbers` whose id an earlier one of them has, the first that has it. A null is no id."""
+    firsts, repeated = {}, {}
+    ids = rows.select(numbers)["id"][:] if "id" in rows.features else []
+    for number, identity in zip(numbers, ids):
+        if identity is not None and firsts.setdefault(identity, number) != number:
+            repeated[number] = firsts[identity]
+    return repeated
+
+
+def plan_rows(context: Context, max_samples: int | None) -> list[list[Sample]]:
+    """Which samples make which row: all samples once, in random order, one to `concatenate` of them a row."""
+    samples = list(context.source.samples(context))
+    draw = random.Random(f"{context.seed}-{context.name}")
+    draw.shuffle(samples)
+    rows, start = [], 0
+    while start < len(samples) and (max_samples is None or len(rows) < max_samples):
+        stop = start + draw.randint(1, context.source.concatenate)
+        rows.append(samples[start:stop])
+        start = stop
+    return rows
+
+
+def describe_settings(plan: Plan, options: argparse.Namespace) -> dict:
+    """All that the result depends on. Two runs with the same settings make the same shards."""
+    digest = hashlib.sha256()
+    for row in plan.content:
+        digest.update(repr(row).encode())
+    return {
+        **plan.origin,
+        "seed": options.seed,
+        "max_samples": options.max_samples,
+        "rows_per_shard": options.rows_per_shard,
+        "embed_images": options.embed_images,
+        **({"needs": asdict(options.needs)} if options.model else {}),
+        "sha256 of the planned rows": digest.hexdigest(),
+    }
+
+
+def check_settings(settings: dict, path: Path) -> dict:
+    """
+    The content of the file at `path`.
+
+    Raises:
+        ValueError: If the settings kept there differ. Names them, with both values.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = content["settings"]
+    names = [name for name in {**settings, **kept} if settings.get(name) != kept.get(name)]
+    if names:
+        differences = "; ".join(f"{name} was {kept.get(name)}, now {settings.get(name)}" for name in names)
+        raise ValueError(f"{path.parent} was made with other settings: {differences}. Use those, or pass --overwrite")
+    return content
+
+
+def prepare(plan: Plan, options: argparse.Namespace) -> int:
+    """Prepares or checks one source or dataset. Returns the exit status."""
+    name = plan.name
+    if options.check:
+        problems, _, _ = conclude(plan, decode(plan.shards, [], options.num_proc, f"{name}: checking"))
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            write_problems(options.output / f"{name}.problems.jsonl", problems)
+        return 1 if problems else 0
+
+    final, partial = options.output / name, options.output / f"{name}.partial"
+    settings = describe_settings(plan, options)
+    if final.exists() and not (final / "prepared.json").exists():
+        raise ValueError(f"{final} exists, but was not made by this program: use another --output")
+    if final.exists() and not options.overwrite:
+        dropped = sum(check_settings(settings, final / "prepared.json")["problems"].values())
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"{name}: {final} is complete; {dropped} problems, see problems.jsonl there")
+        return 1 if dropped and not options.skip_bad else 0
+    begin(partial, settings, options.overwrite)
+
+    shards, done = [], []
+    for index, shard in enumerate(plan.shards):
+        label = f"shard-{index:05d}-of-{len(plan.shards):05d}"
+        parquet, report = partial / "shards" / f"{label}.parquet", partial / "reports" / f"{label}.json"
+        earlier = Report.read(report) if report.exists() and parquet.exists() else None
+        if earlier and (options.skip_bad or not earlier.problems):  # else the pictures may have been mended
+            done.append(earlier)
+        else:
+            shards.append(replace(shard, embed_images=options.embed_images, parquet=parquet, report=report))
+    reports = decode(shards, done, options.num_proc, f"{name}: preparing")
+    problems, left_out, counts = conclude(plan, reports)
+    write_problems(partial / "shards" / "problems.jsonl", problems)
+    if problems and not options.skip_bad:
+        print(f"{name}: not finished. Mend the data and run again, or drop the bad rows with --skip-bad", file=sys.stderr)
+        print(f"{name}: all problems are listed in {partial / 'shards' / 'problems.jsonl'}", file=sys.stderr)
+        return 1
+    if not counts["rows"]:
+        raise ValueError(f"{name}: there are no rows to write")
+
+    kinds = Counter(problem.kind for problem in problems)
+    summary = {"settings": settings, **counts, "shards": len(plan.shards), "problems": kinds, "left_out": left_out}
+    write_whole(partial / "shards" / "prepared.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    kept = "in the rows" if options.embed_images else plan.kept
+    write_whole(partial / "shards" / "README.md", CARD.format(name=name, kept=kept, **counts))
+    present(partial, final)
+    print(f"{name}: {counts['rows']} rows, {counts['rounds']} rounds, {counts['images']} images in {final}")
+    return 0
+
+
+def begin(partial: Path, settings: dict, overwrite: bool) -> None:
+    """Makes the folder in which a run works, or takes up the one that an earlier run with the same settings left."""
+    if (partial / "settings.json").exists():
+        try:
+            check_settings(settings, partial / "settings.json")
+        except ValueError:
+            if not overwrite:
+                raise
+            shutil.rmtree(partial)
+    for folder in ("shards", "reports"):
+        (partial / folder).mkdir(parents=True, exist_ok=True)
+    write_whole(partial / "settings.json", json.dumps({"settings": settings}, indent=1))
+
+
+def present(partial: Path, final: Path) -> None:
+    """Gives the finished shards their final place, at once. What stood there goes."""
+    for leftover in (partial / "shards").glob(".*"):  # files that were being written when a run was killed
+        leftover.unlink()
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial / "shards", final)
+    shutil.rmtree(partial)
+
+
+def decode(shards: list[SourceShard] | list[DatasetShard], done: list[Report], num_proc: int, label: str) -> list[Report]:
+    """Runs the shards under a progress bar that counts rows. Reports of shards `done` earlier come first."""
+    reports, finished = list(done), sum(report.planned_rows for report in done)
+    total = finished + sum(len(shard.rows) for shard in shards)
+    with tqdm(total=total, initial=finished, desc=label, unit="row") as bar:
+        for report in run_shards(shards, num_proc):
+            reports.append(report)
+            bar.update(report.planned_rows)
+    return reports
+
+
+def conclude(plan: Plan, reports: list[Report]) -> tuple[list[Problem], Counter, dict[str, int]]:
+    """Joins and prints what was found: problems by file, row and field, what was left out, and counts."""
+    problems = plan.problems + [problem for report in reports for problem in report.problems]
+    problems.sort(key=lambda problem: (problem.file, problem.row.zfill(12), problem.field, problem.kind))
+    left_out = sum((report.left_out for report in reports), plan.left_out)
+    counts = {name: sum(report.counts[name] for report in reports) for name in ("rows", "samples", "rounds", "images")}
+    print(f"{plan.name}: {summarize(problems, left_out)}", flush=True)
+    return problems, left_out, counts
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    write_whole(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
+
+
+def list_sources() -> None:
+    for name, source in SOURCES.items():
+        joined = f", 1 to {source.concatenate} joined" if source.concatenate > 1 else ""
+        print(f"{name:<20}{source.about}{joined}\n{'':<20}  rows:   {', '.join(raw.path for raw in source.files)}")
+        print(f"{'':<20}  images: {source.images}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The exit status of `visualchat prepare` with these options."""
+    if options.list:
+        list_sources()
+        return 0
+    try:
+        options.needs = load_needs(options.model)
+        statuses = []
+        for plan_one, names in ((plan_source, options.source), (plan_dataset, options.dataset)):
+            for name in names or []:
+                print(f"{name}: reading", flush=True)
+                statuses.append(prepare(plan_one(name, options), options))
+        return max(statuses)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,1 @@
+"""Answers of one model or several, scored and compared."""

@@ -1,0 +1,229 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""What is asked of a model: conversations in DeepSpeed-VisualChat's released evaluation format, and labelled sets."""
+
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets.exceptions import DatasetsError
+from PIL import Image
+
+from modeling_visualchat.data_collator_visualchat import fill_images
+from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image, shorter_edge
+from visualchat.data.checks import IMAGE_TYPES, BadRow, check_conversation, find_source
+from visualchat.evaluation.answers import text_of
+from visualchat.training.rows import count_images, load_rows
+
+
+@dataclass
+class Question:
+    """
+    One round.
+
+    Args:
+        content (`list[dict]`): Of the user's message: image parts, without their pictures, and text parts.
+        image_path (`str`): The pictures, as the input names them, with blanks between.
+        label (`str`, *optional*): The true answer.
+        task (`str`): What accuracy is reported by.
+    """
+
+    content: list[dict]
+    image_path: str = ""
+    label: str | None = None
+    task: str = ""
+
+    @property
+    def text(self) -> str:
+        return text_of(self.content)
+
+
+@dataclass
+class Dialogue:
+    """
+    A conversation to be held.
+
+    Args:
+        name (`str`): Of the test, or the id of the row.
+        where (`str`): The file or dataset and its row, as errors name it.
+        questions (`list[Question]`): Its rounds.
+        sources: Returns the pictures of all rounds, in reading order, not opened yet.
+        system (`list[dict]`): The system message, if there is one.
+        fault (`str`): Why it cannot be held. Its questions may be missing.
+    """
+
+    name: str
+    where: str
+    questions: list[Question]
+    sources: Callable[[], list[ImageSource]]
+    system: list[dict] = field(default_factory=list)
+    fault: str = ""
+
+    def messages(self, count: int, answers: list[str], pictures: list[Image.Image]) -> list[dict]:
+        """
+        The first `count` questions, each but the last with its answer: the true one where there is a label, or else the
+        model's own.
+        """
+        messages = list(self.system)
+        for k, question in enumerate(self.questions[:count]):
+            messages.append({"role": "user", "content": question.content})
+            if k < count - 1:
+                messages.append({"role": "assistant", "content": answers[k] if question.label is None else question.label})
+        return fill_images({"messages": messages, "images": pictures[: count_images(messages)]}, self.where)
+
+    def open_pictures(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
+        """
+        Args:
+            image_processor (*optional*): Of the model, which cannot take pictures that are too thin.
+
+        Returns:
+            The pictures up to the first that cannot be read; how many rounds can be asked with them; and what is wrong
+            with the next, or "".
+        """
+        pictures = []
+        sources = iter(self.sources())
+        for number, question in enumerate(self.questions, 1):
+            for _ in range(count_images([{"content": question.content}])):
+                where = f"{self.where}, round {number}"
+                try:
+                    picture = load_image(next(sources), where)
+                except (OSError, TypeError, ValueError) as error:
+                    return pictures, number - 1, str(error)
+                try:
+                    check_not_too_thin(picture.size, shorter_edge(image_processor))
+                except ValueError as error:
+                    return pictures, number - 1, f"{where}: {error}"
+                pictures.append(picture)
+        return pictures, len(self.questions), ""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Rounds, images and characters: dialogues of like size make batches with little padding."""
+        images = sum(count_images([{"content": question.content}]) for question in self.questions)
+        return len(self.questions), images, sum(len(q.text) + len(q.label or "") for q in self.questions)
+
+
+def read_conversations(path: Path, image_root: Path | None = None) -> tuple[list[Dialogue], str]:
+    """
+    Reads the released evaluation format: a JSON object that gives each test a list of rounds, `[question]` or `[question,
+    "path path …"]`. Images join the running conversation, and later rounds read the model's own answers.
+
+    Args:
+        path (`Path`): The JSON file.
+        image_root (`Path`, *optional*): Where relative paths begin. By default the folder of the file.
+
+    Returns:
+        The dialogues, those that are malformed with their `fault`; and the SHA-256 of the file.
+
+    Raises:
+        ValueError: If the file is not such an object, or names a test twice. Line and column are given.
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    data = path.read_bytes()
+
+    def without_repeats(pairs: list[tuple]) -> dict:
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if repeated:
+            raise ValueError(f"{path}: the name {repeated[0]!r} occurs more than once: give each test its own")
+        return dict(pairs)
+
+    try:
+        tests = json.loads(data, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: this is not JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: this is not JSON in UTF-8: {error}") from error
+    if not isinstance(tests, dict) or not tests:
+        raise ValueError(
+            f'{path}: expected an object {{"name": [["question", "path path …"], …], …}} with one test at least, got'
+            f" {json.dumps(tests):.80}"
+        )
+    root = path.parent if image_root is None else image_root
+    return [_read_test(name, rounds, path, root) for name, rounds in tests.items()], hashlib.sha256(data).hexdigest()
+
+
+def _read_test(name: str, rounds: list, path: Path, root: Path) -> Dialogue:
+    where = f"{path}, {name}"
+    questions, sources = [], []
+    fault = "" if isinstance(rounds, list) and rounds else f"expected a list of rounds, got {rounds!r:.80}"
+    for number, one in enumerate(rounds if not fault else [], 1):
+        if not (isinstance(one, list) and len(one) in (1, 2) and all(isinstance(text, str) for text in one)):
+            fault = f'round {number}: expected ["question"] or ["question", "path path …"], got {one!r:.80}'
+            break
+        if not one[0].strip():
+            fault = f"round {number}: the question has no words"
+            break
+        paths = one[1].split() if len(one) == 2 else []
+        content = [{"type": "image"}] * len(paths) + [{"type": "text", "text": one[0]}]
+        questions.append(Question(content, " ".join(paths)))
+        sources += [one if "://" in one or DATA_URL.match(one) else root / os.path.expanduser(one) for one in paths]
+    return Dialogue(name, where, questions, lambda: sources, fault=f"{where}: {fault}" if fault else "")
+
+
+def read_labelled(names: list[str]) -> tuple[list[Dialogue], str]:
+    """
+    Reads datasets of `messages` and `images`; see [`load_rows`]. Every answer is a label, and the rounds after it read it.
+    Accuracy is reported by the column `task`, a value or a list of one for each answer, or else by `source`.
+
+    Returns:
+        The dialogues, those of bad rows with their `fault`; and the SHA-256 of all messages and tasks.
+
+    Raises:
+        ValueError: If a dataset cannot be read, or has no `messages` or no rows. It is named.
+        FileNotFoundError: If there is no such file.
+    """
+    dialogues, digest = [], hashlib.sha256()
+    for name in names:
+        try:
+            rows = load_rows(name, extra_columns=("task",))
+        except DatasetsError as error:
+            raise ValueError(f"{name}: {error.__cause__ or error}") from error
+        for index, row in enumerate(rows):
+            digest.update(json.dumps([row["messages"], row.get("task")], sort_keys=True, default=repr).encode())
+            dialogues.append(_read_row(name, index, row, functools.partial(_row_sources, rows, index)))
+    if not dialogues:
+        raise ValueError(f"{', '.join(names)}: there are no rows")
+    return dialogues, digest.hexdigest()
+
+
+def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[ImageSource]]) -> Dialogue:
+    where = f"{name}, row {index}"
+    dialogue = Dialogue(row.get("id") or str(index), where, [], sources)
+    try:
+        check_conversation(row)
+        messages = row["messages"]
+        if messages[0]["role"] == "system":
+            dialogue.system, messages = messages[:1], messages[1:]
+        task = row.get("task")
+        tasks = task if isinstance(task, list) else [task] * (len(messages) // 2)
+        if len(tasks) != len(messages) // 2:
+            raise BadRow("missing field", "task", f"{len(tasks)} tasks for {len(messages) // 2} answers")
+    except BadRow as error:
+        dialogue.fault = f"{where}: {error}"
+        return dialogue
+    paths = iter(image["path"] or "" for image in row.get("images") or [])
+    for question, answer, task in zip(messages[::2], messages[1::2], tasks):
+        content = question["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        names, bare = [], []
+        for part in parts:
+            if part["type"] in IMAGE_TYPES:
+                _, own = find_source(part)
+                own = next(paths) if own is None else own
+                names.append(own if isinstance(own, str) and len(own) < 256 else "")
+            bare.append({"type": "image"} if part["type"] in IMAGE_TYPES else {"type": "text", "text": part["text"]})
+        task = str(row["source"] if task is None else task)
+        dialogue.questions.append(Question(bare, " ".join(filter(None, names)), text_of(answer["content"]), task))
+    return dialogue
+
+
+def _row_sources(rows, index: int) -> list[ImageSource]:
+    messages = fill_images(rows[index], f"row {index}")
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return [find_source(part)[1] for part in parts if part["type"] in IMAGE_TYPES]

@@ -1,0 +1,1 @@
+"""Memory and time of a training run, predicted before it starts."""

@@ -1,0 +1,341 @@
+"""Fine-tunes a VisualChat model: seed → logging → data → model → Trainer → train → save → evaluate → card → push."""
+
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    set_seed,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import is_bitsandbytes_available
+
+from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.generation_visualchat import drop_unused_flags
+from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
+from modeling_visualchat.modeling_visualchat import check_parts
+from visualchat.data.checks import Needs
+from visualchat.hub.push import check_access, is_hub_id, push
+from visualchat.loading import check_model_type, load_model, load_processor
+from visualchat.training.arguments import DataArguments, ModelArguments
+from visualchat.training.card import write_card
+from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
+from visualchat.training.trainer import (
+    EpochOrder,
+    VisualChatTrainer,
+    VisualChatTrainingArguments,
+    find_whole_checkpoint,
+    is_for_another_world,
+    load_universal,
+    plot_curves,
+)
+
+
+logger = logging.getLogger("train")
+
+LORA_TARGETS = {
+    "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+}
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, VisualChatTrainingArguments]:
+    """A recipe's fields are defaults, which the command line overrides."""
+    kinds = (ModelArguments, DataArguments, VisualChatTrainingArguments)
+    parser = HfArgumentParser(kinds, prog="visualchat train", description=__doc__)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe = yaml.safe_load(Path(argv[0]).read_text())
+        known = {one.name for kind in kinds for one in fields(kind)}
+        if unknown := sorted(set(recipe) - known):
+            raise ValueError(f"{argv[0]}: unknown fields {', '.join(unknown)}")
+        parser.set_defaults(**recipe)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def check_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: VisualChatTrainingArguments
+) -> None:
+    """
+    Raises:
+        ImportError: If `load_in_4bit` is asked for without bitsandbytes.
+        ValueError: If two fields contradict each other; both are named, with their values.
+    """
+    if model_args.load_in_4bit and model_args.mode != "lora":
+        raise ValueError(f"load_in_4bit trains by LoRA alone: it needs mode: lora, got {model_args.mode}")
+    if model_args.load_in_4bit and not is_bitsandbytes_available():
+        raise ImportError("load_in_4bit needs bitsandbytes: pip install -U bitsandbytes")
+    if data_args.streaming:
+        if training_args.max_steps <= 0:
+            raise ValueError(f"streaming: true does not know its rows: it needs max_steps, got {training_args.max_steps}")
+        if training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                "streaming: true reads rows in their order: it needs train_sampling_strategy: random (the default), got "
+                f"{training_args.train_sampling_strategy}"
+            )
+    if training_args.push_to_hub and model_args.mode == "lora" and not is_hub_id(model_args.model_name_or_path or "/"):
+        raise ValueError(
+            "push_to_hub with mode: lora publishes an adapter, which names its base: it needs model_name_or_path to be a Hub"
+            f" id, got {model_args.model_name_or_path}"
+        )
+    if training_args.label_smoothing_factor and training_args.torch_compile:
+        raise ValueError(
+            "label_smoothing_factor needs torch_compile: false: the Trainer does not see that a compiled model is a language"
+            f" model, and smooths labels that are not shifted; got {training_args.label_smoothing_factor} and true"
+        )
+    if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
+        reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
+        raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
+
+
+def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
+    """
+    The model's, or one made of the parts'.
+
+    Raises:
+        ValueError: If neither is given, or the model is no VisualChat.
+        TypeError: If the parts are of families that cannot be joined.
+    """
+    if model_args.model_name_or_path:
+        try:
+            check_model_type(model_args.model_name_or_path, model_args.trust_remote_code)
+            return load_processor(model_args.model_name_or_path, model_args.trust_remote_code)
+        except ValueError as error:
+            join = "To join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
+            raise ValueError(f"--model_name_or_path: {error} {join}") from error
+    if not (model_args.vision_name_or_path and model_args.text_name_or_path):
+        raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
+    image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
+    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
+
+
+def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
+    """Joins tower and decoder once and saves them, so that every process can load its share of the result."""
+    model = VisualChatForCausalLM.from_vision_text_pretrained(
+        model_args.vision_name_or_path,
+        model_args.text_name_or_path,
+        dtype=model_args.dtype,
+        image_token_id=processor.image_token_id,
+        multimodal_attention=model_args.multimodal_attention,
+        projector=model_args.projector,
+        image_number_keys=model_args.image_number_keys,
+        image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+    )
+    processor.image_seq_length = model.config.image_seq_length
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def fit_context(max_length: int, model_args: ModelArguments) -> int:
+    """`max_length`, or the decoder's context if that is shorter: the model would refuse a longer conversation."""
+    text_config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    ).text_config
+    context = text_config.max_position_embeddings
+    if max_length <= context or text_config.rope_parameters["rope_type"] == "dynamic":
+        return max_length
+    logger.warning("max_length is %d, but the decoder's context holds %d tokens: cutting there", max_length, context)
+    return context
+
+
+def prepare_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
+    """The model, with what the mode trains set to train."""
+    quantization = None
+    if model_args.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],  # whole names
+        )
+    model = load_model(
+        model_args.model_name_or_path,
+        model_args.trust_remote_code,
+        dtype=model_args.dtype,
+        attn_implementation="sdpa",
+        quantization_config=quantization,
+    )
+    attention = model_args.attn_implementation or fastest_attention(model.config, training_args.device)
+    logger.info(f"The decoder's attention: {attention}")
+    model.set_attn_implementation({"text_config": attention})
+    model.config.use_cache = not training_args.gradient_checkpointing
+    model.generation_config = drop_unused_flags(model.generation_config)
+    model.generation_config.validate(strict=True)  # what cannot be saved is refused before training
+    return set_mode(model, model_args)
+
+
+def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
+    """
+    On a GPU flex attention, which leaves small batches to SDPA and large ones to a kernel that it compiles (README, "On a
+    GPU"): if it can compute this model, and if it compiles here. SDPA otherwise.
+    """
+    can_compute = config.multimodal_attention in ("mmca", "mmca_merged") and config.text_config.attention_dropout == 0
+    if not can_compute or device.type != "cuda":
+        return "sdpa"
+    try:
+        try_flex_attention(config.text_config, device)
+    except Exception as error:  # of Triton, a C compiler, an old GPU: better now than at the first large batch
+        logger.warning(f"Trains by SDPA: flex attention does not compile here ({type(error).__name__})", exc_info=True)
+        return "sdpa"
+    return "flex_attention"
+
+
+def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
+    """Compiles flex attention for heads like the decoder's, forward and backward, in seconds."""
+    places_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
+    mask = make_block_mask(places_BK, torch.zeros_like(places_BK), places_BK)
+    query, key = (
+        torch.zeros(1, heads, 2 * BLOCK_SIZE, config.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    softmax(query, key, key, mask).sum().backward()
+
+
+def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:
+    """Sets what the mode trains to train. With `lora` the model is wrapped in PEFT's."""
+    if model_args.mode == "alignment":
+        model.freeze_for_alignment()
+    elif model_args.mode == "lora":
+        from peft import LoraConfig, get_peft_model  # of the extra `train`
+
+        targets = LORA_TARGETS.values() if model_args.lora_target == "both" else [LORA_TARGETS[model_args.lora_target]]
+        lora = LoraConfig(
+            r=model_args.lora_rank,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules="|".join(targets),
+            modules_to_save=["multi_modal_projector", "embed_tokens"],
+            task_type="CAUSAL_LM",  # for AutoPeftModelForCausalLM
+        )
+        model = get_peft_model(model, lora)
+    return model
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    model_args, data_args, training_args = parse_arguments(argv)
+    check_arguments(model_args, data_args, training_args)
+    training_args.remove_unused_columns = False  # the collator reads all columns
+    training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of rows
+    training_args.prediction_loss_only = True  # accuracy comes from generated answers
+    output_dir = Path(training_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # The model is published once, at the end: the Trainer would send all of output_dir with every checkpoint. It also
+    # pickles its arguments, which therefore must not hold the token
+    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
+    hub_token, training_args.hub_token = training_args.hub_token, None
+
+    # Seed and logging
+    set_seed(training_args.seed)
+    logging.basicConfig(
+        level=logging.INFO if training_args.process_index == 0 else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if push_to_hub and training_args.process_index == 0:
+        check_access(hub_token)
+    checkpoint = None
+    if data_args.resume:  # what cannot be resumed is refused before any work starts
+        checkpoint = find_whole_checkpoint(training_args)
+        logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
+    if training_args.deepspeed:
+        import deepspeed  # of the extra `train`
+
+        # Before the model, which ZeRO-3 shares out while it is loaded
+        backend = "gloo" if training_args.use_cpu else None
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+
+    # Data
+    processor = prepare_processor(model_args)
+    if not model_args.model_name_or_path:
+        model_args.model_name_or_path = str(output_dir / "joined")
+        with training_args.main_process_first(desc="joining tower and decoder"):
+            joined = (output_dir / "joined" / "processor_config.json").exists()  # written last
+            if training_args.process_index == 0 and not (data_args.resume and joined):
+                join_parts(model_args, processor, output_dir / "joined")
+        processor = load_processor(model_args.model_name_or_path)
+    max_length = fit_context(data_args.max_length, model_args)
+    with training_args.main_process_first(desc="preparing rows"):
+        prepared = prepare_rows(
+            data_args.datasets,
+            processor,
+            max_length,
+            data_args.weights,
+            data_args.streaming,
+            data_args.num_proc,
+            training_args.seed,
+            data_args.skip_broken_images,
+        )
+    table = ""
+    if data_args.streaming:
+        train_rows, eval_rows = prepared.rows, None
+    else:
+        if training_args.process_index == 0:
+            table = report_rows(prepared.rows, output_dir)
+            logger.info("Rows to train on, those held out among them:\n%s", table)
+        train_rows, eval_rows = prepared.rows, None
+        if data_args.eval_fraction > 0:
+            split = prepared.rows.train_test_split(data_args.eval_fraction, seed=training_args.seed)
+            train_rows, eval_rows = split["train"], split["test"]
+
+    # Model
+    model = prepare_model(model_args, training_args)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("Mode %s trains %s parameters", model_args.mode, f"{trained:,}")
+
+    # Trainer
+    trainer = VisualChatTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=TrainingCollator(
+            processor,
+            data_args.skip_broken_images,
+            Needs.of(processor, model.config),
+            broken_rows=sum(prepared.faulty.values()),
+            stand_ins=train_rows,
+        ),
+        processing_class=processor,
+        callbacks=[EpochOrder()],
+    )
+
+    # Train
+    if checkpoint and is_for_another_world(Path(checkpoint), training_args):
+        load_universal(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Save
+    folder = output_dir / "model"
+    trainer.save_model(str(folder))
+
+    # Evaluate
+    metrics = trainer.evaluate() if eval_rows is not None else {}
+    metrics["broken_rows"] = trainer.data_collator.broken_rows.value
+
+    # Card and push
+    if trainer.is_world_process_zero():
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=2))
+        plot_curves(trainer.state.log_history, output_dir / "curves.png")
+        write_card(folder, model_args, data_args, training_args, table, metrics, output_dir)
+        if push_to_hub:
+            commit = push(
+                folder,
+                training_args.hub_model_id or output_dir.name,
+                private=training_args.hub_private_repo,
+                revision=training_args.hub_revision,
+                token=hub_token,
+            )
+            logger.info("Published as %s", commit.commit_url)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return metrics
