@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers.tiny import copy_llama_weights, make_inputs, make_model
 from transformers import AutoModel, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from helpers.tiny import copy_llama_weights, make_inputs, make_model
 from modeling_visualchat import decoder_visualchat
 from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
 

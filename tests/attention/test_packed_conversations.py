@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.tiny import make_inputs, make_model
 from transformers import DynamicCache
+
+from helpers.tiny import make_inputs, make_model
 
 
 VARIANTS = ["mmca", "mmca_merged", "causal"]

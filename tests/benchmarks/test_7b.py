@@ -1,7 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """A model of 7 billion parameters, random but of full size: written, loaded and asked about two pictures within 20 GB."""
 
-import importlib
 import json
 import re
 import shutil
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from test_reload import PRELUDE
-from helpers.tiny import make_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from benchmarks import load_7b
+from helpers.elsewhere import PRELUDE
+from helpers.tiny import make_tokenizer
 from modeling_visualchat import VisualChatProcessor
 
 
@@ -64,15 +64,13 @@ def make_processor_of_7b() -> VisualChatProcessor:
 
 
 @pytest.mark.slow
-def test_7b_is_written_loaded_and_asked_about_two_pictures_within_20_gb(tmp_path, monkeypatch):
+def test_7b_is_written_loaded_and_asked_about_two_pictures_within_20_gb(tmp_path):
     if not Path("/proc/meminfo").exists():
         pytest.skip("needs Linux, which says how much memory a process takes")
     if available_memory() < NEEDED_MEMORY:
         pytest.skip(f"needs {NEEDED_MEMORY} GB of memory, {available_memory():.0f} are available")
     if (free := shutil.disk_usage(tmp_path).free / 1e9) < NEEDED_DISK:
         pytest.skip(f"needs {NEEDED_DISK} GB of disk in {tmp_path}, {free:.0f} are free")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    load_7b = importlib.import_module("load_7b")
     try:
         written = load_7b.run_alone("write", str(tmp_path))
         sizes = [path.stat().st_size for path in tmp_path.glob("model-*.safetensors")]

@@ -1,38 +1,20 @@
 """The study: its tasks, its measures, and the whole of it in small. That the README repeats what it found is tested too."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import make_model, make_processor
+
 from benchmarks.study import run as study
-from benchmarks.study.measures import collate
-from benchmarks.study.measures import compare_memory
-from benchmarks.study.measures import image_attention
-from benchmarks.study.measures import score
-from benchmarks.study.report import RECOMMENDATION
-from benchmarks.study.report import headline_table
-from benchmarks.study.report import write_document
-from benchmarks.study.results import Study
-from benchmarks.study.results import interval
-from benchmarks.study.results import paired
-from benchmarks.study.results import samples_to_reach
-from benchmarks.study.runs import CHANGES
-from benchmarks.study.runs import GRIDS
-from benchmarks.study.runs import Job
-from benchmarks.study.runs import build
-from benchmarks.study.runs import join_samples
-from benchmarks.study.runs import list_jobs
-from benchmarks.study.runs import load_processor
-from benchmarks.study.runs import run
-from benchmarks.study.runs import work
-from benchmarks.study.tasks import SHADES
-from benchmarks.study.tasks import load_task
+from benchmarks.study.measures import collate, compare_memory, image_attention, score
+from benchmarks.study.report import RECOMMENDATION, headline_table, write_document
+from benchmarks.study.results import Study, interval, paired, samples_to_reach
+from benchmarks.study.runs import CHANGES, GRIDS, Job, build, join_samples, list_jobs, load_processor, run, work
+from benchmarks.study.tasks import SHADES, load_task
+from helpers.tiny import make_model, make_processor
 from modeling_visualchat.data_collator_visualchat import fill_images
 
 

@@ -1,22 +1,18 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Loading under ZeRO-3 in two processes: what each of them needs while it loads, and what it keeps."""
 
-import importlib
-import os
-import shutil
-from pathlib import Path
-
 import pytest
 
+from helpers.distributed import needs_compiler
 
-if shutil.which("g++") is None and "CI" not in os.environ:
-    pytest.skip("DeepSpeed compiles its CPU operators: no g++ was found", allow_module_level=True)
+
+pytestmark = needs_compiler
 
 
 @pytest.mark.slow
-def test_no_rank_holds_the_whole_model_while_it_is_shared_out(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    zero3_load = importlib.import_module("zero3_load")
+def test_no_rank_holds_the_whole_model_while_it_is_shared_out(tmp_path):
+    from benchmarks import zero3_load  # needs DeepSpeed
+
     size = zero3_load.save_model(str(tmp_path))
     ranks = zero3_load.measure(str(tmp_path), zero3_load.GIVE_BACK)
     for one in ranks:

@@ -1,17 +1,18 @@
 """The terminal chat, driven through a pseudo-terminal and through a pipe, as people and scripts do."""
 
-import importlib
 import io
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pexpect
 import pytest
-from helpers.tiny import digit_image, make_model, make_processor
 from transformers import LlamaConfig
+
+from helpers.commands import command
+from helpers.tiny import digit_image, make_model, make_processor
+from visualchat.cli import main as visualchat
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +35,9 @@ def folder(tmp_path_factory):
 
 
 def run_piped(folder: Path, lines: str, *options: str) -> subprocess.CompletedProcess:
+    words = command("chat", "model", *options)
     return subprocess.run(
-        command, input=lines, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        words, input=lines, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -78,11 +80,10 @@ Never asked.
 def chat(folder, monkeypatch, capsys):
     """Runs the program in this process: its exit status, what it printed as answers, and what else it said."""
     monkeypatch.chdir(folder)
-    program = importlib.import_module("chat")
 
     def run(lines: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-        return program.main(list(arguments)), *capsys.readouterr()
+        return visualchat(["chat", *arguments]), *capsys.readouterr()
 
     return run
 
@@ -128,9 +129,9 @@ def ask(terminal: pexpect.spawn, line: str) -> str:
 
 
 def begin(folder: Path, *options: str) -> pexpect.spawn:
-    arguments = [CHAT, "model", "--max-new-tokens", "8", "--history", "history", *options]
+    python, *arguments = command("chat", "model", "--max-new-tokens", "8", "--history", "history", *options)
     terminal = pexpect.spawn(
-        sys.executable, arguments, cwd=str(folder), env=ENVIRONMENT, encoding="utf-8", timeout=90, dimensions=(40, 1000)
+        python, arguments, cwd=str(folder), env=ENVIRONMENT, encoding="utf-8", timeout=90, dimensions=(40, 1000)
     )
     terminal.expect_exact("Loading weights")
     terminal.expect_exact(PROMPT)

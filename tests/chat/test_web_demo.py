@@ -2,6 +2,7 @@
 
 import gc
 import html
+import os
 import re
 import weakref
 from pathlib import Path
@@ -10,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+
 from helpers.tiny import digit_image, make_model, make_processor
 from visualchat.chat.page import ChatPage
-from visualchat.chat.page import parse_arguments
-from visualchat.chat.page_conversation import EXAMPLES
-from visualchat.chat.page_conversation import digit_examples
+from visualchat.chat.page_conversation import EXAMPLES, digit_examples
+from visualchat.cli.web import parse_arguments
 
 
 SETTINGS = (6, 0, 1, -1)  # max new tokens, temperature, top-p, seed
@@ -294,8 +295,6 @@ class TestVisitors:
 
 
 def test_it_listens_on_the_loopback_only_and_shares_nothing():
-    import os
-
     options = parse_arguments(["model"])
     assert options.host == "127.0.0.1" and not options.share
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

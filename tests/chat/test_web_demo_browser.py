@@ -4,12 +4,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+
+from helpers.commands import command
 from helpers.tiny import digit_image, make_model, make_processor
 
 
@@ -52,10 +53,9 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "examples/web_demo.py", str(folder), "--port", str(port), "--examples", "digits"]
-    command += ["--max-images", "5", "--max-upload", "100kb"]
+    words = command("web", folder, "--port", port, "--examples", "digits", "--max-images", 5, "--max-upload", "100kb")
     with open(folder / "log", "w+") as log:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{port}"
             wait_for(address, server, folder / "log")

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from helpers.raw_data import as_base64, copy_raw, write_json
 from visualchat.data import checks, files, rows, sources
 

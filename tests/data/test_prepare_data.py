@@ -8,19 +8,21 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
-from helpers.raw_data import COCO, as_base64, copy_raw, llava, write_json, write_picture
-from visualchat.data import prepare, shards
-from visualchat.data.sources import SOURCES
-from helpers.tiny import TOKENS_PER_IMAGE, make_processor
 
+from helpers.commands import command
+from helpers.raw_data import COCO, as_base64, copy_raw, llava, write_json, write_picture
+from helpers.tiny import TOKENS_PER_IMAGE, make_processor
 from modeling_visualchat import VisualChatDataCollator
+from visualchat.cli import main as visualchat
+from visualchat.data import shards
+from visualchat.data.sources import SOURCES
+from visualchat.training.rows import load_rows
 
 
 DETAIL, REASONING = "llava/detail_23k.json", "llava/complex_reasoning_77k.json"
@@ -28,7 +30,7 @@ DETAIL, REASONING = "llava/detail_23k.json", "llava/complex_reasoning_77k.json"
 
 def run(root, output, *arguments, source="llava", num_proc=1):
     arguments = ["--source", source, "--data-root", root, "--output", output, "--num-proc", num_proc, *arguments]
-    return prepare.main([str(argument) for argument in arguments])
+    return visualchat(["prepare", *map(str, arguments)])
 
 
 def load(folder):
@@ -179,7 +181,7 @@ def test_check_names_every_problem_and_writes_no_rows(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "5 problems in 5 rows" in shown and "2  truncated image" in shown
     assert f"{DETAIL}, row 0, image: missing image: there is no file {root / COCO / '000000000001.jpg'}" in shown
-    assert prepare.main(["--source", "minigpt4", "--data-root", str(root), "--check", "--num-proc", "1"]) == 0
+    assert visualchat(["prepare", "--source", "minigpt4", "--data-root", str(root), "--check", "--num-proc", "1"]) == 0
 
 
 def test_bad_rows_stop_unless_they_are_skipped(tmp_path, capsys):
@@ -243,9 +245,9 @@ def children(process):
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     root = make_llava(tmp_path / "raw", 800)
     shared = ["--rows-per-shard", "2"]
-    command = [sys.executable, EXAMPLES / "prepare_data.py", "--source", "llava", "--data-root", root, "--num-proc", "2"]
+    words = command("prepare", "--source", "llava", "--data-root", root, "--num-proc", "2")
     process = subprocess.Popen(
-        [*map(str, command), "--output", tmp_path / "out", *shared], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [*words, "--output", tmp_path / "out", *shared], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     reports, limit = tmp_path / "out/llava.partial/reports", time.monotonic() + 60
     while len(list(reports.glob("*.json"))) < 5:
@@ -318,12 +320,12 @@ def test_missing_raw_files_and_arguments_are_named(tmp_path, capsys):
         (["--list", "--num-proc", "0"], "--num-proc must be at least 1"),
     ):
         with pytest.raises(SystemExit):
-            prepare.main(arguments)
+            visualchat(["prepare", *arguments])
         assert message in capsys.readouterr().err
 
 
 def test_list_shows_each_source_and_its_files(capsys):
-    assert prepare.main(["--list"]) == 0
+    assert visualchat(["prepare", "--list"]) == 0
     shown = capsys.readouterr().out
     for name, source in SOURCES.items():
         assert name in shown and all(raw.path in shown for raw in source.files) and source.images in shown
@@ -374,7 +376,7 @@ def by_row(found):
 @pytest.mark.parametrize("num_proc", ["1", "2"])
 def test_any_dataset_is_checked(faulty, tmp_path, capsys, num_proc):
     shared = ["--check", "--num-proc", num_proc, "--rows-per-shard", "5"]
-    assert prepare.main(["--dataset", "rows.jsonl", "--output", "out", *shared]) == 1
+    assert visualchat(["prepare", "--dataset", "rows.jsonl", "--output", "out", *shared]) == 1
     assert by_row(problems(tmp_path / "out/rows.problems.jsonl")) == faulty
     assert os.listdir(tmp_path / "out") == ["rows.problems.jsonl"]
     shown = capsys.readouterr().out
@@ -385,16 +387,16 @@ def test_any_dataset_is_checked(faulty, tmp_path, capsys, num_proc):
 
 def test_bad_rows_of_a_dataset_are_left_out(faulty, tmp_path):
     command = ["--dataset", "rows.jsonl", "--output", "out", "--num-proc", "1", "--rows-per-shard", "4"]
-    assert prepare.main(command) == 1
+    assert visualchat(["prepare", *command]) == 1
     assert not (tmp_path / "out/rows").exists()
-    assert prepare.main([*command, "--skip-bad"]) == 0
+    assert visualchat(["prepare", *command, "--skip-bad"]) == 0
     assert by_row(problems(tmp_path / "out/rows/problems.jsonl")) == faulty
     kept = summary(tmp_path / "out", "rows")
     assert (kept["rows"], kept["rounds"], kept["images"]) == (9, 9, 15) and sum(kept["problems"].values()) == 8
-    good = prepare.load_rows("rows.jsonl").select(range(0, 17, 2))
-    written = prepare.load_rows(str(tmp_path / "out/rows"))
+    good = load_rows("rows.jsonl").select(range(0, 17, 2))
+    written = load_rows(str(tmp_path / "out/rows"))
     assert written.to_list() == good.to_list()
-    assert prepare.main(["--dataset", "out/rows", "--check", "--num-proc", "1"]) == 0
+    assert visualchat(["prepare", "--dataset", "out/rows", "--check", "--num-proc", "1"]) == 0
 
 
 @pytest.mark.parametrize("make_id", [str, int], ids=["text", "numbers"])
@@ -407,34 +409,34 @@ def test_repeated_ids_of_a_dataset_are_named_and_the_later_rows_left_out(faulty,
     expected = [("duplicate id", "named.jsonl", str(row), "id") for row in (2, 4, 5)]
     expected.insert(2, ("missing image", "named.jsonl", "4", "images[0]"))
 
-    assert prepare.main([*shared, "--check"]) == 1
+    assert visualchat(["prepare", *shared, "--check"]) == 1
     assert problems(tmp_path / "out/named.problems.jsonl") == expected
     shown = capsys.readouterr().out
     assert "4 problems in 3 rows" in shown and "3  duplicate id" in shown
     assert "named.jsonl, row 4, id: duplicate id: '5' is the id of row 1 too" in shown
     assert "named.jsonl, row 5, id: duplicate id: '7' is the id of row 0 too" in shown
 
-    assert prepare.main(shared) == 1 and not (tmp_path / "out/named").exists()
-    assert prepare.main([*shared, "--skip-bad"]) == 0
+    assert visualchat(["prepare", *shared]) == 1 and not (tmp_path / "out/named").exists()
+    assert visualchat(["prepare", *shared, "--skip-bad"]) == 0
     assert problems(tmp_path / "out/named/problems.jsonl") == expected
     assert summary(tmp_path / "out", "named")["problems"] == {"duplicate id": 3, "missing image": 1}
-    written = prepare.load_rows(str(tmp_path / "out/named"))
+    written = load_rows(str(tmp_path / "out/named"))
     assert written["id"][:] == ["7", "5", "3", None, None]
-    assert written.to_list() == prepare.load_rows("named.jsonl").select([0, 1, 3, 6, 7]).to_list()
+    assert written.to_list() == load_rows("named.jsonl").select([0, 1, 3, 6, 7]).to_list()
 
 
 def test_changed_ids_are_noticed(faulty, tmp_path, capsys):
     command = ["--dataset", "named.jsonl", "--output", "out", "--num-proc", "1"]
     rows = [{"id": name, **conversation("Q?", "A.", "1.png")} for name in "ab"]
     write_rows(tmp_path / "named.jsonl", rows)
-    assert prepare.main(command) == 0
+    assert visualchat(["prepare", *command]) == 0
     write_rows(tmp_path / "named.jsonl", [rows[0], {**rows[1], "id": "a"}])
-    assert prepare.main(command) == 2
+    assert visualchat(["prepare", *command]) == 2
     assert "sha256 of the planned rows was" in capsys.readouterr().err
 
 
 def test_datasets_in_every_form_are_checked(faulty, tmp_path):
-    rows = prepare.load_rows("rows.jsonl").select(range(2)).remove_columns("source")
+    rows = load_rows("rows.jsonl").select(range(2)).remove_columns("source")
     embedded = datasets.Dataset.from_list(
         [{"messages": row["messages"], "images": [{"bytes": Path("cut.jpg").read_bytes(), "path": None}]} for row in rows]
     )
@@ -444,7 +446,7 @@ def test_datasets_in_every_form_are_checked(faulty, tmp_path):
     embedded.to_parquet("shards/one.parquet")
     embedded.to_parquet("one.parquet")
     for name in ("saved", "shards", "one.parquet"):
-        assert prepare.main(["--dataset", name, "--check", "--output", "out", "--num-proc", "1"]) == 1
+        assert visualchat(["prepare", "--dataset", name, "--check", "--output", "out", "--num-proc", "1"]) == 1
         expected = [("truncated image", name, "0", f"images[{k}]") for k in range(2)]
         assert problems(tmp_path / f"out/{name.removesuffix('.parquet')}.problems.jsonl") == expected
 
@@ -452,7 +454,7 @@ def test_datasets_in_every_form_are_checked(faulty, tmp_path):
 def test_embedded_images_of_a_dataset(faulty, tmp_path):
     write_rows(tmp_path / "good.jsonl", [conversation("Q?", "A.", "1.png")])
     shared = ["--num-proc", "1", "--output", "out", "--embed-images"]
-    assert prepare.main(["--dataset", "good.jsonl", *shared]) == 0
+    assert visualchat(["prepare", "--dataset", "good.jsonl", *shared]) == 0
     (row,) = load(tmp_path / "out/good")
     assert row["images"] == [{"bytes": Path("1.png").read_bytes(), "path": "1.png"}]
 
@@ -460,8 +462,8 @@ def test_embedded_images_of_a_dataset(faulty, tmp_path):
 def test_unreadable_datasets_are_named(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": [{"ro')
-    assert prepare.main(["--dataset", str(path), "--check"]) == 2
+    assert visualchat(["prepare", "--dataset", str(path), "--check"]) == 2
     assert f"error: {path} cannot be read" in capsys.readouterr().err
     write_rows(path, [{"conversations": []}])
-    assert prepare.main(["--dataset", str(path), "--check"]) == 2
+    assert visualchat(["prepare", "--dataset", str(path), "--check"]) == 2
     assert f"{path}: rows need a column `messages`" in capsys.readouterr().err

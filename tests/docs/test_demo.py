@@ -1,17 +1,15 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The demo: its data is right, and a short run of it writes everything and trains only what it should."""
 
-import importlib
 import json
 import re
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from examples.digits_demo import demo
 from visualchat.data import digits
 

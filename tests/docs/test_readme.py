@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
-from test_processing import DESIGN_PROMPT
-from helpers.tiny import digit_image, make_model, make_processor
 from transformers import LlamaForCausalLM
 
+from helpers.prompts import DESIGN_PROMPT
+from helpers.tiny import digit_image, make_model, make_processor
 from modeling_visualchat import VisualChatForCausalLM
 
 

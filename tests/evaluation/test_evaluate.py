@@ -1,4 +1,3 @@
-# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """`visualchat evaluate`: conversations and labelled sets, several checkpoints, kills, and what is broken."""
 
 import base64
@@ -8,23 +7,20 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from visualchat.data import digits
-from visualchat.evaluation import answers, evaluate, scores
-from visualchat.evaluation.conversations import read_labelled
-from visualchat.training.merge import main as merge
-from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 
+from helpers.commands import command
+from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from modeling_visualchat import VisualChatDataCollator
 from modeling_visualchat.data_collator_visualchat import fill_images
+from visualchat.cli import main as visualchat
+from visualchat.evaluation import answers, evaluate
 
 
 CONVERSATIONS = {
@@ -79,10 +75,11 @@ def encode(picture: Image.Image) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def run(root: Path, output: Path, *words, data=("--conversations", "eval.json"), model=("--model", "first")) -> int:
+def run(root: Path, output: Path, *words, data=("--conversations", "eval.json"), model=("first",)) -> int:
     option, *names = data
-    words = [option, *(root / name for name in names), model[0], *(root / name for name in model[1:]), *words]
-    return evaluate.main([str(word) for word in [*words, "--output", output, "--max-new-tokens", 6, "--device", "cpu"]])
+    words = [*(root / name for name in model), option, *(root / name for name in names), *words]
+    words += ["--output", output, "--max-new-tokens", 6, "--device", "cpu"]
+    return visualchat(["evaluate", *map(str, words)])
 
 
 def journal(output: Path, name: str = "answers.jsonl", model: str = "first") -> list[dict]:
@@ -117,7 +114,7 @@ def labelled(root, tmp_path_factory):
 
 class TestConversations:
     def test_answers_are_a_chat_sessions(self, root, conversations):
-        model, processor = evaluate.load_model(str(root / "first"), "auto", "cpu"), make_processor()
+        model, processor = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False), make_processor()
         found = by_round(journal(conversations))
         for name, rounds in CONVERSATIONS.items():
             chat = model.start_chat(processor)
@@ -216,9 +213,9 @@ class TestResume:
         tests = {f"test {k}": [["What is this?", str(root / f"pictures/{k % 8}.png")], ["1 2 3"]] for k in range(60)}
         (tmp_path / "eval.json").write_text(json.dumps(tests))
         data = ("--conversations", tmp_path / "eval.json")
-        words = [*data, "--model", root / "first", "--output", tmp_path / "killed", "--batch-size", "2"]
-        command = [sys.executable, EXAMPLES / "evaluate.py", *words, "--max-new-tokens", "6", "--device", "cpu"]
-        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        words = [root / "first", *data, "--output", tmp_path / "killed", "--batch-size", "2"]
+        words = command("evaluate", *words, "--max-new-tokens", "6", "--device", "cpu")
+        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         started = time.monotonic()
         while not list((tmp_path / "killed").glob("*/answers.jsonl")) and time.monotonic() < started + 60:
             time.sleep(0.005)
@@ -246,7 +243,7 @@ class TestResume:
 
     def test_other_weights_are_refused(self, root, tmp_path, capsys):
         save_tiny(tmp_path / "model")
-        words = ["--model", tmp_path / "model"]
+        words = [tmp_path / "model"]
         assert run(root, tmp_path / "out", model=words) == 0
         save_tiny(tmp_path / "model", seed=1)
         assert run(root, tmp_path / "out", model=words) == 2
@@ -319,7 +316,7 @@ class TestBroken:
         assert f"{root}/nothing.json: there is no such file" in capsys.readouterr().err
         assert run(root, tmp_path, data=("--labelled", "nothing.parquet")) == 2
         assert "nothing.parquet" in capsys.readouterr().err
-        assert run(root, tmp_path, model=("--model", "nothing")) == 2
+        assert run(root, tmp_path, model=("nothing",)) == 2
         assert f"{root}/nothing is neither a folder nor a Hub id" in capsys.readouterr().err
         (tmp_path / "bad.jsonl").write_text('{"messages": [\n')
         assert run(root, tmp_path, data=("--labelled", tmp_path / "bad.jsonl")) == 2
@@ -335,7 +332,7 @@ class TestBroken:
         make_processor({"shortest_edge": 16}).save_pretrained(tmp_path / "model")
         Image.new("L", (400_000, 1)).save(tmp_path / "thin.png")
         (tmp_path / "eval.json").write_text(json.dumps({"thin": [["1"], ["And this?", "thin.png"]], "short": [["1"]]}))
-        paths = {"data": ("--conversations", tmp_path / "eval.json"), "model": ("--model", tmp_path / "model")}
+        paths = {"data": ("--conversations", tmp_path / "eval.json"), "model": (tmp_path / "model",)}
         assert run(root, tmp_path / "out", **paths) == 1
         (failure,) = results(tmp_path / "out", root, tmp_path / "model")["failures"]
         assert (failure["test_name"], failure["round"]) == ("thin", 2)
@@ -369,7 +366,7 @@ class TestBroken:
 
 class TestLabelled:
     def test_every_answer_is_given_with_the_true_ones_before_it(self, root, labelled):
-        model, processor = evaluate.load_model(str(root / "first"), "auto", "cpu"), make_processor()
+        model, processor = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False), make_processor()
         rows = [make_row(k, images=k % 3, rounds=1 + k % 3) for k in range(9)]
         found = by_round(journal(labelled))
         assert len(found) == sum(len(row["task"]) for row in rows)
@@ -381,7 +378,7 @@ class TestLabelled:
                 assert [found[row["id"], number]] == expected
 
     def test_the_loss_is_the_models_own(self, root, labelled):
-        model, processor = evaluate.load_model(str(root / "first"), "auto", "cpu"), make_processor()
+        model, processor = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False), make_processor()
         rows = [make_row(k, images=k % 3, rounds=1 + k % 3) for k in range(9)]
         batch = VisualChatDataCollator(processor)(rows)
         with torch.no_grad():
@@ -409,7 +406,7 @@ class TestLabelled:
 
 class TestCompare:
     def test_two_checkpoints_side_by_side(self, root, tmp_path):
-        assert run(root, tmp_path, data=LABELLED, model=("--compare", "first", "other")) == 0
+        assert run(root, tmp_path, data=LABELLED, model=("first", "other")) == 0
         first, other = by_round(journal(tmp_path)), by_round(journal(tmp_path, model="other"))
         assert first != other
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -424,93 +421,31 @@ class TestCompare:
         assert differences["loss"]["low"] <= differences["loss"]["value"] <= differences["loss"]["high"]
 
     def test_a_checkpoint_that_was_evaluated_is_not_again(self, root, tmp_path, monkeypatch):
-        assert run(root, tmp_path, model=("--model", "first")) == 0
+        assert run(root, tmp_path, model=("first",)) == 0
         seen = []
         generate = evaluate.generate_answers
         monkeypatch.setattr(
             evaluate, "generate_answers", lambda *given, **settings: seen.append(1) or generate(*given, **settings)
         )
-        assert run(root, tmp_path, model=("--compare", "first", "other"), data=("--conversations", "eval.json")) == 0
+        assert run(root, tmp_path, model=("first", "other"), data=("--conversations", "eval.json")) == 0
         assert len(seen) == max(map(len, CONVERSATIONS.values()))  # the other's alone, all dialogues at once
 
     def test_the_same_twice_is_refused(self, root, tmp_path, capsys):
-        assert run(root, tmp_path, model=("--compare", "first", "first")) == 2
+        assert run(root, tmp_path, model=("first", "first")) == 2
         assert "is given twice" in capsys.readouterr().err
 
     def test_an_adapter_answers_as_merged(self, root, tmp_path):
         from peft import LoraConfig, get_peft_model
 
-        base = evaluate.load_model(str(root / "first"), "auto", "cpu")
+        base = evaluate.load_checkpoint(str(root / "first"), "auto", "cpu", False)
         base.name_or_path = str(root / "first")
         torch.manual_seed(0)
         targets = r".*language_model\.layers\..*\.v_proj"
         adapted = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
         adapted.save_pretrained(tmp_path / "adapter")
         make_processor().save_pretrained(tmp_path / "adapter")
-        merge(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
-        models = ("--compare", "first", tmp_path / "adapter", tmp_path / "merged")
+        visualchat(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+        models = ("first", tmp_path / "adapter", tmp_path / "merged")
         assert run(root, tmp_path / "out", model=models) == 0
         plain, adapter, merged = (by_round(journal(tmp_path / "out", model=one)) for one in ("first", "adapter", "merged"))
         assert adapter == merged != plain
-
-
-class TestScores:
-    def test_wilson(self):
-        # Newcombe, Statistics in Medicine 17, 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
-        for right, count, expected in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611))):
-            assert scores.wilson_interval(right, count) == pytest.approx(expected, abs=5e-5)
-        assert scores.wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-        assert scores.wilson_interval(20, 20)[1] == 1
-
-    def test_bootstrap_is_seeded_and_covers(self):
-        rng = np.random.default_rng(0)
-        counts = np.full((1, 400), 10.0)
-        sums = rng.normal(20, 5, size=(1, 400))
-        low, high = scores.bootstrap_interval(sums, counts, seed=3)
-        assert (low, high) == scores.bootstrap_interval(sums, counts, seed=3)
-        mean, error = sums.mean() / 10, sums.std() / 10 / 20
-        assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
-        assert scores.bootstrap_interval(np.stack([sums[0], sums[0]]), np.repeat(counts, 2, 0), 0) == (0, 0)
-
-    @pytest.mark.parametrize(
-        "answer, label, exact, normalized",
-        [
-            ("a cat", "a cat", True, True),
-            (" a cat\n", "a cat", True, True),
-            ("A cat.", "cat", False, True),
-            ("The  black, cat!", "black cat", False, True),
-            ("black cats", "black cat", False, False),
-            ("theatre", "atre", False, False),
-            ("another", "other", False, False),
-            ("", "A", False, False),
-            ("a", "A", False, True),
-            ("The", "A", False, False),
-            ("", "", True, True),
-            ("!", "?", False, False),
-            ("3.5", "35", False, True),  # as SQuAD's scorer has it
-        ],
-    )
-    def test_matches(self, answer, label, exact, normalized):
-        assert answers.is_exact(answer, label) is exact
-        assert answers.is_normalized_match(answer, label) is normalized
-
-    def test_differences_are_paired(self):
-        def entries(right):
-            return {(k, 1): {"answer": "yes" if one else "no", "label": "yes", "task": ""} for k, one in enumerate(right)}
-
-        first, other = entries([True, False, False, True]), entries([True, True, True, False, True])
-        found = scores.compare((first, {}), (other, {}), seed=0)["exact"]
-        assert (found["value"], found["only_other"], found["only_first"]) == (0.25, 2, 1)
-        assert -1 <= found["low"] < 0.25 < found["high"] <= 1
-
-
-def test_the_digits_become_a_labelled_set(tmp_path):
-    digits.main(["--output", str(tmp_path / "digits.parquet"), "--conversations", "3"])
-    dialogues, _ = read_labelled([str(tmp_path / "digits.parquet")])
-    assert len(dialogues) == 3
-    for dialogue in dialogues:
-        assert not dialogue.fault
-        assert {question.task for question in dialogue.questions} <= {"digit", "same", "larger", "even"}
-        pictures, rounds, error = dialogue.open_pictures()
-        assert rounds == len(dialogue.questions) and not error
-        assert all(picture.size == (32, 32) for picture in pictures)

@@ -2,12 +2,11 @@
 Runs a script on CPU processes as `accelerate launch` runs it on accelerators. accelerate 1.15 gives FSDP to accelerators
 alone, and on CPU processes replicates the model without a word:
 
-    accelerate launch --config_file examples/fsdp/fsdp2.yaml --num_processes 2 tests/fsdp_on_cpu.py SCRIPT ARGUMENTS
+    accelerate launch --config_file examples/fsdp/fsdp2.yaml --num_processes 2 tests/helpers/fsdp_on_cpu.py SCRIPT ARGUMENTS
 """
 
 import runpy
 import sys
-from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -26,5 +25,4 @@ def initialize_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 AcceleratorState.__init__ = initialize_with_fsdp
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
-sys.path.insert(0, str(Path(script).parent))
 runpy.run_path(script, run_name="__main__")

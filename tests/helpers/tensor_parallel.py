@@ -1,7 +1,7 @@
 """
 What each of two processes sees of a tensor-parallel model, beside a whole one of its own. `test_scale.py` starts it:
 
-    torchrun --nproc_per_node 2 tests/tensor_parallel.py FOLDER
+    cd tests && torchrun --nproc_per_node 2 -m helpers.tensor_parallel FOLDER
 """
 
 import json
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers.tiny import make_inputs, make_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from helpers.tiny import make_inputs, make_model
 from modeling_visualchat import ImageMemory
 
 

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from visualchat.conversion import llava as converter
 from safetensors.torch import load_file, save_file
-from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -15,6 +13,10 @@ from transformers import (
     LlavaProcessor,
     SiglipVisionConfig,
 )
+
+from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
+from visualchat.cli import main as visualchat
+from visualchat.conversion.llava import check_config
 
 
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -43,7 +45,7 @@ def make_llava(folder, **overrides):
 
 
 def convert(folder, *arguments):
-    convert_llava.main(["--model", str(folder / "llava"), "--output", str(folder / "ours"), *arguments])
+    visualchat(["convert", "llava", str(folder / "llava"), "--output", str(folder / "ours"), *arguments])
     return AutoModel.from_pretrained(folder / "ours").eval()
 
 
@@ -127,7 +129,7 @@ def test_folders_of_older_versions(tmp_path):
 def test_what_cannot_be_taken_over_is_named(overrides, message):
     config = LlavaConfig(**{"vision_config": CLIPVisionConfig(), "text_config": LlamaConfig(), **overrides})
     with pytest.raises(ValueError, match=message):
-        convert_llava.check_config(config)
+        check_config(config)
 
 
 def test_another_tokenizer_is_refused(tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.tiny import digit_image, make_model, make_processor, user
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from helpers.tiny import digit_image, make_model, make_processor, user
 from modeling_visualchat import VisualChatForCausalLM
 from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE, OPENING, OPENING_WITH_BLANK
 from visualchat.hub.configs import main

@@ -5,23 +5,23 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from helpers.hub_server import TOKEN, HubServer, serve
 from huggingface_hub.errors import HfHubHTTPError
-from test_reload import CODE_FILES, run_elsewhere
-from test_training import arguments, parts  # noqa: F401 (a fixture)
-from helpers.tiny import digit_image, make_inputs, make_model, make_processor
 from transformers import Trainer, TrainingArguments
-from visualchat.hub.push import main
+
+from helpers.commands import command
+from helpers.elsewhere import CODE_FILES, run_elsewhere
+from helpers.hub_server import TOKEN, HubServer, serve
+from helpers.tiny import digit_image, make_inputs, make_model, make_processor
+from helpers.training import arguments, save_parts
+from visualchat.cli import main as visualchat
+from visualchat.hub.push import collect, push
 from visualchat.training.train import main as train
-from visualchat.hub.push import collect
-from visualchat.hub.push import push
 
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,11 @@ base_model:
 
 ![Loss](curves.png)
 """
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ class TestDryRun:
         save_run(tmp_path / "model")
         monkeypatch.delenv("HF_TOKEN")
         capsys.readouterr()
-        main([str(tmp_path / "model"), "user/name", "--dry-run"])
+        visualchat(["push", str(tmp_path / "model"), "user/name", "--dry-run"])
         assert hub.requests == []
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         sent = {words[2]: words[:2] for words in lines if words[0] != "left"}
@@ -164,7 +169,7 @@ class TestPush:
         words = command("push", tmp_path / "model", "user/name", "--private")
         environment = {**os.environ, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
         result = subprocess.run(
-            [*command, "--revision", "v1"], capture_output=True, text=True, env=environment, timeout=300, check=False
+            [*words, "--revision", "v1"], capture_output=True, text=True, env=environment, timeout=300, check=False
         )
         assert result.returncode == 0, result.stderr[-3000:]
         assert "/preupload/" in result.stderr and TOKEN not in result.stdout + result.stderr
@@ -233,7 +238,7 @@ class TestPush:
         monkeypatch.setenv("HF_TOKEN", {"wrong": wrong, "none": "", "another's name": TOKEN}[given])
         name = "somebody/name" if given == "another's name" else "user/name"
         with pytest.raises(SystemExit) as error:
-            main([str(tmp_path / "model"), name])
+            visualchat(["push", str(tmp_path / "model"), name])
         message = {
             "wrong": f"{hub.endpoint} refuses the access token: make one with the right to write",
             "none": f"There is no access token for {hub.endpoint}: log in by `hf auth login`",
@@ -270,7 +275,7 @@ class TestPush:
 
 
 class TestTraining:
-    def test_train_publishes_a_model_and_then_an_adapter_on_top(self, hub: HubServer, parts, tmp_path, monkeypatch):  # noqa: F811
+    def test_train_publishes_a_model_and_then_an_adapter_on_top(self, hub: HubServer, parts, tmp_path, monkeypatch):
         publish = {"push_to_hub": True, "hub_token": TOKEN, "max_steps": 1}
         monkeypatch.delenv("HF_TOKEN")
         train(arguments(parts, tmp_path / "run", hub_model_id="user/base", **publish))
@@ -336,7 +341,7 @@ class TestTraining:
         assert json.loads(contents["adapter_config.json"])["base_model_name_or_path"] == "user/base"
         assert front_matter(contents["README.md"].decode())["base_model"] == ["user/base"]
 
-    def test_what_cannot_be_published_is_refused_before_training(self, hub: HubServer, parts, tmp_path, monkeypatch):  # noqa: F811
+    def test_what_cannot_be_published_is_refused_before_training(self, hub: HubServer, parts, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"publishes an adapter.*needs model_name_or_path to be a Hub id"):
             train(arguments(parts, tmp_path / "run", push_to_hub=True, mode="lora"))
         with pytest.raises(PermissionError, match="refuses the access token"):

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers.tiny import digit_image, make_model, make_processor
 from visualchat.hub.push import EXCEPTIONS
 

@@ -2,9 +2,9 @@
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from helpers.tiny import make_config
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
+from helpers.tiny import make_config
 from modeling_visualchat import VisualChatConfig
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -24,6 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
 from modeling_visualchat import VisualChatForCausalLM
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+
 from helpers.tiny import make_inputs, make_model
 
 

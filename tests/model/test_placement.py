@@ -4,8 +4,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.utils import compute_module_sizes
-from helpers.tiny import copy_llama_weights, make_inputs, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from helpers.tiny import copy_llama_weights, make_inputs, make_model
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from test_chat import GREEDY, PROCESSOR, assert_as_from_scratch, count_work
-from helpers.tiny import digit_image, make_inputs, make_model
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 
+from helpers.chat import GREEDY, PROCESSOR, assert_as_from_scratch, count_work
+from helpers.tiny import digit_image, make_inputs, make_model
 from modeling_visualchat import chat_visualchat
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from helpers.tiny import make_processor, text_part
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image as fetch_image
 
+from helpers.tiny import make_processor, text_part
 from modeling_visualchat.image_loading_visualchat import clip_pixel_values, clip_side, crop_for_clip, load_image
 
 

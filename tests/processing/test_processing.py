@@ -8,36 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from helpers.prompts import DESIGN_PROMPT
+from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.image_loading_visualchat import load_image
-
-
-# ../shared/DESIGN.md, section 3
-DESIGN_PROMPT = """\
-<s>You are a powerful vision-language assistant.
-
-### Image 1:
-<image>
-
-### Question:
-please describe the image.
-
-### Answer:
-It's a cute black cat.</s>
-### Image 2:
-<image>
-### Image 3:
-<image>
-
-### Question:
-What's the difference between the three cats?
-
-### Answer:
-"""
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import string
 
 import pytest
 import torch
-from visualchat.evaluation.answers import generate_answers
-from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, user
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, pipeline
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, user
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import Round
 from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE, FIRST_LINE, MARK, list_images
+from visualchat.evaluation.answers import generate_answers
 
 
 # What folders hold that were saved earlier: the tokenizer began the prompt, and a newline followed the end token

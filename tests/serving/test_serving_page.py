@@ -9,8 +9,10 @@ import openai
 import pytest
 import torch
 from openai.types.chat import completion_create_params
-from test_serve import Server, data_url, encode, read_stream, serve_requests
+
+from helpers.server import data_url, encode, read_stream
 from helpers.tiny import digit_image
+from visualchat.serving import requests
 
 
 PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text()
@@ -22,12 +24,6 @@ TABLES = [
 PARAMETERS, READ_AS, REFUSED = TABLES
 QUESTION = [{"role": "user", "content": "Which digit?"}]
 NEW_TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as server:
-        yield server
 
 
 def value_of(cell):
@@ -219,17 +215,17 @@ def test_nothing_is_missing():
     listed = {row[0].strip("`") for row in PARAMETERS}
     streamed = completion_create_params.CompletionCreateParamsStreaming.__annotations__
     assert listed >= {*completion_create_params.CompletionCreateParamsBase.__annotations__, *streamed}
-    assert listed >= {*serve_requests.ChatRequest.model_fields}
+    assert listed >= {*requests.ChatRequest.model_fields}
     fields = {
-        *serve_requests.Message.model_fields,
-        *serve_requests.Part.model_fields,
-        *serve_requests.ImageUrl.model_fields,
+        *requests.Message.model_fields,
+        *requests.Part.model_fields,
+        *requests.ImageUrl.model_fields,
     }
     cells = "".join(row[0] for row in READ_AS + REFUSED)
     assert {field for field in fields if f'"{field}"' not in cells} == {"audio", "function_call", "reasoning"}
 
 
 def test_null_is_left_out(server):
-    names = [name for name in serve_requests.ChatRequest.model_fields if name not in ("model", "messages")]
+    names = [name for name in requests.ChatRequest.model_fields if name not in ("model", "messages")]
     given = ask(server, **{name: None for name in names if name not in ("temperature", "max_completion_tokens", "stream")})
     assert said(given) == greedy(server)

@@ -6,30 +6,22 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import EXAMPLES, FEATURES, arguments, losses, make_row
-from helpers.tiny import make_model, make_processor
 from transformers import AutoModel
-from visualchat.training.trainer import VisualChatTrainingArguments
-from visualchat.training.trainer import find_whole_checkpoint
+
+from helpers.commands import command
+from helpers.distributed import ENVIRONMENT, launch, needs_compiler, settings, write_config
+from helpers.tiny import make_model, make_processor
+from helpers.training import FEATURES, losses, make_row
+from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
 
 
-if shutil.which("g++") is None and "CI" not in os.environ:
-    pytest.skip("DeepSpeed compiles its CPU operators: no g++ was found", allow_module_level=True)
-
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed looks for ninja there
-}
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
@@ -44,58 +36,12 @@ def parts(tmp_path_factory):
     return root
 
 
-def settings(parts: Path, output: Path, processes: int, **overrides) -> list[str]:
-    return arguments(
-        parts,
-        output,
-        **{
-            "per_device_train_batch_size": 4 // processes,
-            "train_sampling_strategy": "sequential",
-            "eval_fraction": 0,
-            "learning_rate": 1e-2,
-            "seed": 3,
-            **overrides,
-        },
-    )
-
-
-def launch(words: list[str], processes: int, wait: bool = True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    process = subprocess.Popen(
-        [*command, str(EXAMPLES / "train.py"), *words],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    if not wait:
-        return process
-    try:
-        output, _ = process.communicate(timeout=400)  # a hang is a failure
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output[-4000:]
-    return output
-
-
-def write_config(folder: Path, name: str) -> Path:
-    """A shipped JSON, with every parameter of ZeRO-3 shared out, however small: the default keeps tiny ones on all ranks."""
-    config = json.loads((EXAMPLES / "deepspeed" / f"{name}.json").read_text())
-    if config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = folder / "deepspeed.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
 @pytest.fixture(scope="module")
 def reference(parts, tmp_path_factory):
     """One process, no DeepSpeed."""
     output = tmp_path_factory.mktemp("reference")
     subprocess.run(
-        [sys.executable, str(EXAMPLES / "train.py"), *settings(parts, output, 1)],
+        command("train", *settings(parts, output, 1)),
         env=ENVIRONMENT,
         check=True,
         capture_output=True,
@@ -206,8 +152,8 @@ def test_another_number_of_processes_goes_on_after_the_commands_that_the_refusal
     assert f"{run}/checkpoint-4 was written by 2 processes, and this run has 1." in output
     commands = list(dict.fromkeys(re.findall(r"python -m deepspeed\.checkpoint\.ds_to_universal .*", output)))
     assert [re.search(r"checkpoint-\d", command).group() for command in commands] == ["checkpoint-4", "checkpoint-2"]
-    for command in commands:
-        subprocess.run(command, shell=True, env=ENVIRONMENT, check=True, capture_output=True)
+    for one in commands:
+        subprocess.run(one, shell=True, env=ENVIRONMENT, check=True, capture_output=True)
 
     launch(words, 1)
     assert losses(run) == pytest.approx(whole, abs=1e-4)

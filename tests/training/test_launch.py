@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_training import losses
+
 from examples.digits_demo import make_tiny
+from helpers.training import losses
 
 
 ROOT = Path(__file__).parents[2]

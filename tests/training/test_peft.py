@@ -1,7 +1,6 @@
 """PEFT's methods on our model: they train, are saved and generate; rows with adapters of their own; merged tied decoders."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +16,12 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_processor, user
 from transformers import AutoModel
 
+from helpers.tiny import assistant, digit_image, make_inputs, make_model, make_processor, user
 from modeling_visualchat import VisualChatDataCollator
-from visualchat.training.merge import main as merge
-from visualchat.training.train import ModelArguments
-from visualchat.training.train import set_mode
+from visualchat.cli import main as visualchat
+from visualchat.training.train import ModelArguments, set_mode
 
 
 DECODER = r".*language_model.*\.(q_proj|k_proj|v_proj|down_proj)"
@@ -153,7 +151,7 @@ class TestTiedDecoder:
         inputs = make_inputs(["titit"], adapted)
         with torch.no_grad():
             expected = adapted.eval()(**inputs).logits
-        merge(["--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+        visualchat(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
 
         config = json.loads((tmp_path / "merged" / "config.json").read_text())
         assert not config.get("tie_word_embeddings", False)

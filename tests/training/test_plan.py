@@ -1,34 +1,31 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Plans of memory: the shipped models at their true sizes on the meta device, and a small step counted tensor by tensor."""
 
-import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import make_config
 from transformers import AutoConfig
+
+from helpers.tiny import make_config
+from modeling_visualchat import VisualChatForCausalLM
+from visualchat.cli import main as visualchat
+from visualchat.planning import plan, trace
+from visualchat.planning.memory import Setting, plan_peak
+from visualchat.training.arguments import ModelArguments
+from visualchat.training.train import set_mode
 
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "hub_configs"
 
 
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-
-
-def module(name: str):
-    return importlib.import_module(name)
-
-
 def make_planner(name: str, mode: str):
     config = AutoConfig.from_pretrained(CONFIGS / name)
-    shape = module("plan_trace").StepShape(1, config.image_seq_length + 200, 1, 64)
-    return module("plan").Planner(config, shape, module("train").ModelArguments(mode=mode))
+    shape = trace.StepShape(1, config.image_seq_length + 200, 1, 64)
+    return plan.Planner(config, shape, ModelArguments(mode=mode))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +46,10 @@ def planners():
 )
 def test_states_are_those_of_the_readme(name, json_name, gpus, alignment, full):
     """Weights, gradients and the optimizer's state, each shared out as the stage says, without buffers."""
-    plan, memory = module("plan"), module("plan_memory")
     config = AutoConfig.from_pretrained(CONFIGS / name)
     assert f"· {full}" in (ROOT / "README.md").read_text()
     for mode, expected in (("alignment", alignment), ("full", full)):
-        _, parameters = plan.build_model(config, module("train").ModelArguments(mode=mode), torch.bfloat16)
+        _, parameters = plan.build_model(config, ModelArguments(mode=mode), torch.bfloat16)
         every = sum(one.numel for one in parameters)
         trained = sum(one.numel for one in parameters if one.group is not None)
         stage = plan.read_zero(json_name)["stage"]
@@ -61,15 +57,14 @@ def test_states_are_those_of_the_readme(name, json_name, gpus, alignment, full):
         assert gigabytes == pytest.approx(expected, abs=0.06)
 
         # The plan keeps the same, and what DeepSpeed adds: small weights that stay everywhere
-        trace = module("plan_trace").Trace(np.zeros((1, 3), dtype=np.int64), [], [], 0)
-        setting = memory.Setting(plan.read_zero(json_name), gpus, 2, config.hidden_size)
-        parts = memory.plan_peak(trace, parameters, setting).parts
+        empty = trace.Trace(np.zeros((1, 3), dtype=np.int64), [], [], 0)
+        setting = Setting(plan.read_zero(json_name), gpus, 2, config.hidden_size)
+        parts = plan_peak(empty, parameters, setting).parts
         kept = parts["weights"] + parts["optimizer"] + 2 * trained / gpus
         assert kept / 1e9 == pytest.approx(gigabytes, rel=0.02)
 
 
 def test_more_gpus_need_no_more_and_offload_no_more_of_a_gpu(planners):
-    plan = module("plan")
     for model, mode in (("7b", "alignment"), ("tiny", "full")):
         planner = planners(model, mode)
         for name in plan.NAMES:
@@ -86,7 +81,6 @@ def test_more_gpus_need_no_more_and_offload_no_more_of_a_gpu(planners):
 
 
 def test_the_largest_batch_is_the_largest_that_fits(planners):
-    plan = module("plan")
     planner = planners("7b", "alignment")
     setting = planner.setting(plan.read_zero("zero2"), 8)
     for memory in (20e9, 40e9, 76e9):
@@ -96,9 +90,8 @@ def test_the_largest_batch_is_the_largest_that_fits(planners):
 
 
 def test_the_command_recommends_a_json_of_the_repository(capsys):
-    plan = module("plan")
     words = [str(CONFIGS / "7b"), "--gpus", "8", "--seq-length", "512", "--checkpointing", "on"]
-    plan.main([*words, "--matrix-rate", "300"])
+    visualchat(["plan", *words, "--matrix-rate", "300"])
     text = capsys.readouterr().out
     use = next(line for line in text.splitlines() if line.startswith("Use: "))
     assert (ROOT / use.split("--deepspeed ")[1].split()[0]).exists()
@@ -106,8 +99,7 @@ def test_the_command_recommends_a_json_of_the_repository(capsys):
 
 
 def test_json_output(capsys):
-    plan = module("plan")
-    plan.main([str(CONFIGS / "tiny"), "--gpus", "2", "--mode", "lora", "--seq-length", "64", "--json"])
+    visualchat(["plan", str(CONFIGS / "tiny"), "--gpus", "2", "--mode", "lora", "--seq-length", "64", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert len(report["rows"]) == 2 * len(plan.NAMES)
     assert {row["name"] for row in report["rows"]} == {
@@ -132,7 +124,7 @@ def test_json_output(capsys):
 def test_bad_input_is_named(words, message, capsys, monkeypatch):
     monkeypatch.chdir(CONFIGS)
     with pytest.raises(SystemExit):
-        module("plan").parse_arguments(words)
+        visualchat(["plan", *words])
     assert message in capsys.readouterr().err
 
 
@@ -140,15 +132,13 @@ def test_bad_input_is_named(words, message, capsys, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_trace_has_the_bytes_of_a_real_step(mode, checkpointing):
     """The same step on the CPU, every storage counted: the peak of activations and gradients."""
-    train, trace = module("train"), module("plan_trace")
     text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
     peaks = []
     for device in ("meta", "cpu"):
         config = make_config(text=text)
-        model_class = importlib.import_module("modeling_visualchat").VisualChatForCausalLM
         with torch.device(device):
-            model = model_class._from_config(config, attn_implementation="sdpa")
-            model = train.set_mode(model, train.ModelArguments(mode=mode)).train()
+            model = VisualChatForCausalLM._from_config(config, attn_implementation="sdpa")
+            model = set_mode(model, ModelArguments(mode=mode)).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         shape = trace.StepShape(3, 400, 3, 100)

@@ -10,14 +10,16 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from helpers.commands import command
+from helpers.distributed import ENVIRONMENT, ROOT, TRAIN, launch, needs_compiler, settings, write_config
+from helpers.elsewhere import run_elsewhere
 from helpers.tensor_parallel import CASES
-from test_deepspeed import ENVIRONMENT, launch, settings, write_config
-from test_reload import run_elsewhere
-from test_training import EXAMPLES, FEATURES, losses, make_row
 from helpers.tiny import make_model, make_processor
+from helpers.training import FEATURES, losses, make_row
 
 
-TESTS = Path(__file__).parent
+TESTS = ROOT / "tests"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,8 @@ def shared_out(tmp_path_factory):
     """What each of two processes saw of tensor-parallel models, and the folder they worked in."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(TESTS / "tensor_parallel.py"), str(folder)]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    words = [*torchrun, "-m", "helpers.tensor_parallel", str(folder)]
+    result = subprocess.run(words, cwd=TESTS, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)], folder
 
@@ -102,16 +104,22 @@ def settings_with_evaluation(parts: Path, output: Path, processes: int, **overri
 
 
 def train_alone(words: list[str]) -> None:
-    command = [sys.executable, str(EXAMPLES / "train.py"), *words]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run(command("train", *words), env=ENVIRONMENT, check=True, capture_output=True)
 
 
 def train_with_fsdp(words: list[str]) -> None:
     """The README's line, with two processes, in fp32, and with FSDP on CPU processes."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "fsdp" / "fsdp2.yaml")]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "examples" / "fsdp" / "fsdp2.yaml"),
+    ]
     processes = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    command = [*accelerate, *processes, str(TESTS / "fsdp_on_cpu.py"), str(EXAMPLES / "train.py"), *words, "--deepspeed", ""]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    script = str(TESTS / "helpers" / "fsdp_on_cpu.py")
+    words = [*accelerate, *processes, script, TRAIN, *words, "--deepspeed", ""]
+    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
 
 
@@ -173,6 +181,7 @@ class TestOneProcessWithoutImages:
         train_with_fsdp([*words, "--resume"])
         assert losses(tmp_path) == pytest.approx(whole, abs=1e-5)
 
+    @needs_compiler
     def test_zero3(self, parts, alone, tmp_path):
         words = settings_with_evaluation(parts, tmp_path / "run", 2)
         launch([*words, "--deepspeed", str(write_config(tmp_path, "zero3"))], 2)

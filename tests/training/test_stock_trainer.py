@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from helpers.tiny import assistant, digit_image, make_model, make_processor, user
 from transformers import Trainer, TrainingArguments
 
+from helpers.tiny import assistant, digit_image, make_model, make_processor, user
 from modeling_visualchat import VisualChatDataCollator
 
 
