@@ -330,8 +330,8 @@ def ablation_sections(study: Study) -> list[str]:
             "What joining examples into longer conversations teaches: training on examples of one image and one question of"
             f" the kind `{kind}`, either apart or joined into conversations of one to four (the same examples, the same"
             f" number of steps), tested on the usual conversations of {images[0]} to {images[-1]} images. Accuracy on"
-            " questions of that kind, in percent. In joined examples a question is always about the newest image, which can be"
-            " learned without numbers.\n",
+            " questions of that kind, in percent. In joined examples a question is always about the newest image, which can"
+            " be learned without numbers.\n",
             table(["", f"`{kind}`"], rows) + "\n",
         ]
     return sections
