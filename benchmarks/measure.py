@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 
@@ -46,10 +47,11 @@ def graph_of(call: Callable) -> Callable:
 
 
 def compare(claim: str, ours: list[float], theirs: list[float], target: float | None = None, unit: str = "s") -> dict:
-    """One result: the median of the ratios ours / theirs of each turn, and the median of each side."""
-    ratio = median(one / other for one, other in zip(ours, theirs))
+    """One result: the median and the quartiles of the ratios ours / theirs of each turn, and the median of each side."""
+    ratios = [one / other for one, other in zip(ours, theirs)]
+    quartiles = [round(float(value), 3) for value in np.percentile(ratios, [25, 75])]
     medians = {"ours": float(f"{median(ours):.3g}"), "theirs": float(f"{median(theirs):.3g}"), "unit": unit}
-    return {"claim": claim, "ratio": round(ratio, 3), "target": target, **medians}
+    return {"claim": claim, "ratio": round(median(ratios), 3), "quartiles": quartiles, "target": target, **medians}
 
 
 def peak_memory(call: Callable) -> float:

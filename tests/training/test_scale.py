@@ -108,7 +108,7 @@ def train_alone(words: list[str]) -> None:
 
 
 def train_with_fsdp(words: list[str]) -> None:
-    """The README's line, with two processes, in fp32, and with FSDP on CPU processes."""
+    """The line of docs/scaling.md, with two processes, in fp32, and with FSDP on CPU processes."""
     accelerate = [
         sys.executable,
         "-m",
