@@ -1,4 +1,4 @@
-"""The study: its tasks, its measures, and the whole of it in small. That docs/attention.md repeats what it found is tested too."""
+"""The study: its tasks, its measures, and the whole of it in small. That docs/attention.md repeats it is tested too."""
 
 import json
 from dataclasses import replace
