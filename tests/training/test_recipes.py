@@ -93,7 +93,9 @@ def test_the_documents_arithmetic_of_memory():
                 "GB of each GPU: `alignment` · `full`": (
                     f"{(weights + 14 * trained / gpus) / 1e9:.1f} · {(weights + 14 * total / gpus) / 1e9:.1f}"
                 ),
-                "GB that a sequence of 4,096 tokens keeps (the inputs of its layers)": f"{2 * 4096 * hidden * layers / 1e9:.1f}",
+                "GB that a sequence of 4,096 tokens keeps (the inputs of its layers)": (
+                    f"{2 * 4096 * hidden * layers / 1e9:.1f}"
+                ),
                 "million parameters in `reduce` · `prefetch` buckets, by `auto`": (
                     f"{hidden**2 / 1e6:.0f} · {0.9 * hidden**2 / 1e6:.0f}" if name == "zero3" else "500 (default) · –"
                 ),
