@@ -1,8 +1,9 @@
 """
-Results of the benchmarks as a table, as `results/<name>.json` with the machine they were measured on, and as a picture.
+Results of the benchmarks: as `results/<name>.json` with the machine they were measured on, as a figure, and as the tables of
+`docs/performance.md`.
 
-    python -m benchmarks.report  # the README's table, from the results of `make bench`
-    python -m benchmarks.report gpu_7b  # all that one benchmark measured
+    python -m benchmarks.report  # writes the tables of docs/performance.md, from results/
+    python -m benchmarks.report gpu_7b  # prints all that one benchmark measured
 """
 
 import json
@@ -20,7 +21,10 @@ RESULTS = Path(__file__).parent / "results"
 # In the order of `make bench`
 BENCHMARKS = ("attention_op", "prefill", "image_memory", "decoding", "training_step", "arithmetic_rate", "growth")
 HIGHER_IS_BETTER = ("GFLOP/s", "TFLOP/s", "TB/s", "tokens/s")
-HEAD = "| ours / theirs | ours | theirs | ratio | target |\n|---|---|---|---|---|"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+# Its tables, by their names in the document
+TABLES = {"cpu": BENCHMARKS, "gpu": ("gpu_7b",)}
+HEAD = "| VisualChat / the other side | ratio | middle half of the turns | target |\n|---|---|---|---|"
 
 
 def write_results(name: str, results: list[dict], machine: str | None = None) -> None:
@@ -53,13 +57,27 @@ def save_results(name: str, results: list[dict], machine: str | None = None) -> 
 
 
 def table_row(result: dict) -> str:
-    """A result of [`measure.compare`] as a row of a table."""
-    sides = (result["ours"], result["theirs"])
-    ours, theirs = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in sides)
-    unit = result["unit"]
-    sign = "≥" if unit in HIGHER_IS_BETTER else "≤"
-    target = "" if result["target"] is None else f"{sign} {result['target']:.2f}"
-    return f"| {result['claim']} | {ours} {unit} | {theirs} {unit} | {result['ratio']:.3f} | {target} |"
+    """
+    A result of [`measure.compare`] as a line of a table: the ratio and its spread. The medians of both sides stay in the
+    JSON file: on a busy machine their quotient differs from the median of the ratios, which compares turns near in time.
+    """
+    spread = " to ".join(f"{value:.3f}" for value in result["quartiles"]) if "quartiles" in result else "not recorded"
+    target = "" if result["target"] is None else describe_target(result)
+    return f"| {result['claim']} | {result['ratio']:.3f} | {spread} | {target} |"
+
+
+def describe_target(result: dict) -> str:
+    return f"{'≥' if is_higher_better(result) else '≤'} {result['target']:.2f}"
+
+
+def is_higher_better(result: dict) -> bool:
+    return result["unit"] in HIGHER_IS_BETTER
+
+
+def misses_target(result: dict) -> bool:
+    if result["target"] is None:
+        return False
+    return result["ratio"] < result["target"] if is_higher_better(result) else result["ratio"] > result["target"]
 
 
 def draw_ratios(name: str, results: list[dict]) -> None:
@@ -82,12 +100,42 @@ def draw_ratios(name: str, results: list[dict]) -> None:
     plt.close(figure)
 
 
+def read_results(names: Iterable[str]) -> list[dict]:
+    return [result for name in names for result in json.loads((RESULTS / f"{name}.json").read_text())]
+
+
 def table(names: Iterable[str] = BENCHMARKS, with_targets_only: bool = True) -> str:
-    """The claims of these benchmarks, or those of them that have a target, as the README shows them."""
-    results = [result for name in names for result in json.loads((RESULTS / f"{name}.json").read_text())]
-    shown = [result for result in results if result["target"] is not None or not with_targets_only]
+    """The claims of these benchmarks, or those of them that have a target."""
+    shown = [result for result in read_results(names) if result["target"] is not None or not with_targets_only]
     return "\n".join([HEAD, *map(table_row, shown)])
 
 
+def section(names: Iterable[str]) -> str:
+    """What `docs/performance.md` shows of these benchmarks: the machine, the missed targets, and the table."""
+    results = [result for result in read_results(names) if result["target"] is not None]
+    settings = {
+        (one["machine"], *(f"{name} {one['versions'][name]}" for name in ("torch", "transformers"))) for one in results
+    }
+    missed = [f"{one['claim']} ({one['ratio']:.3f}, target {describe_target(one)})" for one in results if misses_target(one)]
+    said = f"{len(missed)} of {len(results)} targets are missed: {'; '.join(missed)}." if missed else "All targets are met."
+    machines = "; ".join(", ".join(one) for one in sorted(settings))
+    return f"Measured on: {machines}.\n\n{said}\n\n{table(names)}\n"
+
+
+def write_document(path: Path = DOCUMENT) -> None:
+    """Puts each section between its two marks. Raises a `ValueError` if the document lacks them."""
+    text = path.read_text()
+    for name, names in TABLES.items():
+        begin, end = f"<!-- results: {name} -->\n", f"<!-- end of results: {name} -->\n"
+        if begin not in text or end not in text:
+            raise ValueError(f"{path} has no place for the results {name!r}: it needs {begin.strip()} and {end.strip()}")
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + section(names) + "\n" + end + rest.split(end)[1]
+    path.write_text(text)
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1:], with_targets_only=False) if sys.argv[1:] else table())
+    if sys.argv[1:]:
+        print(table(sys.argv[1:], with_targets_only=False))
+    else:
+        write_document()

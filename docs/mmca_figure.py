@@ -1,5 +1,5 @@
 """
-Draws docs/mmca.png, what each row of a short conversation may look at, from the model's own masks.
+Draws docs/mmca.png, what each token of a short conversation attends to, from the model's own masks.
 
     python docs/mmca_figure.py
 """
@@ -65,7 +65,7 @@ def main(path: Path = FIGURE):
         axis.grid(which="minor", color="lightgray", linewidth=0.5)
         axis.tick_params(which="both", length=0)
         axis.set_xlabel("key")
-    axes[0].set_ylabel("row (query)")
+    axes[0].set_ylabel("token (query)")
     patches = [Patch(facecolor=COLORS[code], label=name) for code, name in NAMES.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     figure.savefig(path, dpi=110)

@@ -23,18 +23,20 @@ from benchmarks.study.runs import ALIGNMENT_RATE, CHANGES, DECODER_RATE, REGIMES
 LEVELS = (0.8, 0.9, 0.95)
 # What the published grid says; the numbers are those of the tables
 RECOMMENDATION = """\
-- **A new model: `multimodal_attention="mmca_merged", image_number_keys=True`.** It ends level with causal attention on both
-  tasks and in all regimes, is disturbed no more by a picture that nothing is asked about, and has what it cannot
-  have: image memory and the cheaper prefill. With few conversations and a frozen decoder it is behind.
-- `"mmca"`, the paper's definition, learned more slowly than causal attention, and its mean was lower at the end of every
-  column, most where the decoder is frozen after text, which is the paper's recipe. One softmax instead of the sum of two
-  gave back a part of that there, and numbered keys the rest.
-- Numbered keys are what keeps MMCA's images apart: without them, an additional picture or another order changes answers.
+- **For a new model, take `multimodal_attention="mmca_merged", image_number_keys=True`.** In the end it is level with causal
+  attention on both tasks and in all regimes, and an additional image that no question is about changes no more answers. It
+  also has what causal attention cannot have: image memory and the cheaper prefill. With few training conversations and a
+  frozen decoder it is behind causal attention.
+- `"mmca"`, the paper's definition, learned more slowly than causal attention. Its mean was lower at the end in every column,
+  most where the decoder is frozen after it was trained on text, which is the paper's recipe. There, one softmax instead of
+  the sum of two made up for part of the difference, and numbered keys for the rest.
+- Numbered keys are what lets MMCA tell images apart: without them, an additional image or another order changes answers.
   Causal attention does not need them.
-- Training the decoder too, or training it with pictures and the same attention before, brings all variants closer together.
+- All variants come closer together if the decoder is trained too, or was trained before with images and the same attention.
 - No variant answers well about more images than its training conversations had.
 
-Small models, small pictures, few seeds: the intervals are wide. Measure on your own data before you depend on it.
+The models and images are small and the seeds few, so the intervals are wide. Measure on your own data before you depend on
+it.
 """
 STYLES = {  # to be told apart in black and white
     "causal": ("0.0", "-", "o"),
@@ -93,31 +95,34 @@ def describe(study: Study) -> str:
         headline_table(study),
         RECOMMENDATION,
         "## Accuracy\n",
-        "Exact answers to questions about pictures that no stage has seen, in percent: mean over seeds ± half of the 95 %"
-        " interval (Student's t). Each answer comes after the true answers of the earlier rounds.\n",
+        "Exact answers to questions about images that no training stage has seen, in percent: mean over seeds ± half of the"
+        " 95 % interval (Student's t). Each question is asked after the true answers of the earlier rounds.\n",
         *[accuracy_table(study, task) for task in study.tasks],
         "![Accuracy against conversations](study_curves.png)\n",
         "## Differences\n",
-        "In points, seed by seed, after the most conversations and after the fewest. **Bold** where the 95 % interval leaves"
-        " out zero; with this many comparisons some of them do by chance.\n",
+        "In percentage points, paired by seed, after the largest and the smallest number of training conversations. **Bold**"
+        " where the 95 % interval excludes zero; among this many comparisons some do so by chance.\n",
         difference_table(study),
         "![Differences from causal attention](study_differences.png)\n",
         "## Conversations to reach a level\n",
-        "Median over seeds, between measurements by logarithm; – where a seed did not get there.\n",
+        "How many training conversations it takes to reach an accuracy: median over seeds, interpolated between measurements"
+        " on a logarithmic scale. – where a seed did not reach it.\n",
         reach_table(study),
         "## Loss\n",
-        "Of an answer's token on held-out conversations, in nats, after the most conversations.\n",
+        "Mean loss of an answer's token on held-out conversations, in nats, after the largest number of training"
+        " conversations.\n",
         by_regime(study, lambda runs: "{:.3f} ± {:.3f}".format(*interval([run["loss"] for run in runs]))),
         "## By kind of question, images seen, and round\n",
-        "With the decoder frozen, in percent, all seeds together.\n",
+        "Accuracy in percent with the decoder frozen, all seeds together.\n",
         *[share_table(study, task, name) for task in study.tasks for name in ("kind", "images", "round")],
         "## When images change\n",
         robustness_text(study),
         *[robustness_table(study, task) for task in study.tasks],
         "## Where attention goes\n",
-        "Of the rows that predict the answer to a question about one of three images, by layer, in percent, decoder frozen,"
-        " mean over seeds: the share of all attention that is paid to images, and of that the share of the image that is"
-        " asked for (a third if it made no difference). Plain MMCA gives images and text a weight of 1 each, hence 50.\n",
+        "For the tokens that predict the answer to a question about one of three images, by layer, in percent, decoder"
+        " frozen, mean over seeds: the share of all attention that goes to images; and of that, the share that goes to the"
+        " image that the question is about (a third if it made no difference). `mmca` gives images and text a weight of 1"
+        " each, hence 50.\n",
         *[attention_table(study, task) for task in study.tasks],
         "## Image memory\n",
         memory_text(study),
@@ -130,29 +135,30 @@ def introduction(study: Study) -> str:
     settings = study.settings
     return f"""# Causal attention, MMCA and merged MMCA, measured
 
-Written by `python -m benchmarks.study.run --grid {study.grid}`. Every number is in `study_results.json`.
+Written by `python -m benchmarks.study.run --grid {study.grid}` from `study_results.json`, which holds every number below:
 {len(study.results)} jobs, {study.minutes:.0f} minutes of one core, on {study.machine};
 {", ".join(f"{name} {number}" for name, number in study.versions.items())}.
 
-- **Pictures**: scikit-learn's scanned digits (1,797; turned and shifted for training), and 16 × 16 patches of its two
-  sample photographs, asked for their brightness and texture. Test pictures are seen in no stage; patches of one 64 × 64
-  block are in one split.
+- **Images**: scikit-learn's scanned digits (1,797; turned and shifted for training), and 16 × 16 patches of its two
+  sample photographs, with questions about their brightness and texture. No training stage sees a test image; all patches of
+  one 64 × 64 block are in the same split.
 - **Models**: a CLIP tower of 2 layers × 64, trained on the labels of both ({settings["tower_steps"]} steps) and always
-  frozen, 5 tokens a picture; a LLaMA of 3 layers × 128, trained on both kinds of conversation with words in place of
-  pictures ({settings["decoder_steps"]} steps); a linear projector. {len(study.seeds)} seeds; for each, all variants start
+  frozen, 5 tokens per image; a LLaMA of 3 layers × 128, trained on both kinds of conversation with words in place of
+  images ({settings["decoder_steps"]} steps); a linear projector. {len(study.seeds)} seeds; for each, all variants start
   from the same weights, projector included, and read the same conversations in the same order.
-- **Training**: conversations of 1 to 4 images and 1 to 4 rounds, each seen once, {study.sizes[-1]} at most, 32 a step,
-  AdamW, constant learning rates after a warm-up of {WARMUP_STEPS} steps: a run after N conversations is a run of N
-  conversations. Projector and token embedding learn at {ALIGNMENT_RATE}, the decoder, where it is trained, at
-  {DECODER_RATE}. The rates were chosen on the validation split of seed 0, the same for all variants.
+- **Training**: up to {study.sizes[-1]} conversations of 1 to 4 images and 1 to 4 rounds, each seen once, in batches of 32,
+  with AdamW. Learning rates are constant after a warm-up of {WARMUP_STEPS} steps, so that the state of a run after N
+  conversations is the end of a run of N conversations. The rate of projector and token embedding is {ALIGNMENT_RATE}, that
+  of the decoder, where it is trained, {DECODER_RATE}. Both were chosen on the validation split of seed 0 and are the same
+  for all variants.
 - **Regimes**: {"; ".join(f"*{name}*: {REGIMES[name]}" for name in study.regimes)}.
-- **Limits**: small models, small pictures, {len(study.seeds)} seeds, synthetic questions. What holds at 5 tokens a
-  picture and 128 dimensions need not hold at 257 and 4,096.
+- **Limits**: small models, small images, {len(study.seeds)} seeds, synthetic questions. What holds at 5 tokens per
+  image and 128 dimensions need not hold at 257 and 4,096.
 """
 
 
 def headline_table(study: Study) -> str:
-    """What the README shows: the end of every run, and how much a picture disturbs that nothing is asked about."""
+    """What docs/attention.md shows: the end of every run, and how much an image disturbs that no question is about."""
     head = ["attention", *(f"{task}, {regime}" for task in study.tasks for regime in study.regimes), "disturbed"]
     rows = []
     for variant in study.variants:
@@ -246,11 +252,12 @@ def share_table(study: Study, task: str, name: str) -> str:
 
 def robustness_text(study: Study) -> str:
     return (
-        f"{study.settings['probes']} questions a seed about one of three pictures, decoder frozen, in percent, mean over"
-        " seeds: how many are right; right, and answered differently from before, with a fourth picture that nothing is"
-        " asked about; the same with the pictures in another order and the question's number changed with it (the picture"
-        " that is asked for always moves); right with 5, 6 and 8 pictures, where training had 4 at most. A model that reads"
-        " pictures by their numbers alone would change no answer.\n"
+        f"{study.settings['probes']} questions for each seed, each about one of three images; decoder frozen, in percent,"
+        " mean over seeds. *Three images*: how many answers are right. *Distracted*: the same with a fourth image that no"
+        " question is about, and how many answers differ from before. *Reordered*: the same with the images in another order"
+        " and the number in the question changed to match (the image that it is about always moves). Then how many answers"
+        " are right with 5, 6 and 8 images, where training had 4 at most. A model that finds images by their numbers alone"
+        " would change no answer.\n"
     )
 
 
@@ -284,9 +291,9 @@ def count_memory(study: Study) -> dict[str, int]:
 def memory_text(study: Study) -> str:
     totals = count_memory(study)
     return (
-        "Every test question was answered twice, from `pixel_values` and from their `ImageMemory`, by the"
-        f" {totals['models']} models of seed {study.seeds[0]} that have one: {totals['questions']} questions,"
-        f" {totals['tokens']} tokens, of which **{totals['different']} differ**.\n"
+        f"The {totals['models']} models of seed {study.seeds[0]} that can use image memory answered every test question"
+        f" twice, from `pixel_values` and from an `ImageMemory`: {totals['questions']} questions, {totals['tokens']} tokens,"
+        f" of which **{totals['different']} differ**.\n"
     )
 
 
@@ -305,7 +312,8 @@ def ablation_sections(study: Study) -> list[str]:
     sections = [
         "## One thing changed\n",
         f"{study.tasks[0]}, `mmca, numbered`, decoder frozen: accuracy in percent after {study.sizes[-1]} conversations"
-        " (half as many again where it says so), and the difference from the first row, in points, seed by seed.\n",
+        " (half as many again where the table says so), and the difference from its first line in percentage points, paired"
+        " by seed.\n",
         table(["", "accuracy", "difference"], rows) + "\n",
     ]
     joined = [change for change in study.changes if change.endswith("samples")]
@@ -319,10 +327,11 @@ def ablation_sections(study: Study) -> list[str]:
             cells = [100 * one["right"] / one["count"] for one in kinds]
             rows.append([CHANGES[change], percent(interval([cell / 100 for cell in cells]))])
         sections += [
-            f"What concatenation teaches: training on samples of one picture and one question of the kind `{kind}`, apart or"
-            " one to four of them a conversation (the same samples, the same number of steps), tested on the usual"
-            f" conversations of {images[0]} to {images[-1]} images. Accuracy on questions of that kind, in percent. In the"
-            " joined samples a question is always about the newest picture, which can be learned without numbers.\n",
+            "What joining examples into longer conversations teaches: training on examples of one image and one question of"
+            f" the kind `{kind}`, either apart or joined into conversations of one to four (the same examples, the same"
+            f" number of steps), tested on the usual conversations of {images[0]} to {images[-1]} images. Accuracy on"
+            " questions of that kind, in percent. In joined examples a question is always about the newest image, which can"
+            " be learned without numbers.\n",
             table(["", f"`{kind}`"], rows) + "\n",
         ]
     return sections

@@ -1,4 +1,4 @@
-"""The study: its tasks, its measures, and the whole of it in small. That the README repeats what it found is tested too."""
+"""The study: its tasks, its measures, and the whole of it in small. That docs/attention.md repeats it is tested too."""
 
 import json
 from dataclasses import replace
@@ -196,8 +196,8 @@ def test_the_published_document_is_that_of_its_results(tmp_path):
     assert (tmp_path / "study.md").read_text() == (docs / "study.md").read_text()
 
 
-def test_the_readme_shows_what_was_found():
+def test_the_document_shows_what_was_found():
     study = Study(json.loads((ROOT / "docs" / "study_results.json").read_text()))
-    readme = (ROOT / "README.md").read_text()
-    assert headline_table(study) in readme and RECOMMENDATION in readme
+    page = (ROOT / "docs" / "attention.md").read_text()
+    assert headline_table(study) in page and RECOMMENDATION in page
     assert study.grid == "published"

@@ -196,7 +196,7 @@ def test_image_text_to_text_pipeline(given, tmp_path):
 
 
 def test_traveling_code_imports_nothing_that_stays_behind(tmp_path):
-    """What travels is flat and imports siblings, the standard library, and the packages that the README names."""
+    """What travels is flat and imports siblings, the standard library, and the packages that the model needs."""
     save_with_expectations(make_model(), tmp_path / "model")
     allowed = {*sys.stdlib_module_names, "PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
     for path in sorted((tmp_path / "model").glob("*.py")):

@@ -44,10 +44,10 @@ def planners():
     ("name", "json_name", "gpus", "alignment", "full"),
     [("7b", "zero2", 8, 14.3, 26.4), ("13b", "zero3", 8, 3.6, 26.6), ("70b", "zero3", 64, 2.2, 17.3)],
 )
-def test_states_are_those_of_the_readme(name, json_name, gpus, alignment, full):
+def test_states_are_those_of_the_document(name, json_name, gpus, alignment, full):
     """Weights, gradients and the optimizer's state, each shared out as the stage says, without buffers."""
     config = AutoConfig.from_pretrained(CONFIGS / name)
-    assert f"· {full}" in (ROOT / "README.md").read_text()
+    assert f"· {full}" in (ROOT / "docs" / "scaling.md").read_text()
     for mode, expected in (("alignment", alignment), ("full", full)):
         _, parameters = plan.build_model(config, ModelArguments(mode=mode), torch.bfloat16)
         every = sum(one.numel for one in parameters)

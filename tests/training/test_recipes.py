@@ -1,4 +1,4 @@
-"""The shipped recipes: their fields, the batch of the paper, and the memory that the README gives."""
+"""The shipped recipes: their fields, the batch of the paper, and the memory that docs/scaling.md gives."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_the_papers_recipes_fill_their_deepspeed_json_and_reach_the_batch_they_n
         assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (hidden**2, int(0.9 * hidden**2))
 
 
-def test_the_readmes_arithmetic_of_memory():
+def test_the_documents_arithmetic_of_memory():
     """Bytes under bf16 and Adam: 2 for a weight, and 2 + 12 more if it trains (ZeRO, arXiv 1910.02054, section 3.1)."""
     columns = []
     for size, (hidden, _, layers, _, _) in LLAMA_2.items():
@@ -90,19 +90,21 @@ def test_the_readmes_arithmetic_of_memory():
                 "parameters, all · trained in `alignment`": f"{total / 1e9:.2f} · {trained / 1e9:.2f} billion",
                 "DeepSpeed JSON": f"`{name}.json`",
                 "micro-batch × accumulation × GPUs": f"{micro} × {accumulation} × {gpus}",
-                "GB a GPU: `alignment` · `full`": (
+                "GB of each GPU: `alignment` · `full`": (
                     f"{(weights + 14 * trained / gpus) / 1e9:.1f} · {(weights + 14 * total / gpus) / 1e9:.1f}"
                 ),
-                "GB a row of 4,096 tokens keeps (its layers' inputs)": f"{2 * 4096 * hidden * layers / 1e9:.1f}",
+                "GB that a sequence of 4,096 tokens keeps (the inputs of its layers)": (
+                    f"{2 * 4096 * hidden * layers / 1e9:.1f}"
+                ),
                 "million parameters in `reduce` · `prefetch` buckets, by `auto`": (
                     f"{hidden**2 / 1e6:.0f} · {0.9 * hidden**2 / 1e6:.0f}" if name == "zero3" else "500 (default) · –"
                 ),
                 "GB of the host that gathers weights on save": f"{2 * total / 1e9:.0f}" if name == "zero3" else "–",
             }
         )
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "scaling.md").read_text()
     for key in columns[0]:
-        assert f"| {' | '.join([key, *(column[key] for column in columns)])} |" in readme
+        assert f"| {' | '.join([key, *(column[key] for column in columns)])} |" in page
 
 
 def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
@@ -118,7 +120,7 @@ def test_recipes_are_read_and_their_fields_known(parts, tmp_path):
         parse_arguments([str(tmp_path / "wrong.yaml")])
 
 
-def test_the_tiny_recipe_runs_as_the_readme_says(tmp_path, monkeypatch):
+def test_the_tiny_recipe_runs_as_documented(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tiny.main(["--rows", "40"])
     words = [str(ROOT / "examples" / "recipes" / "tiny.yaml"), "--per_device_train_batch_size", "4"]

@@ -104,7 +104,7 @@ def settings_with_evaluation(parts: Path, output: Path, processes: int, **overri
 
 
 def train_with_fsdp(words: list[str]) -> None:
-    """The README's line, with two processes, in fp32, and with FSDP on CPU processes."""
+    """The line of docs/scaling.md, with two processes, in fp32, and with FSDP on CPU processes."""
     accelerate = [
         sys.executable,
         "-m",

@@ -132,8 +132,8 @@ class TestRows:
         monkeypatch.chdir(tmp_path)
         Path("pictures").mkdir()
         digit_image(0).save("pictures/cat.jpg")
-        readme = (ROOT / "README.md").read_text()
-        Path("rows.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
+        page = (ROOT / "docs" / "data.md").read_text()
+        Path("rows.jsonl").write_text(page.split("```json\n")[1].split("```")[0])
         rows = prepare_rows(["rows.jsonl"], make_processor(), 512).rows
         batch = TrainingCollator(make_processor())([rows[0]])
         assert batch["pixel_values"].shape == (1, 3, 16, 16)
