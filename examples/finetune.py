@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Fine-tunes a VisualChat model with the stock `Trainer`, on any dataset with the columns `messages` and `images`. By default it
-makes conversations over scanned digits. Run after `make demo`, on two CPU cores:
+Fine-tunes a VisualChat model with the stock `Trainer`, on any dataset with the columns `messages` and `images`. By default
+it makes conversations over scanned digits. Run after `make demo`, on two CPU cores:
 
     python examples/finetune.py \
         --model_name_or_path outputs/demo/model \
