@@ -1,5 +1,7 @@
 # Everything runs in .venv, which is made by the first target that needs it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The versions to install; empty: the newest that setup.cfg allows
+CONSTRAINTS ?= constraints.txt
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
@@ -46,8 +48,8 @@ clean:  ## remove the environment and all output
 	rm -rf $(VENV) .conformance outputs
 
 # torch comes first: any other order may pull the build with CUDA, gigabytes of it
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --constraint constraints.txt torch
-	python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) torch
+	python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable '.[dev]'
 	touch $@

@@ -16,7 +16,7 @@ from .modeling_visualchat import VisualChatForCausalLM, VisualChatModel, VisualC
 from .processing_visualchat import VisualChatProcessor
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("visualchat", VisualChatConfig)
 AutoProcessor.register(VisualChatConfig, VisualChatProcessor)

@@ -6,9 +6,11 @@ work only after the options are read, so that `--help` is quick.
 
 import importlib
 import os
+import platform
 import sys
 from importlib.metadata import version
 
+from visualchat import __version__
 from visualchat.errors import InputError
 
 
@@ -46,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     if words == ["--version"]:
-        print(f"visualchat {version('visualchat')}")
+        others = [f"{name} {version(name)}" for name in ("transformers", "torch")]
+        print(f"visualchat {__version__} ({', '.join(others)}, Python {platform.python_version()})")
         return 0
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
     if name is None:

@@ -97,11 +97,16 @@ def check_shape(args: argparse.Namespace) -> tuple[VisualChatConfig, StepShape]:
 
 
 def build_model(
-    config: VisualChatConfig, model_args: ModelArguments, dtype: torch.dtype, checkpointing: bool = False
+    config: VisualChatConfig,
+    model_args: ModelArguments,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
 ) -> tuple[torch.nn.Module, list[Parameter]]:
     """The model on the meta device, as `visualchat train` would train it, and its parameters with their optimizer groups."""
     with torch.device("meta"):
-        model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModel.from_config(
+            config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=model_args.trust_remote_code
+        )
         model = set_mode(model, model_args)
     model.to(dtype).train()  # DeepSpeed casts all: PEFT makes LoRA in fp32
     if checkpointing:
@@ -182,7 +187,12 @@ def read_zero(name: str) -> dict:
 
 def plan(args: argparse.Namespace) -> tuple[Planner, list[Row]]:
     """Every JSON and checkpointing setting that was asked for."""
-    model_args = ModelArguments(mode=args.mode, lora_target=args.lora_target, lora_rank=args.lora_rank)
+    model_args = ModelArguments(
+        mode=args.mode,
+        lora_target=args.lora_target,
+        lora_rank=args.lora_rank,
+        trust_remote_code=args.trust_remote_code,
+    )
     planner = Planner(args.config, args.shape, model_args, DTYPES[args.dtype])
     memory = (args.gpu_memory - args.reserve) * 1e9
     rows = []

@@ -52,7 +52,7 @@ class DataArguments:
 
 @dataclass
 class LoopArguments:
-    """How it is trained and measured, beside transformers' own fields. `learning_rate` is for what has no rate of its own."""
+    """How it is trained and measured, beside transformers' own fields. `learning_rate` is for what has none of its own."""
 
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector."})
     embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of the token embedding."})
