@@ -15,9 +15,9 @@ from PIL import Image
 
 from modeling_visualchat.data_collator_visualchat import fill_images
 from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image, shorter_edge
-from visualchat.data.checks import IMAGE_TYPES, BadRow, check_conversation, find_source
+from visualchat.data.checks import IMAGE_TYPES, InvalidExample, check_conversation, find_image_source
 from visualchat.evaluation.answers import text_of
-from visualchat.training.rows import count_images, load_rows
+from visualchat.training.dataset import count_images, load_examples
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Dialogue:
                 messages.append({"role": "assistant", "content": answers[k] if question.label is None else question.label})
         return fill_images({"messages": messages, "images": pictures[: count_images(messages)]}, self.where)
 
-    def open_pictures(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
+    def open_images(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
         """
         Args:
             image_processor (*optional*): Of the model, which cannot take pictures that are too thin.
@@ -168,7 +168,7 @@ def _read_test(name: str, rounds: list, path: Path, root: Path) -> Dialogue:
 
 def read_labelled(names: list[str]) -> tuple[list[Dialogue], str]:
     """
-    Reads datasets of `messages` and `images`; see [`load_rows`]. Every answer is a label, and the rounds after it read it.
+    Reads datasets of `messages` and `images`; see [`load_examples`]. Every answer is a label, and the rounds after it read it.
     Accuracy is reported by the column `task`, a value or a list of one for each answer, or else by `source`.
 
     Returns:
@@ -181,7 +181,7 @@ def read_labelled(names: list[str]) -> tuple[list[Dialogue], str]:
     dialogues, digest = [], hashlib.sha256()
     for name in names:
         try:
-            rows = load_rows(name, extra_columns=("task",))
+            rows = load_examples(name, extra_columns=("task",))
         except DatasetsError as error:
             raise ValueError(f"{name}: {error.__cause__ or error}") from error
         for index, row in enumerate(rows):
@@ -203,8 +203,8 @@ def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[Image
         task = row.get("task")
         tasks = task if isinstance(task, list) else [task] * (len(messages) // 2)
         if len(tasks) != len(messages) // 2:
-            raise BadRow("missing field", "task", f"{len(tasks)} tasks for {len(messages) // 2} answers")
-    except BadRow as error:
+            raise InvalidExample("missing field", "task", f"{len(tasks)} tasks for {len(messages) // 2} answers")
+    except InvalidExample as error:
         dialogue.fault = f"{where}: {error}"
         return dialogue
     paths = iter(image["path"] or "" for image in row.get("images") or [])
@@ -214,7 +214,7 @@ def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[Image
         names, bare = [], []
         for part in parts:
             if part["type"] in IMAGE_TYPES:
-                _, own = find_source(part)
+                _, own = find_image_source(part)
                 own = next(paths) if own is None else own
                 names.append(own if isinstance(own, str) and len(own) < 256 else "")
             bare.append({"type": "image"} if part["type"] in IMAGE_TYPES else {"type": "text", "text": part["text"]})
@@ -226,4 +226,4 @@ def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[Image
 def _row_sources(rows, index: int) -> list[ImageSource]:
     messages = fill_images(rows[index], f"row {index}")
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    return [find_source(part)[1] for part in parts if part["type"] in IMAGE_TYPES]
+    return [find_image_source(part)[1] for part in parts if part["type"] in IMAGE_TYPES]

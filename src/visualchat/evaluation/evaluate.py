@@ -22,8 +22,8 @@ from visualchat.evaluation.conversations import Dialogue, read_conversations, re
 from visualchat.evaluation.report import describe_number, describe_share, write_csv, write_report
 from visualchat.evaluation.scores import MATCHES, compare, score
 from visualchat.loading import load_model, load_processor
+from visualchat.training.dataset import count_tokens
 from visualchat.training.merge import load_merged
-from visualchat.training.rows import count_tokens
 
 
 class Journal:
@@ -104,7 +104,7 @@ class Evaluation:
                     continue
                 pictures = {}
                 for k in batch:
-                    pictures[k], readable, error = self.dialogues[k].open_pictures(self.processor.image_processor)
+                    pictures[k], readable, error = self.dialogues[k].open_images(self.processor.image_processor)
                     if error:
                         self.failures[k] = (readable + 1, error)
                 for number in range(1, max(len(self.dialogues[k].questions) for k in batch) + 1):

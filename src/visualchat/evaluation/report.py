@@ -202,7 +202,7 @@ def _is_faulty(k: int, dialogue: Dialogue, answers: dict[str, dict]) -> bool:
 
 
 def _show(k: int, dialogue: Dialogue, answers: dict[str, dict], is_faulty: bool) -> dict:
-    opened = [] if dialogue.fault else dialogue.open_pictures()[0]
+    opened = [] if dialogue.fault else dialogue.open_images()[0]
     rounds, number = [], 0
     for index, question in enumerate(dialogue.questions, 1):
         pictures = []

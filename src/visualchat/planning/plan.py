@@ -149,13 +149,13 @@ class Planner:
         self._traces: dict[tuple[bool, bool], list[Trace]] = {}
 
     def trace(self, samples: int, checkpointing: bool, gathers: bool) -> Trace:
-        """Of any number of samples. See [`Trace.of_samples`]."""
+        """Of any number of samples. See [`Trace.at_batch_size`]."""
         key = checkpointing, gathers
         if key not in self._traces:
             shapes = [StepShape(count, self.shape.length, self.shape.images, self.shape.supervised) for count in (2, 3)]
             model = self.models[checkpointing][0]
             self._traces[key] = [trace_step(model, shape, self.device, gathers) for shape in shapes]
-        return self._traces[key][0].of_samples(self._traces[key][1], samples)
+        return self._traces[key][0].at_batch_size(self._traces[key][1], samples)
 
     def setting(self, zero: dict, gpus: int, accumulation: int = 1) -> Setting:
         return Setting(zero, gpus, self.dtype.itemsize, self.config.hidden_size, accumulation, self.device)

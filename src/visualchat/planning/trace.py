@@ -70,7 +70,7 @@ class Trace:
     uses: list[tuple[int, str]]
     flops: int
 
-    def of_samples(self, larger: "Trace", samples: int) -> "Trace":
+    def at_batch_size(self, larger: "Trace", samples: int) -> "Trace":
         """
         The trace of any number of samples, this being that of 2 and `larger` that of 3: the same operations, on tensors each
         of which is a constant or grows in proportion. (Of 1, some copies are views.)

@@ -37,7 +37,7 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub ids; see load_rows."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub ids; see load_examples."})
     weights: list[float] | None = field(default=None, metadata={"help": "Of each dataset in the mixture."})
     eval_fraction: float = field(default=0.1, metadata={"help": "Share of the rows that is held out."})
     max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})

@@ -22,20 +22,20 @@ from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualC
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from modeling_visualchat.modeling_visualchat import check_parts
-from visualchat.data.checks import Needs
+from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, is_hub_id, push
 from visualchat.loading import check_model_type, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
-from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
+from visualchat.training.dataset import TrainingCollator, prepare_dataset, report_statistics
 from visualchat.training.trainer import (
-    EpochOrder,
+    SetEpochCallback,
     VisualChatTrainer,
     VisualChatTrainingArguments,
-    find_whole_checkpoint,
-    is_for_another_world,
+    find_complete_checkpoint,
     load_universal,
     plot_curves,
+    world_size_changed,
 )
 
 
@@ -243,7 +243,7 @@ def main(argv: list[str]) -> dict[str, float]:
         check_access(hub_token)
     checkpoint = None
     if data_args.resume:  # what cannot be resumed is refused before any work starts
-        checkpoint = find_whole_checkpoint(training_args)
+        checkpoint = find_complete_checkpoint(training_args)
         logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
     if training_args.deepspeed:
         import deepspeed  # of the extra `train`
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> dict[str, float]:
         processor = load_processor(model_args.model_name_or_path)
     max_length = fit_context(data_args.max_length, model_args)
     with training_args.main_process_first(desc="preparing rows"):
-        prepared = prepare_rows(
+        prepared = prepare_dataset(
             data_args.datasets,
             processor,
             max_length,
@@ -278,7 +278,7 @@ def main(argv: list[str]) -> dict[str, float]:
         train_rows, eval_rows = prepared.rows, None
     else:
         if training_args.process_index == 0:
-            table = report_rows(prepared.rows, output_dir)
+            table = report_statistics(prepared.rows, output_dir)
             logger.info("Rows to train on, those held out among them:\n%s", table)
         train_rows, eval_rows = prepared.rows, None
         if data_args.eval_fraction > 0:
@@ -299,16 +299,16 @@ def main(argv: list[str]) -> dict[str, float]:
         data_collator=TrainingCollator(
             processor,
             data_args.skip_broken_images,
-            Needs.of(processor, model.config),
+            ModelRequirements.of(processor, model.config),
             broken_rows=sum(prepared.faulty.values()),
-            stand_ins=train_rows,
+            fallback_examples=train_rows,
         ),
         processing_class=processor,
-        callbacks=[EpochOrder()],
+        callbacks=[SetEpochCallback()],
     )
 
     # Train
-    if checkpoint and is_for_another_world(Path(checkpoint), training_args):
+    if checkpoint and world_size_changed(Path(checkpoint), training_args):
         load_universal(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
 

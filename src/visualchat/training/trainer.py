@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from visualchat.evaluation.answers import generate_answers, is_exact, text_of
-from visualchat.training.rows import TrainingCollator
+from visualchat.training.dataset import TrainingCollator
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class VisualChatTrainingArguments(TrainingArguments):
     generation_max_new_tokens: int = field(default=64, metadata={"help": "Tokens of a generated answer at most."})
 
 
-class SeededLengthGroups(LengthGroupedSampler):
+class SeededLengthGroupedSampler(LengthGroupedSampler):
     """
     transformers' batches of like length, in an order of the seed and the epoch alone. Its own is drawn from each process's
     random state, which differs between processes and after a resume: rows would be lost and others seen twice.
@@ -72,7 +72,7 @@ class VisualChatTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             # Groups of the whole batch, so that the order does not depend on the number of processes
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = SeededLengthGroups(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+            sampler = SeededLengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -90,7 +90,7 @@ class VisualChatTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:  # after a resume on another number of processes the best may be older than it
             best = Path(self.state.best_model_checkpoint)
-            self.model_wrapped._config.load_universal_checkpoint = is_for_another_world(best, self.args)
+            self.model_wrapped._config.load_universal_checkpoint = world_size_changed(best, self.args)
         super()._load_best_model()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -177,9 +177,9 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
     return list(groups.values())
 
 
-class EpochOrder(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """
-    Tells [`SeededLengthGroups`] its epoch. On several processes, after a resume in the middle of an epoch, accelerate 1.15
+    Tells [`SeededLengthGroupedSampler`] its epoch. On several processes, after a resume in the middle of an epoch, accelerate 1.15
     reaches no sampler but its own random one, and the first epoch's order would come again.
     """
 
@@ -187,7 +187,7 @@ class EpochOrder(TrainerCallback):
         train_dataloader.set_epoch(int(state.epoch))
 
 
-class OwnOptimizerGroups(TrainerCallback):
+class RestoreParamGroupsCallback(TrainerCallback):
     """
     Gives the optimizer's groups their own settings again. Under ZeRO-3, DeepSpeed 0.19.8 loads a universal checkpoint with
     the first group's settings for all, and one step counter that every group's update advances.
@@ -201,7 +201,7 @@ class OwnOptimizerGroups(TrainerCallback):
             entry["step"] = copy.deepcopy(entry["step"])  # a tensor, or a number
 
 
-def is_for_another_world(checkpoint: Path, args: TrainingArguments) -> bool:
+def world_size_changed(checkpoint: Path, args: TrainingArguments) -> bool:
     """Whether ZeRO, which is to go on, shared out a checkpoint's optimizer state among another number of processes."""
     shared_out = args.deepspeed_plugin is not None and any(checkpoint.glob("global_step*/*_optim_states.pt"))
     return shared_out and json.loads((checkpoint / WHOLE).read_text())["world_size"] != args.world_size
@@ -228,7 +228,7 @@ def check_deepspeed(checkpoint: Path, args: TrainingArguments) -> None:
         )
 
 
-def find_whole_checkpoint(args: TrainingArguments) -> str | None:
+def find_complete_checkpoint(args: TrainingArguments) -> str | None:
     """
     The newest checkpoint that was written to its end, for `--resume`; newer ones, cut off by a kill, are removed.
 
@@ -253,7 +253,7 @@ def find_whole_checkpoint(args: TrainingArguments) -> str | None:
             "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
             f" --input_folder {shlex.quote(str(shards))} --output_folder {shlex.quote(f'{shards}_universal')}"
             for checkpoint in loaded
-            if is_for_another_world(checkpoint, args) and not (checkpoint / LATEST_UNIVERSAL).exists()
+            if world_size_changed(checkpoint, args) and not (checkpoint / LATEST_UNIVERSAL).exists()
             for shards in checkpoint.glob("global_step*[0-9]")
         ]
         if commands:
@@ -272,7 +272,7 @@ def load_universal(trainer: Trainer) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
     if plugin.hf_ds_config.is_zero3():
-        trainer.add_callback(OwnOptimizerGroups())
+        trainer.add_callback(RestoreParamGroupsCallback())
 
 
 def plot_curves(log_history: list[dict], path: Path) -> None:

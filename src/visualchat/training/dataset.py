@@ -20,7 +20,15 @@ import pyarrow.compute as pc
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, shorter_edge
-from visualchat.data.checks import IMAGE_TYPES, BadRow, Needs, Problem, check_conversation, load_picture, open_row
+from visualchat.data.checks import (
+    IMAGE_TYPES,
+    InvalidExample,
+    ModelRequirements,
+    Problem,
+    check_conversation,
+    check_example,
+    decode_image,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +39,7 @@ MARKS = datasets.Features({"images": datasets.List({"path": TEXT})})
 MEASURES = ("length", "num_images", "num_rounds", "dropped_rounds", "dropped_images")
 
 
-def load_rows(
+def load_examples(
     name: str, streaming: bool = False, extra_columns: tuple[str, ...] = ()
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
@@ -86,7 +94,7 @@ def load_rows(
     return rows
 
 
-def mark_pictures(table: pa.Table) -> dict[str, list]:
+def mark_images(table: pa.Table) -> dict[str, list]:
     """Of the column `images` only which pictures are there. Embedded ones are not read from the disk for that."""
     marks = []
     for cell in table["images"]:
@@ -110,12 +118,12 @@ def examine(
     row = dict(row)  # of datasets' own kind
     try:
         check_conversation(row, processor.image_token)
-    except BadRow as bad:
+    except InvalidExample as bad:
         return {**dict.fromkeys(MEASURES, 0), **place, "fault": name_problem({**row, **place}, bad)}
     return {**measure(row, processor, max_length), **place, "fault": ""}
 
 
-def name_problem(row: dict, bad: BadRow) -> str:
+def name_problem(row: dict, bad: InvalidExample) -> str:
     """A fault with the file, the row, as far as it is known, and the field."""
     place, number = row.get("dataset", row.get("source", "a dataset")), row.get("row")
     if number is None and row.get("id") is not None:
@@ -183,7 +191,7 @@ def count_images(messages: list[dict]) -> int:
 
 
 @dataclass
-class PreparedRows:
+class PreparedDataset:
     """Rows that are ready to train on, and what was found while they were made."""
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -191,7 +199,7 @@ class PreparedRows:
     faulty: dict[str, int] = field(default_factory=dict)  # rows with a fault in their texts, left out, by dataset
 
 
-def prepare_rows(
+def prepare_dataset(
     names: list[str],
     processor: VisualChatProcessor,
     max_length: int,
@@ -199,19 +207,19 @@ def prepare_rows(
     streaming: bool = False,
     num_proc: int | None = None,
     seed: int = 0,
-    skip_faulty: bool = False,
-) -> PreparedRows:
+    skip_invalid: bool = False,
+) -> PreparedDataset:
     """
     Loads datasets, checks and measures every row, leaves out what keeps no answer within `max_length`, and mixes. Pictures
     are not opened: see [`TrainingCollator`], which also finds what is wrong with streamed rows.
 
     Args:
-        names (`list[str]`): See [`load_rows`].
+        names (`list[str]`): See [`load_examples`].
         max_length (`int`): Tokens of a conversation at most. Whole oldest rounds go first, with their images.
         weights (`list[float]`, *optional*): Chance of each dataset to give the next row, until each was read once. By
             default every row is taken once.
         seed (`int`): Of the mixing.
-        skip_faulty (`bool`): Leaves out and counts rows with a fault, which are an error otherwise.
+        skip_invalid (`bool`): Leaves out and counts rows with a fault, which are an error otherwise.
 
     Raises:
         ValueError: If a row has a fault, naming file, row and field; or if no row is left.
@@ -220,7 +228,7 @@ def prepare_rows(
         raise ValueError(f"There are {len(names)} datasets, but {len(weights)} weights")
     parts, too_long, faults = [], {}, {}
     for name in names:
-        rows = load_rows(name, streaming)
+        rows = load_examples(name, streaming)
         arguments = {"name": name, "processor": processor, "max_length": max_length}
         if streaming:
             rows = rows.map(examine, with_indices=True, fn_kwargs={**arguments, "is_alone": rows.num_shards == 1})
@@ -229,7 +237,7 @@ def prepare_rows(
             texts = rows.select_columns(["messages"])
             if "images" in rows.features:  # pictures are neither read nor copied
                 marks = rows.select_columns("images").with_format("arrow")
-                marks = marks.map(mark_pictures, batched=True, features=MARKS, num_proc=num_proc, desc=f"{name}: images")
+                marks = marks.map(mark_images, batched=True, features=MARKS, num_proc=num_proc, desc=f"{name}: images")
                 texts = datasets.concatenate_datasets([texts, marks.with_format(None)], axis=1)
             measured = texts.map(
                 examine,
@@ -256,7 +264,7 @@ def prepare_rows(
                 )
             rows = rows.select(kept)
         parts.append(rows)
-    report_faults(faults, skip_faulty)
+    report_faults(faults, skip_invalid)
     if not streaming and not any(len(rows) for rows in parts):
         raise ValueError(f"{', '.join(names)}: there are no rows to train on")
     if weights is not None:
@@ -264,7 +272,7 @@ def prepare_rows(
         rows = datasets.interleave_datasets(parts, chances, seed=seed, stopping_strategy="all_exhausted")
     else:
         rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return PreparedRows(rows, too_long, {name: len(found) for name, found in faults.items()})
+    return PreparedDataset(rows, too_long, {name: len(found) for name, found in faults.items()})
 
 
 def is_to_be_read(row: dict) -> bool:
@@ -293,7 +301,7 @@ def report_faults(faults: dict[str, list[str]], skip: bool, shown: int = 20) -> 
     )
 
 
-def report_rows(rows: datasets.Dataset, output_dir: Path) -> str:
+def report_statistics(rows: datasets.Dataset, output_dir: Path) -> str:
     """
     A table of tokens and images by source, for the log and as `data.md`, and a histogram of both as `data.png`.
     """
@@ -336,9 +344,9 @@ class TrainingCollator:
     Args:
         processor (`VisualChatProcessor`): The model's.
         skip_broken_images (`bool`): Whether to go on.
-        needs ([`Needs`], *optional*): Of the model. Defaults to the processor's.
+        requirements ([`ModelRequirements`], *optional*): Of the model. Defaults to the processor's.
         broken_rows (`int`): Rows that were left out before.
-        stand_ins (`Iterable[dict]`): Rows. The first that can be used takes the place of a batch without any: a process
+        fallback_examples (`Iterable[dict]`): Rows. The first that can be used takes the place of a batch without any: a process
             without a batch would leave the others waiting.
     """
 
@@ -346,15 +354,15 @@ class TrainingCollator:
         self,
         processor: VisualChatProcessor,
         skip_broken_images: bool = False,
-        needs: Needs | None = None,
+        requirements: ModelRequirements | None = None,
         broken_rows: int = 0,
-        stand_ins: Iterable[dict] = (),
+        fallback_examples: Iterable[dict] = (),
     ):
         self.collate = VisualChatDataCollator(processor, pad_to_multiple_of=8, supervised_logits_only=True)
-        self.needs = needs or Needs(processor.image_token, shorter_edge(processor.image_processor))
+        self.requirements = requirements or ModelRequirements(processor.image_token, shorter_edge(processor.image_processor))
         self.skip_broken_images = skip_broken_images
         self.broken_rows = multiprocessing.Value("l", broken_rows)
-        self.stand_ins = stand_ins
+        self.fallback_examples = fallback_examples
         self.last_good = None
 
     def __call__(self, rows: list[dict]) -> dict:
@@ -381,7 +389,7 @@ class TrainingCollator:
         Raises:
             ValueError: If there is something wrong with it: all of it, with the file, row and field of each.
         """
-        pictures, faults = open_row(row, self.needs, load_picture, skip=row.get("dropped_images", 0))
+        pictures, faults = check_example(row, self.requirements, decode_image, skip=row.get("dropped_images", 0))
         if faults:
             raise ValueError("; ".join(name_problem(row, fault) for fault in faults))
         image_processor = self.collate.processor.image_processor
@@ -395,7 +403,7 @@ class TrainingCollator:
         return messages
 
     def _find_stand_in(self) -> dict:
-        for row in self.stand_ins:
+        for row in self.fallback_examples:
             try:
                 return {"messages": self.read(row)}
             except ValueError:  # it is named and counted when its turn comes
