@@ -3,8 +3,8 @@
 How the records of each source become conversations: one small function for each format among the sources of `sources.py`.
 
 A function takes a raw record and the [`Context`], and returns the rounds of a conversation. It opens no image. It raises
-`InvalidExample`, with the first fault, for a broken record, and `LeftOut` for one that the source's recipe leaves out. Random
-choices depend on the seed, the source and the record's index or key alone.
+`InvalidExample`, with the first fault, for a broken record, and `LeftOut` for one that the source's recipe leaves out.
+Random choices depend on the seed, the source and the record's index or key alone.
 """
 
 import os

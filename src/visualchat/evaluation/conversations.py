@@ -168,8 +168,9 @@ def _read_test(name: str, rounds: list, path: Path, root: Path) -> Dialogue:
 
 def read_labelled(names: list[str]) -> tuple[list[Dialogue], str]:
     """
-    Reads datasets of `messages` and `images`; see [`load_examples`]. Every answer is a label, and the rounds after it read it.
-    Accuracy is reported by the column `task`, a value or a list of one for each answer, or else by `source`.
+    Reads datasets of `messages` and `images`; see [`load_examples`]. Every answer is a label, and later rounds follow it in the
+    conversation. Accuracy is reported by the column `task`, which contains one value for all answers or a list with one for
+    each; without it, by `source`.
 
     Returns:
         The dialogues, those of bad rows with their `fault`; and the SHA-256 of all messages and tasks.

@@ -26,7 +26,7 @@ class ModelArguments:
     mode: Literal["alignment", "lora", "full"] = field(
         default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
     )
-    lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA goes."})
+    lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA is added."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA's matrices."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, times rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
@@ -39,12 +39,12 @@ class DataArguments:
 
     datasets: list[str] = field(default_factory=list, metadata={"help": "Folders, files or Hub ids; see load_examples."})
     weights: list[float] | None = field(default=None, metadata={"help": "Of each dataset in the mixture."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of the rows that is held out."})
-    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; set --max_steps."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure rows."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Go on past bad rows and pictures; they are counted."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
+    eval_fraction: float = field(default=0.1, metadata={"help": "Fraction of the examples that is held out."})
+    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; oldest rounds are dropped first."})
+    streaming: bool = field(default=False, metadata={"help": "Read examples when they are needed; set --max_steps."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure examples."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Leave out broken examples and images; count them."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
 
 
 def describe_fields(kind: type) -> Iterator[tuple[str, Any, str]]:

@@ -1,8 +1,10 @@
 """
-Rows for training: loaded, measured, cut to length, mixed and counted before the first step, then batched.
+The training dataset. Before the first step, examples are loaded, checked, measured, cut to length and mixed. Then they are
+batched.
 
-Training sees one schema, transformers' and TRL's own: `messages` with text and image parts, and `images` that fill the image
-parts in reading order. `visualchat prepare` makes it of the paper's sources; any dataset that has it trains as it is.
+All examples have the columns of transformers and TRL: `messages` with text and image parts, and `images` for the image
+parts, in reading order. `visualchat prepare` makes such examples of the paper's sources. Any dataset with these columns can
+be used.
 """
 
 import logging
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 UNDECODED_IMAGES = datasets.List(datasets.Image(decode=False))
 TEXT = datasets.Value("string")
-MARKS = datasets.Features({"images": datasets.List({"path": TEXT})})
+IMAGE_MARKS = datasets.Features({"images": datasets.List({"path": TEXT})})
 MEASURES = ("length", "num_images", "num_rounds", "dropped_rounds", "dropped_images")
 
 
@@ -43,112 +45,113 @@ def load_examples(
     name: str, streaming: bool = False, extra_columns: tuple[str, ...] = ()
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Opens one dataset of the schema. Pictures stay undecoded until a batch is made.
+    Opens one dataset with `messages` and `images`. Images are not decoded until a batch is made.
 
     Args:
         name (`str`): A folder of parquet shards (as `visualchat prepare` writes), a `.parquet`, `.json` or `.jsonl` file, a
             folder of `save_to_disk`, or a Hub id, with `:split` for another split than `train`.
-        streaming (`bool`): Reads rows as they are needed, for data that does not fit the disk.
+        streaming (`bool`): Whether examples are read when they are needed, for data that does not fit on the disk.
         extra_columns (`tuple[str, ...]`): Further columns to keep.
 
     Returns:
-        Rows with `source` and `messages`, and those of `id`, `images` and the extra columns that the dataset has. An id is
-        text, or null.
+        The dataset with the columns `source` and `messages`, and with `id`, `images` and the extra columns where it has
+        them. An id is text, or null.
 
     Raises:
-        ValueError: If a column is missing, or `images` holds no lists. The dataset and its columns are named.
+        ValueError: If `messages` is missing, or `images` does not contain lists. The dataset and its columns are named.
     """
     path = Path(name)
     if path.is_dir() and (path / "dataset_info.json").exists():
-        rows = datasets.load_from_disk(name)
-        rows = rows.to_iterable_dataset() if streaming else rows
+        dataset = datasets.load_from_disk(name)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif path.is_dir() or path.suffix in (".parquet", ".json", ".jsonl"):
         files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [name]
         if not files or not Path(files[0]).exists():
             raise FileNotFoundError(f"{name}: there is no data; a folder must hold .parquet files")
         kind = "parquet" if files[0].endswith(".parquet") else "json"
-        rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+        dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
     else:
         hub_id, _, split = name.partition(":")
-        rows = datasets.load_dataset(hub_id, split=split or "train", streaming=streaming)
+        dataset = datasets.load_dataset(hub_id, split=split or "train", streaming=streaming)
 
-    if rows.features is None or "messages" not in rows.features:
-        raise ValueError(f"{name}: rows need a column `messages` (and `images`), got {list(rows.features or [])}")
-    if "images" in rows.features:
-        images = rows.features["images"]
+    if dataset.features is None or "messages" not in dataset.features:
+        raise ValueError(f"{name}: the dataset needs a column `messages` (and `images`), got {list(dataset.features or [])}")
+    if "images" in dataset.features:
+        images = dataset.features["images"]
         if not isinstance(images, datasets.List | datasets.LargeList) and images != datasets.Value("null"):
-            raise ValueError(f"{name}: the column `images` must hold a list of pictures in each row, got {images}")
-        rows = rows.cast_column("images", UNDECODED_IMAGES)
-    columns = [column for column in ("source", "messages", "images", *extra_columns) if column in rows.features]
-    if isinstance(rows.features.get("id"), datasets.Value):  # what is nested is no id
+            raise ValueError(f"{name}: the column `images` must contain a list of images in each example, got {images}")
+        dataset = dataset.cast_column("images", UNDECODED_IMAGES)
+    columns = [column for column in ("source", "messages", "images", *extra_columns) if column in dataset.features]
+    if isinstance(dataset.features.get("id"), datasets.Value):  # a nested value is no id
         columns.insert(0, "id")
-        if rows.features["id"] != TEXT and streaming:
-            rows = rows.cast_column("id", TEXT)
-        elif rows.features["id"] != TEXT:  # a cast copies all columns that it is given, and the others hold pictures
-            ids = rows.select_columns("id").cast_column("id", TEXT)
-            rows = datasets.concatenate_datasets([ids, rows.remove_columns("id")], axis=1)
-    rows = rows.select_columns(columns)
-    if "source" not in columns:  # last: the features of streamed rows are not known after it
+        if dataset.features["id"] != TEXT and streaming:
+            dataset = dataset.cast_column("id", TEXT)
+        elif dataset.features["id"] != TEXT:  # a cast copies all columns that it gets, and the others contain images
+            ids = dataset.select_columns("id").cast_column("id", TEXT)
+            dataset = datasets.concatenate_datasets([ids, dataset.remove_columns("id")], axis=1)
+    dataset = dataset.select_columns(columns)
+    if "source" not in columns:  # last: the features of a streamed dataset are not known after it
         described = {} if streaming else {"desc": f"{name}: naming the source"}
-        rows = rows.map(lambda row: {"source": path.name or name}, **described)
-    return rows
+        dataset = dataset.map(lambda _: {"source": path.name or name}, **described)
+    return dataset
 
 
 def mark_images(table: pa.Table) -> dict[str, list]:
-    """Of the column `images` only which pictures are there. Embedded ones are not read from the disk for that."""
+    """The column `images` with a mark for each image that is there. Embedded images are not read from the disk."""
     marks = []
     for cell in table["images"]:
-        pictures = cell.values  # `None`, or an array of `bytes` and `path`
-        if pictures is not None:
-            has_source = pc.or_(pictures.field("bytes").is_valid(), pictures.field("path").is_valid())
-            has_source = pc.and_(has_source, pictures.is_valid()).to_pylist()
-        marks.append(None if pictures is None else [{"path": "" if one else None} for one in has_source])
+        images = cell.values  # `None`, or an array of `bytes` and `path`
+        if images is not None:
+            has_source = pc.or_(images.field("bytes").is_valid(), images.field("path").is_valid())
+            has_source = pc.and_(has_source, images.is_valid()).to_pylist()
+        marks.append(None if images is None else [{"path": "" if one else None} for one in has_source])
     return {"images": marks}
 
 
-def examine(
-    row: dict, number: int, name: str, processor: VisualChatProcessor, max_length: int, is_alone: bool = True
+def check_and_measure(
+    example: dict, number: int, name: str, processor: VisualChatProcessor, max_length: int, is_alone: bool = True
 ) -> dict:
     """
-    What is known of a row before its pictures are opened: where it stands, `fault`, what is wrong with it or "", and what
-    [`measure`] finds, zeros for a row with a fault. Its number is that of the row in the dataset where one process reads
-    all of it (`is_alone`); where shards are streamed to several, each counts its own.
+    The columns that are added to an example before its images are opened: `dataset` and `index`, which say where it comes
+    from; `fault`, what is wrong with it, or an empty string; and those of [`measure`], which are 0 for an example with a
+    fault. The index is known if one process reads the whole dataset (`is_alone`). If shards are streamed to several
+    processes, each counts its own examples, and the index is `None`.
     """
-    place = {"dataset": name, "row": number if is_alone else None}
-    row = dict(row)  # of datasets' own kind
+    origin = {"dataset": name, "index": number if is_alone else None}
+    example = dict(example)  # datasets passes a mapping of its own
     try:
-        check_conversation(row, processor.image_token)
+        check_conversation(example, processor.image_token)
     except InvalidExample as bad:
-        return {**dict.fromkeys(MEASURES, 0), **place, "fault": name_problem({**row, **place}, bad)}
-    return {**measure(row, processor, max_length), **place, "fault": ""}
+        return {**dict.fromkeys(MEASURES, 0), **origin, "fault": describe_problem({**example, **origin}, bad)}
+    return {**measure(example, processor, max_length), **origin, "fault": ""}
 
 
-def name_problem(row: dict, bad: InvalidExample) -> str:
-    """A fault with the file, the row, as far as it is known, and the field."""
-    place, number = row.get("dataset", row.get("source", "a dataset")), row.get("row")
-    if number is None and row.get("id") is not None:
-        number = f"with the id {row['id']!r}"
+def describe_problem(example: dict, bad: InvalidExample) -> str:
+    """The text of a fault, with the dataset, example and field. The example is named by its index, id or question."""
+    dataset, number = example.get("dataset", example.get("source", "a dataset")), example.get("index")
+    if number is None and example.get("id") is not None:
+        number = f"with the id {example['id']!r}"
     elif number is None:
-        number = f"that begins {first_words(row)!r}"
-    return str(Problem(bad.kind, place, number, bad.field, bad.detail))
+        number = f"that begins {question_excerpt(example)!r}"
+    return str(Problem(bad.kind, dataset, number, bad.field, bad.detail))
 
 
-def first_words(row: dict) -> str:
-    """What a row can be found by: the end of its first question, or whatever stands there."""
-    messages = row.get("messages")
+def question_excerpt(example: dict) -> str:
+    """The end of the first question, to search the dataset for; or of the messages, if there is no question."""
+    messages = example.get("messages")
     asked = [one for one in messages or [] if isinstance(one, dict) and one.get("role") == "user"]
     return str(asked[0].get("content") if asked else messages)[-120:]
 
 
-def measure(row: dict, processor: VisualChatProcessor, max_length: int) -> dict[str, int]:
+def measure(example: dict, processor: VisualChatProcessor, max_length: int) -> dict[str, int]:
     """
-    How long a conversation is, and how many of its oldest rounds must go, with their images, so that it fits.
+    Measures a conversation, and how many of its oldest rounds must be dropped, with their images, to fit in `max_length`.
 
     Returns:
-        `length` in tokens after the cut, 0 if no answer is left; `num_images` and `num_rounds` after the cut;
+        `length`, the number of tokens that are left, 0 if no answer is left; `num_images` and `num_rounds`, which are left;
         `dropped_rounds` and `dropped_images`.
     """
-    messages = row["messages"]
+    messages = example["messages"]
     rounds = sum(message["role"] == "user" for message in messages)
     total_images = count_images(messages)
     for dropped in range(rounds):
@@ -176,7 +179,7 @@ def count_tokens(
     add_generation_prompt: bool = False,
     sanitize_control_tokens: bool = False,
 ) -> int:
-    """Tokens of a conversation, those of its images included. The pictures are not opened."""
+    """The number of tokens of a conversation, with those of its images. The images are not opened."""
     prompt = processor.apply_chat_template(
         messages, add_generation_prompt=add_generation_prompt, sanitize_control_tokens=sanitize_control_tokens
     )
@@ -185,18 +188,25 @@ def count_tokens(
 
 
 def count_images(messages: list[dict]) -> int:
-    """Image parts of the messages."""
+    """The number of image parts in the messages."""
     parts = (part for message in messages if not isinstance(message["content"], str) for part in message["content"])
     return sum(part["type"] in IMAGE_TYPES for part in parts)
 
 
 @dataclass
 class PreparedDataset:
-    """Rows that are ready to train on, and what was found while they were made."""
+    """
+    A dataset that is ready to train on, and what was left out of it.
 
-    rows: datasets.Dataset | datasets.IterableDataset
-    too_long: dict[str, int] = field(default_factory=dict)  # rows left without an answer, by dataset
-    faulty: dict[str, int] = field(default_factory=dict)  # rows with a fault in their texts, left out, by dataset
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The examples.
+        too_long (`dict[str, int]`): By dataset, how many examples kept no answer when they were cut to length.
+        invalid (`dict[str, int]`): By dataset, how many examples had a fault in their texts.
+    """
+
+    dataset: datasets.Dataset | datasets.IterableDataset
+    too_long: dict[str, int] = field(default_factory=dict)
+    invalid: dict[str, int] = field(default_factory=dict)
 
 
 def prepare_dataset(
@@ -210,37 +220,40 @@ def prepare_dataset(
     skip_invalid: bool = False,
 ) -> PreparedDataset:
     """
-    Loads datasets, checks and measures every row, leaves out what keeps no answer within `max_length`, and mixes. Pictures
-    are not opened: see [`TrainingCollator`], which also finds what is wrong with streamed rows.
+    Loads datasets, checks and measures every example, leaves out those that keep no answer within `max_length`, and mixes
+    the datasets. It does not open images: [`TrainingCollator`] does, which also reports the faults of streamed examples.
 
     Args:
         names (`list[str]`): See [`load_examples`].
-        max_length (`int`): Tokens of a conversation at most. Whole oldest rounds go first, with their images.
-        weights (`list[float]`, *optional*): Chance of each dataset to give the next row, until each was read once. By
-            default every row is taken once.
-        seed (`int`): Of the mixing.
-        skip_invalid (`bool`): Leaves out and counts rows with a fault, which are an error otherwise.
+        max_length (`int`): The largest number of tokens of a conversation. Longer ones lose their oldest rounds, with the
+            images of these rounds.
+        weights (`list[float]`, *optional*): The probability that the next example comes from each dataset, until all
+            datasets were read once. By default every example is used once.
+        seed (`int`): The seed of the mixing.
+        skip_invalid (`bool`): Whether examples with a fault are left out and counted. By default they are an error.
 
     Raises:
-        ValueError: If a row has a fault, naming file, row and field; or if no row is left.
+        ValueError: If an example has a fault, with the file, example and field; or if no example is left.
     """
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"There are {len(names)} datasets, but {len(weights)} weights")
     parts, too_long, faults = [], {}, {}
     for name in names:
-        rows = load_examples(name, streaming)
+        dataset = load_examples(name, streaming)
         arguments = {"name": name, "processor": processor, "max_length": max_length}
         if streaming:
-            rows = rows.map(examine, with_indices=True, fn_kwargs={**arguments, "is_alone": rows.num_shards == 1})
-            rows = rows.filter(is_to_be_read)
+            dataset = dataset.map(
+                check_and_measure, with_indices=True, fn_kwargs={**arguments, "is_alone": dataset.num_shards == 1}
+            )
+            dataset = dataset.filter(has_answer_or_fault)
         else:
-            texts = rows.select_columns(["messages"])
-            if "images" in rows.features:  # pictures are neither read nor copied
-                marks = rows.select_columns("images").with_format("arrow")
-                marks = marks.map(mark_images, batched=True, features=MARKS, num_proc=num_proc, desc=f"{name}: images")
+            texts = dataset.select_columns(["messages"])
+            if "images" in dataset.features:  # images are neither read nor copied
+                marks = dataset.select_columns("images").with_format("arrow")
+                marks = marks.map(mark_images, batched=True, features=IMAGE_MARKS, num_proc=num_proc, desc=f"{name}: images")
                 texts = datasets.concatenate_datasets([texts, marks.with_format(None)], axis=1)
             measured = texts.map(
-                examine,
+                check_and_measure,
                 with_indices=True,
                 fn_kwargs=arguments,
                 remove_columns=texts.column_names,
@@ -249,43 +262,43 @@ def prepare_dataset(
             )
             found, lengths = measured["fault"][:], measured["length"][:]
             faults[name] = [fault for fault in found if fault]
-            rows = datasets.concatenate_datasets([rows, measured.remove_columns("fault")], axis=1)
+            dataset = datasets.concatenate_datasets([dataset, measured.remove_columns("fault")], axis=1)
             kept = [index for index, length in enumerate(lengths) if length > 0]
             cut = [index for index, (length, fault) in enumerate(zip(lengths, found)) if length == 0 and not fault]
             too_long[name] = len(cut)
             if cut:
                 logger.warning(
-                    "%s: %d of %d rows keep no answer within %d tokens and are left out, row %d the first",
+                    "%s: %d of %d examples keep no answer within %d tokens and are left out, the first is example %d",
                     name,
                     too_long[name],
-                    len(rows),
+                    len(dataset),
                     max_length,
                     cut[0],
                 )
-            rows = rows.select(kept)
-        parts.append(rows)
+            dataset = dataset.select(kept)
+        parts.append(dataset)
     report_faults(faults, skip_invalid)
-    if not streaming and not any(len(rows) for rows in parts):
-        raise ValueError(f"{', '.join(names)}: there are no rows to train on")
+    if not streaming and not any(len(dataset) for dataset in parts):
+        raise ValueError(f"{', '.join(names)}: there are no examples to train on")
     if weights is not None:
         chances = [weight / sum(weights) for weight in weights]
-        rows = datasets.interleave_datasets(parts, chances, seed=seed, stopping_strategy="all_exhausted")
+        dataset = datasets.interleave_datasets(parts, chances, seed=seed, stopping_strategy="all_exhausted")
     else:
-        rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return PreparedDataset(rows, too_long, {name: len(found) for name, found in faults.items()})
+        dataset = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return PreparedDataset(dataset, too_long, {name: len(found) for name, found in faults.items()})
 
 
-def is_to_be_read(row: dict) -> bool:
-    """Whether an answer is left after the cut, or a fault is to be told."""
-    return row["length"] > 0 or row["fault"] != ""
+def has_answer_or_fault(example: dict) -> bool:
+    """Whether an answer is left after the cut. An example with a fault stays too, so that the collator reports it."""
+    return example["length"] > 0 or example["fault"] != ""
 
 
 def report_faults(faults: dict[str, list[str]], skip: bool, shown: int = 20) -> None:
     """
-    Logs what is wrong with the rows of each dataset.
+    Reports the faults of each dataset: as a warning if their examples are skipped, as an error otherwise.
 
     Raises:
-        ValueError: With the same, unless they are to be skipped.
+        ValueError: If there are faults and `skip` is false.
     """
     found = [fault for ones in faults.values() for fault in ones]
     if not found:
@@ -293,24 +306,24 @@ def report_faults(faults: dict[str, list[str]], skip: bool, shown: int = 20) -> 
     lines = found[:shown] + ([f"… and {len(found) - shown} more"] if len(found) > shown else [])
     names = " ".join(name for name, ones in faults.items() if ones)
     if skip:
-        logger.warning("%d rows have a fault and are left out:\n%s", len(found), "\n".join(lines))
+        logger.warning("%d examples have a fault and are left out:\n%s", len(found), "\n".join(lines))
         return
     raise ValueError(
-        "\n".join(lines) + f"\n{len(found)} rows have a fault: mend them, or leave them out with --skip_broken_images."
-        f" `visualchat prepare --dataset {names} --check` names all of them, and all broken pictures"
+        "\n".join(lines) + f"\n{len(found)} examples have a fault: repair them, or leave them out with --skip_broken_images."
+        f" `visualchat prepare --dataset {names} --check` names all of them, and all broken images"
     )
 
 
-def report_statistics(rows: datasets.Dataset, output_dir: Path) -> str:
+def report_statistics(dataset: datasets.Dataset, output_dir: Path) -> str:
     """
-    A table of tokens and images by source, for the log and as `data.md`, and a histogram of both as `data.png`.
+    Writes a table of tokens and images by source as `data.md`, and histograms of both as `data.png`. Returns the table.
     """
     by_source = defaultdict(lambda: defaultdict(list))
-    for row in rows.select_columns(["source", *MEASURES]):
+    for example in dataset.select_columns(["source", *MEASURES]):
         for name in MEASURES:
-            by_source[row["source"]][name].append(row[name])
+            by_source[example["source"]][name].append(example[name])
     lines = [
-        "| source | rows | rounds | images | tokens | tokens of a row: median | most | rounds cut | images cut |",
+        "| source | examples | rounds | images | tokens | tokens per example: median | most | rounds cut | images cut |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for source, columns in sorted(by_source.items()):
@@ -324,11 +337,11 @@ def report_statistics(rows: datasets.Dataset, output_dir: Path) -> str:
     (output_dir / "data.md").write_text(table + "\n")
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, name, label in zip(axes, ("length", "num_images"), ("tokens of a row", "images of a row")):
+    for axis, name, label in zip(axes, ("length", "num_images"), ("tokens per example", "images per example")):
         values = [columns[name] for _, columns in sorted(by_source.items())]
         axis.hist(values, bins=20, stacked=True, label=sorted(by_source))
         axis.set_xlabel(label)
-        axis.set_ylabel("rows")
+        axis.set_ylabel("examples")
     axes[0].legend(fontsize="small")
     figure.savefig(output_dir / "data.png", dpi=110)
     plt.close(figure)
@@ -337,17 +350,17 @@ def report_statistics(rows: datasets.Dataset, output_dir: Path) -> str:
 
 class TrainingCollator:
     """
-    Batches of prepared rows. Here pictures are opened. A row or picture that cannot be used is never passed over in silence:
-    by default it stops the run; with `skip_broken_images` it is named in the log and left out, and `broken_rows` counts it
-    across all workers, each time that it comes up.
+    Makes batches of prepared examples. It opens the images. A broken image or example stops the run by default. With
+    `skip_broken_images` it is named in the log and left out, and `broken_rows` counts it across all workers, each time that
+    it is read.
 
     Args:
         processor (`VisualChatProcessor`): The model's.
-        skip_broken_images (`bool`): Whether to go on.
-        requirements ([`ModelRequirements`], *optional*): Of the model. Defaults to the processor's.
-        broken_rows (`int`): Rows that were left out before.
-        fallback_examples (`Iterable[dict]`): Rows. The first that can be used takes the place of a batch without any: a process
-            without a batch would leave the others waiting.
+        skip_broken_images (`bool`): Whether broken examples are left out.
+        requirements ([`ModelRequirements`], *optional*): What the model requires. By default the processor says it.
+        broken_rows (`int`): How many examples were left out before.
+        fallback_examples (`Iterable[dict]`): If all examples of a batch are broken, the first valid one of these is used:
+            a process without a batch would leave the others waiting.
     """
 
     def __init__(
@@ -363,49 +376,49 @@ class TrainingCollator:
         self.skip_broken_images = skip_broken_images
         self.broken_rows = multiprocessing.Value("l", broken_rows)
         self.fallback_examples = fallback_examples
-        self.last_good = None
+        self.last_valid = None
 
-    def __call__(self, rows: list[dict]) -> dict:
+    def __call__(self, examples: list[dict]) -> dict:
         """See [`VisualChatDataCollator`]."""
-        readable = []
-        for row in rows:
+        valid = []
+        for example in examples:
             try:
-                readable.append({"messages": self.read(row)})
+                valid.append({"messages": self.read(example)})
             except ValueError as error:
                 if not self.skip_broken_images:
                     raise
                 with self.broken_rows.get_lock():
                     self.broken_rows.value += 1
                 logger.warning("Left out of the batch: %s", error)
-        if not readable:
-            readable = [self.last_good or self._find_stand_in()]
-        self.last_good = readable[0]
-        return self.collate(readable)
+        if not valid:
+            valid = [self.last_valid or self._find_fallback()]
+        self.last_valid = valid[0]
+        return self.collate(valid)
 
-    def read(self, row: dict) -> list[dict]:
+    def read(self, example: dict) -> list[dict]:
         """
-        The conversation of a row, with its pictures as the model sees them in its image parts.
+        The conversation of an example. Its image parts contain the images, cropped as the model sees them.
 
         Raises:
-            ValueError: If there is something wrong with it: all of it, with the file, row and field of each.
+            ValueError: If the example has faults: all of them, each with the file, example and field.
         """
-        pictures, faults = check_example(row, self.requirements, decode_image, skip=row.get("dropped_images", 0))
+        images, faults = check_example(example, self.requirements, decode_image, skip=example.get("dropped_images", 0))
         if faults:
-            raise ValueError("; ".join(name_problem(row, fault) for fault in faults))
+            raise ValueError("; ".join(describe_problem(example, fault) for fault in faults))
         image_processor = self.collate.processor.image_processor
-        parts = iter([{"type": "image", "image": crop_for_clip(picture, image_processor)} for picture in pictures])
+        parts = iter([{"type": "image", "image": crop_for_clip(image, image_processor)} for image in images])
         messages = []
-        for message in drop_rounds(row["messages"], row.get("dropped_rounds", 0)):
+        for message in drop_rounds(example["messages"], example.get("dropped_rounds", 0)):
             content = message["content"]
             if not isinstance(content, str):
                 content = [next(parts) if part["type"] in IMAGE_TYPES else part for part in content]
             messages.append({**message, "content": content})
         return messages
 
-    def _find_stand_in(self) -> dict:
-        for row in self.fallback_examples:
+    def _find_fallback(self) -> dict:
+        for example in self.fallback_examples:
             try:
-                return {"messages": self.read(row)}
-            except ValueError:  # it is named and counted when its turn comes
+                return {"messages": self.read(example)}
+            except ValueError:  # it is named and counted when a batch contains it
                 continue
-        raise ValueError("No row can be used: run visualchat prepare --check")
+        raise ValueError("No example can be used: run visualchat prepare --check")

@@ -33,7 +33,7 @@ from visualchat.training.trainer import (
     VisualChatTrainer,
     VisualChatTrainingArguments,
     find_complete_checkpoint,
-    load_universal,
+    load_universal_checkpoint,
     plot_curves,
     world_size_changed,
 )
@@ -75,10 +75,10 @@ def check_arguments(
         raise ImportError("load_in_4bit needs bitsandbytes: pip install -U bitsandbytes")
     if data_args.streaming:
         if training_args.max_steps <= 0:
-            raise ValueError(f"streaming: true does not know its rows: it needs max_steps, got {training_args.max_steps}")
+            raise ValueError(f"streaming: true does not know its length: it needs max_steps, got {training_args.max_steps}")
         if training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(
-                "streaming: true reads rows in their order: it needs train_sampling_strategy: random (the default), got "
+                "streaming: true reads examples in their order: it needs train_sampling_strategy: random (the default), got "
                 f"{training_args.train_sampling_strategy}"
             )
     if training_args.push_to_hub and model_args.mode == "lora" and not is_hub_id(model_args.model_name_or_path or "/"):
@@ -93,12 +93,13 @@ def check_arguments(
         )
     if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
         reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
-        raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
+        strategy = training_args.eval_strategy.value
+        raise ValueError(f"{reason} holds out no examples: it needs eval_strategy: no, got {strategy}")
 
 
 def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     """
-    The model's, or one made of the parts'.
+    The processor of the model, or a new one made of the image processor and tokenizer of the parts.
 
     Raises:
         ValueError: If neither is given, or the model is no VisualChat.
@@ -148,7 +149,7 @@ def fit_context(max_length: int, model_args: ModelArguments) -> int:
 
 
 def prepare_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
-    """The model, with what the mode trains set to train."""
+    """Loads the model and sets which parameters train, by the mode."""
     quantization = None
     if model_args.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -191,8 +192,8 @@ def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
 
 def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
     """Compiles flex attention for heads like the decoder's, forward and backward, in seconds."""
-    places_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
-    mask = make_block_mask(places_BK, torch.zeros_like(places_BK), places_BK)
+    positions_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
+    mask = make_block_mask(positions_BK, torch.zeros_like(positions_BK), positions_BK)
     query, key = (
         torch.zeros(1, heads, 2 * BLOCK_SIZE, config.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
         for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -201,7 +202,7 @@ def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
 
 
 def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:
-    """Sets what the mode trains to train. With `lora` the model is wrapped in PEFT's."""
+    """Sets which parameters train, by the mode. With `lora` it returns PEFT's wrapper of the model."""
     if model_args.mode == "alignment":
         model.freeze_for_alignment()
     elif model_args.mode == "lora":
@@ -224,7 +225,7 @@ def main(argv: list[str]) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(argv)
     check_arguments(model_args, data_args, training_args)
     training_args.remove_unused_columns = False  # the collator reads all columns
-    training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of rows
+    training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of examples
     training_args.prediction_loss_only = True  # accuracy comes from generated answers
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -244,7 +245,7 @@ def main(argv: list[str]) -> dict[str, float]:
     checkpoint = None
     if data_args.resume:  # what cannot be resumed is refused before any work starts
         checkpoint = find_complete_checkpoint(training_args)
-        logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
+        logger.info("Resuming from %s", checkpoint or "the start: there is no complete checkpoint")
     if training_args.deepspeed:
         import deepspeed  # of the extra `train`
 
@@ -262,7 +263,7 @@ def main(argv: list[str]) -> dict[str, float]:
                 join_parts(model_args, processor, output_dir / "joined")
         processor = load_processor(model_args.model_name_or_path)
     max_length = fit_context(data_args.max_length, model_args)
-    with training_args.main_process_first(desc="preparing rows"):
+    with training_args.main_process_first(desc="preparing examples"):
         prepared = prepare_dataset(
             data_args.datasets,
             processor,
@@ -275,15 +276,15 @@ def main(argv: list[str]) -> dict[str, float]:
         )
     table = ""
     if data_args.streaming:
-        train_rows, eval_rows = prepared.rows, None
+        train_dataset, eval_dataset = prepared.dataset, None
     else:
         if training_args.process_index == 0:
-            table = report_statistics(prepared.rows, output_dir)
-            logger.info("Rows to train on, those held out among them:\n%s", table)
-        train_rows, eval_rows = prepared.rows, None
+            table = report_statistics(prepared.dataset, output_dir)
+            logger.info("Examples, with those held out for evaluation:\n%s", table)
+        train_dataset, eval_dataset = prepared.dataset, None
         if data_args.eval_fraction > 0:
-            split = prepared.rows.train_test_split(data_args.eval_fraction, seed=training_args.seed)
-            train_rows, eval_rows = split["train"], split["test"]
+            split = prepared.dataset.train_test_split(data_args.eval_fraction, seed=training_args.seed)
+            train_dataset, eval_dataset = split["train"], split["test"]
 
     # Model
     model = prepare_model(model_args, training_args)
@@ -294,14 +295,14 @@ def main(argv: list[str]) -> dict[str, float]:
     trainer = VisualChatTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=TrainingCollator(
             processor,
             data_args.skip_broken_images,
             ModelRequirements.of(processor, model.config),
-            broken_rows=sum(prepared.faulty.values()),
-            fallback_examples=train_rows,
+            broken_rows=sum(prepared.invalid.values()),
+            fallback_examples=train_dataset,
         ),
         processing_class=processor,
         callbacks=[SetEpochCallback()],
@@ -309,7 +310,7 @@ def main(argv: list[str]) -> dict[str, float]:
 
     # Train
     if checkpoint and world_size_changed(Path(checkpoint), training_args):
-        load_universal(trainer)
+        load_universal_checkpoint(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save
@@ -317,7 +318,7 @@ def main(argv: list[str]) -> dict[str, float]:
     trainer.save_model(str(folder))
 
     # Evaluate
-    metrics = trainer.evaluate() if eval_rows is not None else {}
+    metrics = trainer.evaluate() if eval_dataset is not None else {}
     metrics["broken_rows"] = trainer.data_collator.broken_rows.value
 
     # Card and push
