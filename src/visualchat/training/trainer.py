@@ -86,9 +86,7 @@ class VisualChatTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             written = {"step": self.state.global_step, "world_size": self.args.world_size}
-            (folder / COMPLETE_MARKER).write_text(
-                json.dumps({"step": self.state.global_step, "world_size": self.args.world_size})
-            )
+            (folder / COMPLETE_MARKER).write_text(json.dumps(written))
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
