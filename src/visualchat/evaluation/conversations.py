@@ -92,11 +92,11 @@ class Dialogue:
                 try:
                     image = load_image(next(sources), where)
                 except (OSError, TypeError, ValueError) as error:
-                    return pictures, number - 1, str(error)
+                    return images, number - 1, str(error)
                 try:
                     check_not_too_thin(image.size, shorter_edge(image_processor))
                 except ValueError as error:
-                    return pictures, number - 1, f"{where}: {error}"
+                    return images, number - 1, f"{where}: {error}"
                 images.append(image)
         return images, len(self.questions), ""
 

@@ -28,8 +28,8 @@ from visualchat.training.merge import load_merged
 
 class Journal:
     """
-    A JSON Lines file that keeps results if the process is killed. Entries are added batch by batch. An incomplete last line is
-    removed when the file is opened.
+    A JSON Lines file that keeps results if the process is killed. Entries are added batch by batch. An incomplete last line
+    is removed when the file is opened.
 
     Args:
         path (`Path`): The file.

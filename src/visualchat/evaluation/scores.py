@@ -33,8 +33,8 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple
     Percentile interval of a ratio of sums over conversations, which are drawn with replacement.
 
     Args:
-        sums (`np.ndarray` of shape `(terms, conversations)`): The numerators. With one term the ratio is `sums[0] / counts[0]`;
-            with two it is this ratio minus that of the second term, over the same conversations.
+        sums (`np.ndarray` of shape `(terms, conversations)`): The numerators. With one term the value is `sums[0] /
+            counts[0]`; with two it is this ratio minus that of the second term, over the same conversations.
         counts (`np.ndarray` of shape `(terms, conversations)`): The denominators.
     """
     rng = np.random.default_rng(seed)
