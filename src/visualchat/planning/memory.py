@@ -8,8 +8,8 @@ each stage partitions) and the code of DeepSpeed 0.19.8, by the file that a line
 - `stage_1_and_2.py`: the optimizer's weights are a copy of the GPU's partition, in fp32 also where the model is in fp32.
   Gradients go through a bucket. What is reduced is copied once more if it belongs to several GPUs. The GPU then keeps the
   whole gradient of each parameter that it owns any part of: a single large one (the token embedding) is not partitioned.
-- `stage3.py`: partitions of gradients have a buffer of their own. The optimizer's weights are a copy here, too: the branch that
-  would spare it in fp32 is not taken (seen in a run; it compares a `torch.device` with a name).
+- `stage3.py`: partitions of gradients have a buffer of their own. The optimizer's weights are a copy here, too: the branch
+  that would spare it in fp32 is not taken (seen in a run; it compares a `torch.device` with a name).
 - `partitioned_param_coordinator.py`: gathered weights stay as long as they are used again within
   `stage3_max_reuse_distance` (10⁹) parameters; the next are fetched ahead, twice in memory while they arrive.
 - `unfused_optimizer.py`: ZeRO-0 in bf16 keeps a whole fp32 copy and makes fp32 gradients for the step.
@@ -134,7 +134,7 @@ def plan_peak(trace: Trace, parameters: list[Parameter], setting: ZeroSetting) -
 
 
 def _ranks(setting: ZeroSetting) -> Iterator[int]:
-    # Ranks differ by which parameters lie on the borders of their partition: the first, a middle and the last rank are tried
+    # Ranks differ by the parameters on the borders of their partition: the first, a middle and the last rank are tried
     yield from sorted({0, setting.gpus // 2, setting.gpus - 1})
 
 
@@ -200,7 +200,7 @@ def _plan_replicated(trace: Trace, parameters: list[Parameter], setting: ZeroSet
 
 
 def _largest_bucket(sizes: list[int], limit: int) -> int:
-    """Elements of the largest flat copy if tensors are collected until they exceed a limit. A single tensor is not copied."""
+    """Elements of the largest flat copy if tensors are collected until they exceed a limit. One alone is not copied."""
     largest, total, tensors = 0, 0, 0
     for size in [*sizes, None]:
         if size is not None:
@@ -242,8 +242,8 @@ class _Partition:
 
     def copied(self, names: list[str], limit: int) -> int:
         """
-        Elements that the reduction of a bucket copies at once. A bucket that belongs to one rank as a whole is not copied, as
-        with one GPU. Which buckets these are depends on the borders of the ranges, so all are assumed to be copied.
+        Elements that the reduction of a bucket copies at once. A bucket that belongs to one rank as a whole is not copied,
+        as with one GPU. Which buckets these are depends on the borders of the ranges, so all are assumed to be copied.
         """
         if self.gpus == 1:
             return 0

@@ -213,7 +213,8 @@ def describe(args: argparse.Namespace, planner: Planner, rows: list[Row]) -> str
     """The text that is printed: parameters, a table of all rows, and the recommendation."""
     lines = [
         f"{args.mode} in {args.dtype}, {args.gpus} GPUs of {args.gpu_memory:g} GB ({args.reserve:g} kept free), micro-batch"
-        f" {args.batch} × {args.shape.sequence_length} tokens, {args.images} images and {args.shape.supervised} supervised tokens each",
+        f" {args.batch} × {args.shape.sequence_length} tokens, with {args.images} images and"
+        f" {args.shape.supervised} supervised tokens each",
         "",
     ]
     counts = count_parts(planner.parameters)
@@ -232,7 +233,8 @@ def describe(args: argparse.Namespace, planner: Planner, rows: list[Row]) -> str
             lines.append(_line(row.name, cells + ([f"{row.tokens_per_second:,.0f}"] if last else [])))
     lines += [
         "",
-        "step: all memory during the optimizer's step. peak: the largest. host: CPU memory for each GPU. batch: the largest that fits.",
+        "step: all memory during the optimizer's step. peak: the largest. host: CPU memory for each GPU.",
+        "batch: the largest micro-batch that fits.",
     ]
     if (row := recommend(rows)) is None:
         return "\n".join([*lines, "Nothing fits: more GPUs, a shorter --seq-length, or --mode lora or alignment."])

@@ -1,16 +1,16 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 The memory that one training step allocates, traced from the model's own code. Forward and backward run on the meta device,
-where tensors have shapes but no values, and every allocation and release of a storage is recorded. So no formula has to follow
-the model for what autograd keeps, what checkpointing drops and what is temporary: that the attention computes text positions
-only, that a frozen tower keeps nothing, that the vocabulary projection computes supervised positions only.
+where tensors have shapes but no values, and every allocation and release of a storage is recorded. So no formula has to
+follow the model for what autograd keeps, what checkpointing drops and what is temporary: that the attention computes text
+positions only, that a frozen tower keeps nothing, that the vocabulary projection computes supervised positions only.
 
 Three things differ from a step on a real device:
-- Tokens have real values, on the CPU, since their positions determine shapes. Rotary angles stay there too, until the tokens
-  are sorted by modality. The layers then get the sorted layout on the meta device.
+- Tokens have real values, on the CPU, since their positions determine shapes. Rotary angles stay there too, until the
+  tokens are sorted by modality. The layers then get the sorted layout on the meta device.
 - All images are different, and all sequences have the same length: the batch has no padding and needs the most memory.
-- The attention kernel is the one that the device would use (torch, `sdp_utils`). Meta tensors alone would take the slow kernel,
-  which keeps all scores.
+- The attention kernel is the one that the device would use (torch, `sdp_utils`). Meta tensors alone would take the slow
+  kernel, which keeps all scores.
 """
 
 import weakref
@@ -74,8 +74,8 @@ class Trace:
 
     def at_batch_size(self, larger: "Trace", batch_size: int) -> "Trace":
         """
-        The trace of any batch size. `self` is the trace of batch size 2, and `larger` that of 3. Both run the same operations,
-        and each tensor is constant or grows linearly. (At batch size 1 some copies are views.)
+        The trace of any batch size. `self` is the trace of batch size 2, and `larger` that of 3. Both run the same
+        operations, and each tensor is constant or grows linearly. (At batch size 1 some copies are views.)
         """
         live = self.live + (batch_size - 2) * (larger.live - self.live)
         return Trace(live, self.gradients, self.uses, self.flops + (batch_size - 2) * (larger.flops - self.flops))
@@ -228,8 +228,8 @@ class GatheredLinear(torch.autograd.Function):
 
 def make_tokens(config, shape: StepShape) -> dict[str, torch.Tensor]:
     """
-    `input_ids`, `attention_mask`, `labels` and `logits_to_keep` as the collator makes them. Each round has one image after its
-    first token. The last text tokens of the sequence are supervised.
+    `input_ids`, `attention_mask`, `labels` and `logits_to_keep` as the collator makes them. Each round has one image after
+    its first token. The last text tokens of the sequence are supervised.
     """
     text = shape.sequence_length - shape.images * config.image_seq_length
     rounds = max(1, shape.images)
