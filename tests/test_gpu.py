@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import make_inputs, make_model
 
+from helpers.tiny import make_inputs, make_model
 from modeling_visualchat import visibility_visualchat
 
 

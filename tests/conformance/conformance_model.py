@@ -109,7 +109,9 @@ class VisualChatTests(ModelTesterMixin, GenerationTesterMixin):
         self.addCleanup(draws_text.stop)
 
     # transformers hands no images to an `assistant_model`, and `generate` refuses one that needs them, as these tests bring
-    ASSISTED = "An assistant that needs images is refused by name: tests/test_generation.py assists by a text model"
+    ASSISTED = (
+        "An assistant that needs images is refused by name: tests/generation/test_generation.py assists by a text model"
+    )
 
     @unittest.skip(ASSISTED)
     def test_assisted_decoding_matches_greedy_search_0_random(self):

@@ -20,7 +20,7 @@ RUN_STATE = ("trainer_state.json",)
 REPLACED = re.compile(r".+\.(safetensors(\.index\.json)?|py)")  # a later push removes what it does not bring
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 CODE_BEGIN, CODE_END = "<!-- code: written by visualchat push -->", "<!-- end of code -->"
-# What traveling code does with files and network, and only when asked to: tests/test_traveling_code.py
+# What traveling code does with files and network, and only when asked to: tests/hub/test_traveling_code.py
 EXCEPTIONS = {
     "`ImageMemory.save`, `ImageMemoryStore` with a `folder`": "write image memories",
     "`ChatSession.save`": "writes a conversation and its pictures",

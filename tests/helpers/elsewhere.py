@@ -1,0 +1,43 @@
+"""A process that knows the package only through the folder that it loads."""
+
+import subprocess
+import sys
+import textwrap
+
+
+CODE_FILES = {
+    "attention_visualchat.py",
+    "cache_visualchat.py",
+    "chat_visualchat.py",
+    "configuration_visualchat.py",
+    "decoder_visualchat.py",
+    "generation_visualchat.py",
+    "image_loading_visualchat.py",
+    "image_memory_visualchat.py",
+    "kernels_visualchat.py",
+    "layout_visualchat.py",
+    "packing_visualchat.py",
+    "visibility_visualchat.py",
+    "modeling_visualchat.py",
+    "processing_visualchat.py",
+    "projector_visualchat.py",
+    "released_visualchat.py",
+}
+
+
+PRELUDE = """
+import sys
+sys.modules["modeling_visualchat"] = None  # importing it raises
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+"""
+
+
+def run_elsewhere(code: str, cwd, **variables) -> None:
+    """Runs code in a fresh process that knows this package only through the folder it loads."""
+    assignments = "".join(f"{name} = {str(value)!r}\n" for name, value in variables.items())
+    script = PRELUDE + assignments + textwrap.dedent(code)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]

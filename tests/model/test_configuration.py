@@ -1,0 +1,90 @@
+"""The config: strict, declarative, and stable through saving."""
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+
+from helpers.tiny import make_config
+from modeling_visualchat import VisualChatConfig
+
+
+def test_defaults_are_clip_l_14_and_llama_2_7b():
+    config = VisualChatConfig()
+    assert config.image_seq_length == 257
+    assert config.multimodal_attention == "mmca"
+    assert config.projector == "linear"
+    assert config.vision_feature_layer == -1
+    assert config.vision_feature_select_strategy == "full"
+    assert not config.image_number_keys
+    assert isinstance(config.vision_config, CLIPVisionConfig)
+    assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers) == (1024, 24)
+    assert isinstance(config.text_config, LlamaConfig)
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (4096, 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("multimodal_attention", "mmca_summed"),
+        ("multimodal_attention", None),
+        ("image_number_keys", "yes"),
+        ("image_number_token_ids", [[1, "2"]]),
+        ("projector", "mlp"),
+        ("vision_feature_layer", 2.5),
+        ("vision_feature_layer", 3),
+        ("vision_feature_layer", -4),
+        ("vision_feature_select_strategy", "patch"),
+        ("image_token_id", "<image>"),
+        ("image_token_id", -1),
+        ("num_query_tokens", 10),
+        ("num_query_tokens", 0),
+        ("vision_config", 3),
+        ("text_config", "llama"),
+    ],
+)
+def test_wrong_types_and_values_are_refused_with_the_fields_name(field, value):
+    with pytest.raises((StrictDataclassError, TypeError), match=field):
+        VisualChatConfig(**{"vision_config": {"num_hidden_layers": 2}, field: value})
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(TypeError, match="`text_config` must be a LlamaConfig, got one with model_type 'gpt2'"):
+        VisualChatConfig(text_config={"model_type": "gpt2"})
+    with pytest.raises(TypeError, match="`vision_config` must be a CLIPVisionConfig, got one with model_type 'llama'"):
+        VisualChatConfig(vision_config=LlamaConfig())
+
+
+def test_numbered_keys_need_the_spelling_of_every_number():
+    with pytest.raises(StrictDataclassError, match="`image_number_keys` needs `image_number_token_ids`"):
+        VisualChatConfig(image_number_keys=True)
+    with pytest.raises(StrictDataclassError, match="`image_number_token_ids` holds no token for the number 2"):
+        VisualChatConfig(image_number_keys=True, image_number_token_ids=[[1], [], [2]])
+
+
+def test_image_seq_length():
+    vision = {"image_size": [28, 56], "patch_size": 14}
+    assert VisualChatConfig(vision_config=vision).image_seq_length == 9
+    assert VisualChatConfig(vision_config=vision, vision_feature_select_strategy="default").image_seq_length == 8
+    assert VisualChatConfig(vision_config=vision, projector="perceiver").image_seq_length == 256
+
+
+def test_a_tied_decoder_ties_the_model():
+    assert make_config(text={"tie_word_embeddings": True}).tie_word_embeddings
+    assert not make_config().tie_word_embeddings
+
+
+def test_saving_and_loading_keeps_every_field(tmp_path):
+    config = make_config(
+        multimodal_attention="mmca_merged",
+        image_number_keys=True,
+        projector="perceiver",
+        num_query_tokens=9,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is VisualChatConfig
+    expected = {**config.to_dict(), "auto_map": again.auto_map, "_name_or_path": again.name_or_path}
+    assert again.to_dict() == expected
+    assert type(again.text_config) is LlamaConfig

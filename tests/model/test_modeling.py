@@ -1,0 +1,397 @@
+"""The model as a transformers model: inputs, parts, training, precision, placement."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
+from modeling_visualchat import VisualChatForCausalLM
+
+
+TINY_TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY_DECODER = {**TINY_TOWER, "num_key_value_heads": 2, "vocab_size": 9}
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class TestInputs:
+    def test_placeholders_without_images_raise_with_both_counts(self):
+        model = make_model()
+        inputs = make_inputs(["tit", "tiit"], model)
+        del inputs["pixel_values"]
+        with pytest.raises(ValueError, match=r"15 image placeholder tokens \(5, 10 by row\).* 3 images of 5.*but 0 images"):
+            model(**inputs)
+
+    @pytest.mark.parametrize("given", [1, 4])
+    def test_a_wrong_number_of_images_raises_with_both_counts(self, given):
+        model = make_model()
+        inputs = make_inputs(["tit", "tiit"], model)
+        inputs["pixel_values"] = torch.randn(given, 3, 16, 16)
+        with pytest.raises(ValueError, match=rf"3 images of 5 tokens, but {given} images were given"):
+            model(**inputs)
+
+    def test_images_without_placeholders_raise(self):
+        model = make_model()
+        with pytest.raises(ValueError, match="0 images of 5 tokens, but 1 images were given"):
+            model(**make_inputs(["ttt"], model), pixel_values=torch.randn(1, 3, 16, 16))
+
+    def test_an_image_cut_off_raises_even_if_the_sum_is_right(self):
+        model = make_model()
+        image = model.config.image_token_id
+        input_ids = torch.tensor([[5, *[image] * 7], [5, *[image] * 3, 5, 5, 5, 5]])
+        with pytest.raises(ValueError, match=r"10 image placeholder tokens \(7, 3 by row\)"):
+            model(input_ids=input_ids, pixel_values=torch.randn(2, 3, 16, 16))
+
+    def test_pixel_values_of_the_wrong_rank_or_size_raise(self):
+        model = make_model()
+        inputs = make_inputs(["tit"], model)
+        with pytest.raises(ValueError, match=r"\(images in the batch, channels, height, width\), got \(1, 1, 3, 16, 16\)"):
+            model(**{**inputs, "pixel_values": inputs["pixel_values"][None]})
+        with pytest.raises(ValueError, match=r"(?i)image size \(24\*24\) doesn't match model \(16\*16\)"):
+            model(**{**inputs, "pixel_values": torch.randn(1, 3, 24, 24)})
+
+    def test_both_or_none_of_ids_and_embeds_raise(self):
+        model = make_model()
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+            model()
+
+    def test_mm_token_type_ids_of_another_length_raise(self):
+        model = make_model()
+        with pytest.raises(ValueError, match=r"`mm_token_type_ids` has the shape \(1, 3\).*\(1, 9\)"):
+            model(**make_inputs(["tit"], model), mm_token_type_ids=torch.zeros(1, 3))
+
+    def test_a_prompt_longer_than_the_decoder_raises(self):
+        model = make_model(text={"max_position_embeddings": 16})
+        message = r"18 tokens long.*max_position_embeddings is 16"
+        with pytest.raises(ValueError, match=message):
+            model(**make_inputs(["tititt"], model))
+        for layout in ("tititt", "t" * 9):
+            with pytest.raises(ValueError, match=message):
+                model.generate(**make_inputs([layout], model))
+
+    def test_more_images_than_numbers_raise(self):
+        model = make_model(image_number_keys=True, image_number_token_ids=[[20], [21]])
+        model(**make_inputs(["ititt"], model))
+        with pytest.raises(ValueError, match=r"holds 3 images.*spells only 2 numbers"):
+            model(**make_inputs(["ititit"], model))
+
+    @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
+    def test_a_batch_of_unequal_rows_equals_its_rows_alone(self, numbered):
+        model = make_model(image_number_keys=numbered)
+        layout = ["tt", "titit", "iitt", "ti"]
+        inputs = make_inputs(layout, model)
+        with torch.no_grad():
+            together = model(**inputs).logits
+            image = 0
+            for row, parts in enumerate(layout):
+                kept = inputs["attention_mask"][row].bool()
+                images = parts.count("i")
+                pixel_values = inputs["pixel_values"][image : image + images] if images else None
+                alone = model(input_ids=inputs["input_ids"][row][kept][None], pixel_values=pixel_values).logits[0]
+                torch.testing.assert_close(together[row][kept], alone, atol=1e-5, rtol=1e-5)
+                image += images
+
+    @pytest.mark.parametrize("given", ["pixel_values", "features in place", "mm_encoder_outputs"])
+    def test_inputs_embeds_equal_input_ids(self, given):
+        model = make_model(image_number_keys=True)
+        inputs = make_inputs(["titit", "ti"], model)
+        with torch.no_grad():
+            outputs = model(**inputs)
+            embeds = model.get_input_embeddings()(inputs["input_ids"])
+            is_image = inputs["input_ids"] == model.config.image_token_id
+            kwargs = {"pixel_values": inputs["pixel_values"]}
+            if given == "features in place":
+                embeds[is_image] = outputs.image_hidden_states.flatten(0, 1)
+                kwargs = {"mm_token_type_ids": is_image.long()}
+            elif given == "mm_encoder_outputs":
+                kwargs = {"mm_encoder_outputs": {"image": model.get_image_features(inputs["pixel_values"])}}
+            again = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **kwargs)
+        assert torch.equal(again.logits, outputs.logits)
+
+    def test_logits_to_keep_and_unknown_kwargs_that_transformers_passes(self):
+        model = make_model()
+        inputs = make_inputs(["titit"], model)
+        full = model(**inputs).logits
+        kept = model(**inputs, logits_to_keep=2, num_items_in_batch=None, return_dict=True).logits
+        torch.testing.assert_close(kept, full[:, -2:])
+        assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+class TestParts:
+    @pytest.mark.parametrize(
+        ("settings", "tokens"),
+        [
+            ({"projector": "linear"}, 5),
+            ({"projector": "linear", "vision_feature_select_strategy": "default"}, 4),
+            ({"projector": "vit"}, 5),
+            ({"projector": "vit", "vision_feature_select_strategy": "default", "vision_feature_layer": -2}, 4),
+            ({"projector": "perceiver", "num_query_tokens": 9}, 9),
+        ],
+    )
+    def test_projectors(self, settings, tokens):
+        model = make_model(**settings)
+        assert model.config.image_seq_length == tokens
+        inputs = make_inputs(["tit"], model)
+        outputs = model(**inputs)
+        assert outputs.image_hidden_states.shape == (1, tokens, 64)
+        outputs.logits.sum().backward()
+        assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+
+    def test_the_last_hidden_state_of_the_tower_is_projected(self):
+        model = make_model()
+        pixel_values = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            last = model.model.vision_tower(pixel_values).last_hidden_state
+            features = torch.stack(model.get_image_features(pixel_values).pooler_output)
+            assert torch.equal(features, model.model.multi_modal_projector(last))
+            earlier = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[1]
+            model.config.vision_feature_layer = 1
+            features = torch.stack(model.get_image_features(pixel_values).pooler_output)
+            assert torch.equal(features, model.model.multi_modal_projector(earlier))
+
+    def test_linear_projector_is_linear_and_layer_norm(self):
+        projector = make_model().model.multi_modal_projector
+        features = torch.randn(2, 5, 32)
+        projected = features @ projector.linear.weight.T + projector.linear.bias
+        centred = projected - projected.mean(-1, keepdim=True)
+        normalized = centred / (centred.var(-1, unbiased=False, keepdim=True) + 1e-12).sqrt()
+        expected = normalized * projector.layer_norm.weight + projector.layer_norm.bias
+        torch.testing.assert_close(projector(features), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("source", ["models", "folders", "clip with text"])
+    def test_from_vision_text_pretrained(self, source, tmp_path):
+        config = make_config(text={"vocab_size": 300})
+        torch.manual_seed(0)
+        vision, text = CLIPVisionModel(config.vision_config), LlamaForCausalLM(config.text_config)
+        parts = (vision, text)
+        if source == "folders":
+            vision.save_pretrained(tmp_path / "vision")
+            text.save_pretrained(tmp_path / "text")
+            parts = (str(tmp_path / "vision"), str(tmp_path / "text"))
+        elif source == "clip with text":
+            tiny_text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+            clip = CLIPModel(CLIPConfig(vision_config=config.vision_config.to_dict(), text_config=tiny_text))
+            vision = clip.vision_model
+            parts = (clip, text)
+        model = VisualChatForCausalLM.from_vision_text_pretrained(*parts, multimodal_attention="mmca_merged")
+
+        assert model.config.multimodal_attention == "mmca_merged"
+        assert model.config.image_token_id == 300
+        assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == 301
+        assert model.config.text_config.vocab_size == 301
+        assert text.config.vocab_size == 300
+        for name, weight in vision.state_dict().items():
+            assert torch.equal(model.model.vision_tower.state_dict()[name], weight), name
+        for name, weight in text.model.state_dict().items():
+            assert torch.equal(model.model.language_model.state_dict()[name][: len(weight)], weight), name
+        assert torch.equal(model.lm_head.weight[:300], text.lm_head.weight)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {
+            "model.language_model.embed_tokens.weight",
+            "model.multi_modal_projector.linear.weight",
+            "model.multi_modal_projector.linear.bias",
+            "model.multi_modal_projector.layer_norm.weight",
+            "model.multi_modal_projector.layer_norm.bias",
+        }
+        assert all(not p.is_meta for p in [*model.parameters(), *model.buffers()])
+        inputs = make_inputs(["tt"], model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits[..., :300], text.eval()(**inputs).logits)
+        assert model(**make_inputs(["titi"], model)).logits.isfinite().all()
+
+    def test_from_vision_text_pretrained_keeps_a_placeholder_that_has_a_row(self):
+        config = make_config()
+        model = VisualChatForCausalLM.from_vision_text_pretrained(
+            CLIPVisionModel(config.vision_config), LlamaForCausalLM(config.text_config), image_token_id=7
+        )
+        assert model.config.text_config.vocab_size == config.text_config.vocab_size
+
+    def test_from_vision_text_pretrained_refuses_other_models(self):
+        config = make_config()
+        with pytest.raises(TypeError, match="`vision` must be a CLIPVisionModel, got LlamaForCausalLM"):
+            VisualChatForCausalLM.from_vision_text_pretrained(LlamaForCausalLM(config.text_config), CLIPVisionModel)
+
+    @pytest.mark.parametrize(
+        ("part", "make", "model_type"),
+        [
+            ("text", lambda: MistralForCausalLM(MistralConfig(**TINY_DECODER)), "mistral"),
+            ("text", lambda: Qwen2ForCausalLM(Qwen2Config(**TINY_DECODER)), "qwen2"),  # with biases
+            ("text", lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)), "gpt2"),
+            ("text", lambda: make_model(), "visualchat"),
+            ("vision", lambda: SiglipVisionModel(SiglipVisionConfig(**TINY_TOWER)), "siglip_vision_model"),
+            ("vision", lambda: CLIPTextModel(CLIPTextConfig(vocab_size=9, **TINY_TOWER)), "clip_text_model"),
+            ("vision", lambda: LlamaForCausalLM(make_config().text_config), "llama"),
+        ],
+        ids=lambda one: one if isinstance(one, str) else "",
+    )
+    def test_folders_of_other_families_are_refused_before_weights_are_read(self, part, make, model_type, tmp_path):
+        config = make_config()
+        parts = {"vision": CLIPVisionModel(config.vision_config), "text": LlamaForCausalLM(config.text_config)}
+        for name, model in {**parts, part: make()}.items():
+            model.save_pretrained(tmp_path / name)
+        for weights in (tmp_path / part).glob("*.safetensors"):
+            weights.unlink()
+        message = f"`{part}`: {tmp_path / part} has the model_type '{model_type}', but the .* must be of '(clip|llama)"
+        with pytest.raises(TypeError, match=message):
+            VisualChatForCausalLM.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
+        with pytest.raises(OSError, match="nowhere"):
+            VisualChatForCausalLM.from_vision_text_pretrained(str(tmp_path / "nowhere"), str(tmp_path / "text"))
+
+    def test_tied_embeddings(self, tmp_path):
+        model = make_model(text={"tie_word_embeddings": True})
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert again.lm_head.weight is again.get_input_embeddings().weight
+        inputs = make_inputs(["titit"], model)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+    def test_resize_token_embeddings(self):
+        model = make_model()
+        size = model.config.text_config.vocab_size
+        inputs = make_inputs(["titit"], model)
+        before = model(**inputs).logits
+        model.resize_token_embeddings(size + 10)
+        assert model.config.text_config.vocab_size == size + 10
+        torch.testing.assert_close(model(**inputs).logits[..., :size], before)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal"])
+    def test_gradients_reach_projector_and_embedding_and_nothing_frozen(self, variant, numbered):
+        model = make_model(multimodal_attention=variant, image_number_keys=numbered).train()
+        model.freeze_for_alignment()
+        _, gradients = loss_and_gradients(model, make_inputs(["titit", "tt"], model))
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert set(gradients).isdisjoint(frozen)
+        assert set(gradients) == {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+    def test_numbered_keys_train_the_numbers_embedding(self):
+        model = make_model(image_number_keys=True, image_number_token_ids=[[290], [291]])
+        inputs = make_inputs(["titit"], model)
+        _, gradients = loss_and_gradients(model, inputs)
+        embedding = gradients["model.language_model.embed_tokens.weight"]
+        assert 290 not in inputs["input_ids"]
+        assert embedding[290].abs().sum() > 0
+        assert embedding[291].abs().sum() > 0
+
+    def test_a_frozen_tower_keeps_no_activations(self):
+        model = make_model().train()
+        inputs = make_inputs(["titit"], model)
+        assert model.get_image_features(inputs["pixel_values"]).last_hidden_state.requires_grad
+        model.freeze_for_alignment()
+        outputs = model.get_image_features(inputs["pixel_values"])
+        assert not outputs.last_hidden_state.requires_grad
+        assert outputs.pooler_output[0].requires_grad
+
+    def test_a_batch_of_text_alone_trains_every_part_with_zero_effect(self):
+        model = make_model().train()
+        inputs = make_inputs(["tttt"], model)
+        loss, gradients = loss_and_gradients(model, inputs)
+        llama = LlamaForCausalLM._from_config(model.config.text_config, attn_implementation="sdpa")
+        llama = copy_llama_weights(model, llama).train()
+        llama_loss, llama_gradients = loss_and_gradients(llama, inputs)
+        assert torch.equal(loss, llama_loss)
+        for name, gradient in llama_gradients.items():
+            ours = gradients[name.replace("model.", "model.language_model.", 1)]
+            torch.testing.assert_close(ours, gradient, atol=1e-5, rtol=1e-5, msg=name)
+        projector = [gradients[f"model.multi_modal_projector.{n}"] for n in ("linear.weight", "layer_norm.bias")]
+        assert all(gradient.abs().sum() == 0 for gradient in projector)
+        _, with_types = loss_and_gradients(model, {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["input_ids"])})
+        assert set(with_types) == set(gradients)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("frozen", [False, True], ids=["all train", "alignment"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    def test_gradient_checkpointing_gives_the_same_gradients(self, variant, frozen, reentrant):
+        model = make_model(multimodal_attention=variant, image_number_keys=True).train()
+        if frozen:
+            model.freeze_for_alignment()
+        inputs = make_inputs(["titit", "tt"], model)
+        loss, gradients = loss_and_gradients(model, inputs)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        checkpointed_loss, checkpointed = loss_and_gradients(model, inputs)
+        assert torch.equal(loss, checkpointed_loss)
+        assert set(checkpointed) == set(gradients)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+    def test_the_loss_is_the_mean_over_labelled_positions_or_per_item(self):
+        model = make_model()
+        inputs = make_inputs(["titit", "tt"], model)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -2:] = inputs["input_ids"][:, -2:]
+        logits = model(**inputs).logits[:, -3:-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -2:].flatten(), reduction="sum")
+        torch.testing.assert_close(model(**inputs, labels=labels).loss, expected / 4)
+        torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=8).loss, expected / 8)
+
+    @pytest.mark.parametrize("items", [None, 7])
+    def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients(self, items):
+        model = make_model(image_number_keys=True)
+        inputs = make_inputs(["titit", "tt", "itt"], model)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -3:-1] = inputs["input_ids"][:, -3:-1]
+        labels[0, 2] = 17
+        supervised = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        results = []
+        for logits_to_keep in (0, supervised):
+            model.zero_grad()
+            outputs = model(**inputs, labels=labels, logits_to_keep=logits_to_keep, num_items_in_batch=items)
+            outputs.loss.backward()
+            results.append((outputs, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        (full, full_gradients), (kept, kept_gradients) = results
+        torch.testing.assert_close(kept.loss, full.loss, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(kept.logits, full.logits[supervised])
+        for name, gradient in full_gradients.items():
+            torch.testing.assert_close(kept_gradients[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
+
+    def test_peft_lora_attaches_and_merges(self):
+        model = make_model(image_number_keys=True)
+        inputs = make_inputs(["titit"], model)
+        base = model(**inputs).logits
+        lora = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", modules_to_save=["linear"])
+        peft_model = get_peft_model(copy.deepcopy(model), lora)
+        torch.testing.assert_close(peft_model(**inputs).logits, base)
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        tuned = peft_model(**inputs).logits
+        assert not torch.allclose(tuned, base, atol=1e-3)
+        merged = peft_model.merge_and_unload()
+        assert isinstance(merged, VisualChatForCausalLM)
+        torch.testing.assert_close(merged(**inputs).logits, tuned, atol=1e-4, rtol=1e-4)
+
+
+def test_the_tiny_tokenizer_and_config_agree():
+    config = make_config()
+    assert config.image_token_id == len(make_tokenizer())
+    assert config.image_seq_length == TOKENS_PER_IMAGE

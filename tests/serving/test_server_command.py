@@ -1,0 +1,96 @@
+"""The server's metrics and its command, `visualchat serve`."""
+
+import pytest
+import torch
+
+from benchmarks import serve_load
+from helpers.server import Server, body, picture, text
+from helpers.tiny import digit_image, make_model, make_processor
+from visualchat.cli import main as visualchat
+from visualchat.serving import server as program
+from visualchat.serving.limits import Limits
+
+
+def test_metrics():
+    with Server(Limits(images=2)) as server:
+        server.ask(*[picture(digit_image(k)) for k in (1, 2)], text(), max_tokens=5)
+        server.ask(picture(digit_image(1)), text(), max_tokens=5)
+        server.post(b"{")
+        server.post(body(text(), model="x"))
+        server.store.max_bytes = server.store.nbytes
+        server.ask(picture(digit_image(3)), text(), max_tokens=5)
+        metrics = server.metrics()
+        assert server.get("/metrics").startswith("# HELP visualchat_requests_total")
+        expected = {
+            'requests_total{status="200"}': 3,
+            'requests_total{status="400"}': 1,
+            'requests_total{status="404"}': 1,
+            "generated_tokens_total": 15,
+            "image_memory_hits_total": 1,
+            "image_memory_misses_total": 3,
+            "image_memory_evictions_total": 1,
+            "image_memory_bytes": server.store.nbytes,
+            "disconnects_total": 0,
+            "queue_length": 0,
+            "running": 0,
+        }
+        assert {name: metrics[f"visualchat_{name}"] for name in expected} == expected
+        assert 0 < metrics["visualchat_tokens_per_second"] <= 1.5
+        assert metrics["process_resident_memory_bytes"] > 1e7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(image_number_keys=True).save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_script_under_load(folder):
+    """The command line, in a process of its own: 60 requests by 8 clients. The benchmark sends 500."""
+    results = serve_load.measure_load(folder, count=60, clients=8, broken=0.15)
+    assert [result["claim"][:2] for result in results] == ["51", "9 ", "th"]
+    assert results[0]["image_memory"]["hits"] > 0
+
+
+def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
+    built, run = [], []
+    monkeypatch.setattr(program, "build_app", lambda *arguments: built.extend(arguments))
+    monkeypatch.setattr(program.uvicorn, "run", lambda app, **settings: run.append(settings))
+    visualchat(["serve", folder])
+    service, name, limits = built
+    assert (name, limits, service.places) == (folder, Limits(images=12), 33)
+    assert run[0]["host"] == "127.0.0.1" and run[0]["port"] == 8000
+    built.clear()
+    arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
+    arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
+    arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
+    visualchat(["serve", folder, *arguments.split()])
+    service, name, limits = built
+    assert (name, service.places, service.model.dtype) == ("m", 5, torch.bfloat16)
+    assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
+    hosts = frozenset({"a.org", "b.org:81"})
+    expected = Limits(1_000_000, images=3, choices=4, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=hosts)
+    assert limits == expected
+    assert run[1]["host"] == "::1" and run[1]["port"] == 7
+
+
+def test_help_and_wrong_arguments(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        visualchat(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--allow-host", "--image-memory-gb", "--queue", "--max-image-megapixels"))
+    for arguments, message in (
+        ([], "model"),
+        (["x", "--concurrency", "0"], "expected 1"),
+        (["x", "--queue", "-"], "expected 0"),
+    ):
+        with pytest.raises(SystemExit):
+            visualchat(["serve", *arguments])
+        assert message in capsys.readouterr().err
+    make_model().model.language_model.config.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=r"cannot load .* holds a model of the type 'llama', not 'visualchat'"):
+        visualchat(["serve", str(tmp_path)])
+    with pytest.raises(SystemExit, match="cannot load"):
+        visualchat(["serve", str(tmp_path / "nothing")])

@@ -1,0 +1,205 @@
+"""Bad examples: training and `visualchat prepare --check` name each in the same words."""
+
+import base64
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+
+from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
+from helpers.training import arguments
+from visualchat.cli import main as visualchat
+from visualchat.data.checks import Needs
+from visualchat.training.rows import TrainingCollator, load_rows, prepare_rows
+from visualchat.training.train import main
+
+
+IMAGE = {"type": "image"}
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+BAD_ROWS = {
+    "null messages": ("missing field", "messages", {"messages": None}),
+    "no messages": ("odd turns", "messages", {"messages": []}),
+    "null message": ("missing field", "messages[0]", {"messages": [None, assistant("a")]}),
+    "null role": ("missing field", "messages[0].role", {"messages": [{"role": None, "content": "Q"}, assistant("a")]}),
+    "null content": ("missing field", "messages[0].content", {"messages": [user(None), assistant("a")]}),
+    "null answer": (
+        "missing field",
+        "messages[1].content",
+        {"messages": [user("Q"), {"role": "assistant", "content": None}]},
+    ),
+    "null part": ("missing field", "messages[0].content[1]", {"messages": [user([text_part("Q"), None]), assistant("a")]}),
+    "null text": ("missing field", "messages[0].content[0].text", {"messages": [user([text_part(None)]), assistant("a")]}),
+    "null type": ("missing field", "messages[0].content[0].type", {"messages": [user([{"type": None}]), assistant("a")]}),
+    "no URL": (
+        "missing image",
+        "messages[0].content[0].image_url",
+        {"messages": [user([{"type": "image_url"}]), assistant("a")]},
+    ),
+    "placeholder": ("image count", "messages[0].content", {"messages": [user("<image> What?"), assistant("a")]}),
+    "placeholder of the answer": ("image count", "messages[1].content", {"messages": [user("Q"), assistant("<image>")]}),
+    "two questions": ("odd turns", "messages[1].role", {"messages": [user("Q"), user("Q"), assistant("a")]}),
+    "no answer": ("odd turns", "messages", {"messages": [user("Q")]}),
+    "answer first": ("odd turns", "messages[0].role", {"messages": [assistant("a"), user("Q")]}),
+    "unknown role": ("odd turns", "messages[0].role", {"messages": [{"role": "tool", "content": "Q"}, assistant("a")]}),
+    "one image for two": (
+        "image count",
+        "images",
+        {"messages": [user([IMAGE, IMAGE]), assistant("a")], "images": ["good.png"]},
+    ),
+    "null image": ("missing image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": [None]}),
+    "no file": ("missing image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": ["none.png"]}),
+    "no picture": ("undecodable image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": ["page.png"]}),
+    "cut off": ("truncated image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": ["cut.jpg"]}),
+    "thin": ("thin image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": ["thin.png"]}),
+    "own thin": (
+        "thin image",
+        "messages[0].content[0].path",
+        {"messages": [user([{**IMAGE, "path": "~/thin.png"}]), assistant("a")]},
+    ),
+    "too many images": (
+        "image count",
+        "messages",
+        {"messages": [user([IMAGE] * 13), assistant("a")], "images": ["good.png"] * 13},
+    ),
+}
+
+
+FOUND_LATER = ("no file", "no picture", "cut off", "thin", "own thin", "too many images")  # when pictures are opened
+
+
+class TestBadRows:
+    @pytest.fixture
+    def model(self, tmp_path, monkeypatch):
+        """A folder of a model, beside pictures of all kinds, where the test runs."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        make_model(image_number_keys=True).save_pretrained("model")
+        make_processor({"shortest_edge": 16}).save_pretrained("model")
+        digit_image(0).save("good.png")
+        digit_image(0).resize((64, 64)).save("cut.jpg")
+        Path("cut.jpg").write_bytes(Path("cut.jpg").read_bytes()[:-200])
+        Path("page.png").write_text("<html>404</html>")
+        Image.new("L", (400_000, 1)).save("thin.png")
+        return Path("model")
+
+    GOOD = {"messages": [user([IMAGE, text_part("Which?")]), assistant("seven")], "images": ["good.png"]}
+
+    def write(self, *names, good=1):
+        """`rows.jsonl`: so many good rows, and then the bad ones."""
+        rows = [self.GOOD] * good + [{"images": [], **BAD_ROWS[name][2]} for name in names]
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_the_check_and_training_name_each_with_the_same_words(self, model, capsys, streaming):
+        processor = AutoProcessor.from_pretrained(model)
+        needs = Needs.of(processor, AutoConfig.from_pretrained(model))
+        for name, (kind, field, _) in BAD_ROWS.items():
+            self.write(name)
+            assert (
+                visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--model", str(model), "--num-proc", "1"]) == 1
+            )
+            shown = capsys.readouterr().out
+            found = [line.strip() for line in shown.splitlines() if line.startswith("  rows.jsonl, row ")]
+            assert len(found) == 1 and found[0].startswith(f"rows.jsonl, row 1, {field}: {kind}: "), (name, shown)
+
+            later = streaming or name in FOUND_LATER
+            with pytest.raises(ValueError, match=r"rows\.jsonl, row 1") as error:
+                rows = prepare_rows(["rows.jsonl"], processor, 512, streaming=streaming).rows
+                assert later
+                TrainingCollator(processor, needs=needs)(list(rows))
+            assert str(error.value).splitlines()[0] == found[0], name
+            if not later:
+                assert "1 rows have a fault" in str(error.value) and "--dataset rows.jsonl --check" in str(error.value)
+
+    @pytest.mark.parametrize("options", [{}, {"streaming": True}, {"num_proc": 2}], ids=str)
+    def test_training_goes_on_past_all_of_them_on_request(self, model, caplog, options):
+        self.write(*BAD_ROWS, good=20)
+        settings = {"model_name_or_path": model, "datasets": "rows.jsonl", "eval_fraction": 0.25, "seed": 3, **options}
+        steps = {"num_train_epochs": 1, "max_steps": -1, "per_device_train_batch_size": 1, "generation_samples": 30}
+        if "streaming" in options:
+            steps["max_steps"] = 20 + len(BAD_ROWS)
+        words = arguments(Path(), Path("run"), **settings, **steps)
+        with pytest.raises(ValueError, match=r"rows\.jsonl, row \d+, "):
+            main(words)
+        caplog.clear()
+        assert main([*words, "--skip_broken_images"])["broken_rows"] == len(BAD_ROWS)
+        for number, (kind, field, _) in enumerate(BAD_ROWS.values(), 20):
+            assert f"rows.jsonl, row {number}, {field}: {kind}: " in caplog.text
+        logged = [entry for entry in json.loads(Path("run/log.json").read_text()) if "loss" in entry]
+        assert logged[-1]["broken_rows"] <= len(BAD_ROWS) and all(float(entry["loss"]) > 0 for entry in logged)
+
+    def test_a_batch_without_a_good_row(self, model):
+        processor = make_processor()
+        self.write("no file", "no picture")
+        rows = list(prepare_rows(["rows.jsonl"], processor, 512).rows)
+        expected = TrainingCollator(processor)(rows[:1])
+        collate = TrainingCollator(processor, skip_broken_images=True, stand_ins=rows[::-1])
+        assert torch.equal(collate(rows[1:])["input_ids"], expected["input_ids"])
+        assert collate.broken_rows.value == 2
+        with pytest.raises(ValueError, match="No row can be used"):
+            TrainingCollator(processor, skip_broken_images=True, stand_ins=rows[1:])(rows[1:])
+
+    def test_no_row_is_left(self, model):
+        self.write("null messages", "two questions", good=0)
+        with pytest.raises(ValueError, match=r"rows\.jsonl: there are no rows to train on"):
+            prepare_rows(["rows.jsonl"], make_processor(), 512, skip_faulty=True)
+
+    def test_streamed_shards_are_named_by_their_ids(self, model):
+        Path("shards").mkdir()
+        for k in range(2):
+            row = {"id": f"row {k}", **self.GOOD, "images": [f"none-{k}.png"]}
+            datasets.Dataset.from_list([row]).to_parquet(f"shards/{k}.parquet")
+        rows = list(prepare_rows(["shards"], make_processor(), 512, streaming=True).rows)
+        for k, row in enumerate(rows):
+            with pytest.raises(ValueError, match=rf"shards, row with the id 'row {k}', images\[0\]: missing image"):
+                TrainingCollator(make_processor())([row])
+
+    def test_pictures_in_every_form_train_as_they_were_checked(self, model):
+        png = base64.encodebytes(Path("good.png").read_bytes()).decode()
+        sources = ["good.png", "~/good.png", Path("good.png").resolve().as_uri(), f"DATA:image/png;base64,{png}", png]
+        rows = [{**self.GOOD, "images": [source]} for source in sources]
+        for key in ("image", "url", "path", "base64", "image_url"):
+            kind = "image_url" if key == "image_url" else "image"
+            for source in sources:
+                source = {"url": source} if key == "image_url" else source
+                rows.append({"messages": [user([{"type": kind, key: source}, text_part("Which?")]), assistant("seven")]})
+        Path("rows.jsonl").write_text("".join(json.dumps({"images": [], **row}) + "\n" for row in rows))
+        assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--model", "model", "--num-proc", "1"]) == 0
+        for options in ([], ["--embed-images", "--overwrite"]):
+            assert visualchat(["prepare", "--dataset", "rows.jsonl", "--output", "out", "--num-proc", "1", *options]) == 0
+            for name in ("rows.jsonl", "out/rows"):
+                collate = TrainingCollator(make_processor())
+                prepared = prepare_rows([name], make_processor(), 512).rows
+                assert set(prepared["num_images"]) == {1} and len(prepared) == len(rows)
+                batch = collate(list(prepared))
+                assert (batch["pixel_values"] == batch["pixel_values"][:1]).all()
+                assert (batch["input_ids"] == batch["input_ids"][:1]).all()
+
+    def test_images_that_are_no_lists_are_named(self, model, capsys):
+        Path("rows.jsonl").write_text(json.dumps({**self.GOOD, "images": "good.png"}) + "\n")
+        with pytest.raises(ValueError, match=r"rows\.jsonl: the column `images` must hold a list of pictures in each row"):
+            load_rows("rows.jsonl")
+        assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check"]) == 2
+        assert "the column `images` must hold a list" in capsys.readouterr().err
+
+    def test_what_the_check_takes_as_a_model(self, model, capsys):
+        self.write("thin")
+        tower = make_model().model.vision_tower
+        tower.save_pretrained("tower")
+        make_processor({"shortest_edge": 14}).image_processor.save_pretrained("tower")  # 14² · 400,000 pixels are few enough
+        make_model().model.language_model.config.save_pretrained("decoder")
+        check = ["--dataset", "rows.jsonl", "--check", "--num-proc", "1"]
+        assert visualchat(["prepare", *check]) == 1
+        assert "with a shorter side of 224" in capsys.readouterr().out
+        assert visualchat(["prepare", *check, "--model", "tower"]) == 0
+        assert visualchat(["prepare", *check, "--model", "decoder"]) == 2
+        assert "--model takes a VisualChat or its tower" in capsys.readouterr().err

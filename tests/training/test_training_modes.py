@@ -1,0 +1,160 @@
+"""`visualchat train`: what each mode trains, and what it starts from."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from helpers.tiny import make_model, make_processor
+from helpers.training import ALIGNMENT, FEATURES, arguments, make_row, moved
+from visualchat.cli import main as visualchat
+from visualchat.training import train
+from visualchat.training.train import main
+
+
+class TestModes:
+    def test_alignment_moves_projector_and_embedding_alone(self, parts, tmp_path):
+        metrics = main(arguments(parts, tmp_path, generation_samples=2, projector_learning_rate=1e-2))
+        before = AutoModel.from_pretrained(parts / "model").state_dict()
+        after = AutoModel.from_pretrained(tmp_path / "model")
+        assert moved(before, after.state_dict()) == ALIGNMENT
+        assert {"eval_loss", "eval_exact_answers", "broken_rows"} <= set(metrics)
+        for name in ("metrics.json", "log.json", "curves.png", "data.md", "data.png", "model/README.md"):
+            assert (tmp_path / name).stat().st_size > 0, name
+        card = (tmp_path / "model" / "README.md").read_text()
+        assert f"| eval_loss | {metrics['eval_loss']:g} |" in card
+        assert "| source 0 | 10 |" in card
+        assert AutoProcessor.from_pretrained(tmp_path / "model").image_seq_length == 5
+        assert all("broken_rows" in entry for entry in json.loads((tmp_path / "log.json").read_text()) if "loss" in entry)
+
+    def test_full_moves_everything_that_the_logits_read(self, parts, tmp_path):
+        main(arguments(parts, tmp_path, mode="full"))
+        before = AutoModel.from_pretrained(parts / "model").state_dict()
+        after = AutoModel.from_pretrained(tmp_path / "model").state_dict()
+        still = set(before) - moved(before, after)
+        assert {name.rsplit(".", 1)[0] for name in still} <= {"model.vision_tower.post_layernorm"}
+
+    @pytest.mark.parametrize("target", ["decoder", "tower", "both"])
+    def test_lora_is_saved_as_an_adapter_and_merges_into_a_plain_model(self, parts, tmp_path, target):
+        from peft import PeftModel
+
+        main(arguments(parts, tmp_path, mode="lora", lora_target=target, lora_learning_rate=1e-2))
+        names = {path.name for path in (tmp_path / "model").iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "README.md"} <= names
+        assert "model.safetensors" not in names
+        base = AutoModel.from_pretrained(parts / "model")
+        before = {name: weight.clone() for name, weight in base.state_dict().items()}
+        adapted = PeftModel.from_pretrained(base, tmp_path / "model").eval()
+
+        visualchat(["merge", str(tmp_path / "model"), "--output", str(tmp_path / "merged")])
+        merged = AutoModel.from_pretrained(tmp_path / "merged").eval()
+        inputs = {"input_ids": torch.arange(20, 40)[None]}
+        inputs["input_ids"][:, 3:8] = merged.config.image_token_id
+        inputs["pixel_values"] = torch.randn(1, 3, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=1e-4)
+        assert AutoProcessor.from_pretrained(tmp_path / "merged").image_seq_length == 5
+        changed = moved(before, merged.state_dict())
+        assert ALIGNMENT <= changed
+        lora = {name for name in changed - ALIGNMENT if "_proj" in name or ".fc" in name}
+        assert changed == ALIGNMENT | lora
+        assert any("language_model" in name for name in lora) == (target != "tower")
+        assert any("vision_tower" in name for name in lora) == (target != "decoder")
+
+
+class TestQuantized:
+    def test_4_bits_for_the_decoders_layers_alone(self, parts, tmp_path, monkeypatch):
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        given = {}
+
+        def from_pretrained(name, **kwargs):
+            given.update(kwargs)
+            return make_model()
+
+        monkeypatch.setattr(AutoModel, "from_pretrained", from_pretrained)
+        model_args, _, training_args = train.parse_arguments(arguments(parts, tmp_path, mode="lora", load_in_4bit=True))
+        train.prepare_model(model_args, training_args)
+        config = given["quantization_config"]
+        assert config.load_in_4bit
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+        linear = {name for name, module in make_model().named_modules() if isinstance(module, torch.nn.Linear)}
+        quantized = {name for name in linear if should_convert_module(name, config.llm_int8_skip_modules)}
+        assert quantized == {name for name in linear if name.startswith("model.language_model.layers.")}
+        assert linear - quantized > {"lm_head", "model.multi_modal_projector.linear"}
+
+    def test_without_bitsandbytes_it_is_named_before_any_work_starts(self, parts, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+        with pytest.raises(ImportError, match="load_in_4bit needs bitsandbytes: pip install"):
+            train.main(arguments(parts, tmp_path / "run", mode="lora", load_in_4bit=True))
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_trls_sft_trainer_needs_no_glue(parts, tmp_path, answers_only):
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModel.from_pretrained(parts / "model")
+    model.freeze_for_alignment()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = datasets.Dataset.from_list([make_row(k, images=1 + k % 2) for k in range(8)], features=FEATURES)
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_length=None,
+        assistant_only_loss=answers_only,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        logging_steps=1,
+    )
+    processor = AutoProcessor.from_pretrained(parts / "model")
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    logged = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all(loss > 0 for loss in logged)
+    assert moved(before, model.state_dict()) == ALIGNMENT
+
+
+def test_joining_a_tower_and_a_decoder(parts, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = make_model(text={"vocab_size": 320}, image_token_id=5)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    make_processor().image_processor.save_pretrained(tmp_path / "tower")
+    LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "decoder")
+    make_processor().tokenizer.save_pretrained(tmp_path / "decoder")
+    words = arguments(
+        parts, tmp_path / "run", vision_name_or_path=tmp_path / "tower", text_name_or_path=tmp_path / "decoder"
+    )
+    where = words.index("--model_name_or_path")
+    main([*words[:where], *words[where + 2 :], "--image_number_keys", "True", "--max_steps", "2"])
+    trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.image_number_keys
+    assert trained.config.image_token_id == 320
+
+
+def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = make_model()
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "decoder")
+    make_processor().tokenizer.save_pretrained(tmp_path / "decoder")
+    words = arguments(
+        parts, tmp_path / "run", vision_name_or_path=tmp_path / "decoder", text_name_or_path=tmp_path / "tower"
+    )
+    where = words.index("--model_name_or_path")
+    with pytest.raises(TypeError, match=r"`vision`: .*decoder has the model_type 'llama', but the vision tower must be of"):
+        main([*words[:where], *words[where + 2 :]])
+    assert not (tmp_path / "run" / "joined").exists()
+    with pytest.raises(
+        ValueError,
+        match=r"decoder holds a model of the type 'llama', not 'visualchat'\. To join a tower and a decoder, give",
+    ):
+        main(arguments(parts, tmp_path / "run", model_name_or_path=tmp_path / "decoder"))
