@@ -127,7 +127,7 @@ def robustness(
     """
     rng = np.random.default_rng(seed)
     rows = task.probes(split, 3, count, seed)
-    pictures = task.splits[split].pictures
+    pictures = task.splits[split].images
     distracted, reordered = [], []
     for row in rows:
         other = pictures[rng.integers(len(pictures))]

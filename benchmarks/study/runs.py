@@ -211,7 +211,7 @@ def make_base(job: Job, scale: Scale, folder: Path) -> dict:
     pictures, labels, offset = [], [], 0
     for task in tasks:
         split = task.splits["train"]
-        pictures += [picture.convert("RGB") for picture in split.pictures]
+        pictures += [picture.convert("RGB") for picture in split.images]
         labels.append(split.labels + offset)
         offset += len(task.subject.words)
     labels = np.concatenate(labels)
