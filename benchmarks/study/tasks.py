@@ -56,7 +56,7 @@ class Task(NamedTuple):
         for _ in range(count):
             labels = rng.integers(len(by_label), size=num_images).tolist()
             asked = int(rng.integers(num_images)) + 1
-            images = [digits.pictures[rng.choice(by_label[label])] for label in labels]
+            images = [digits.images[rng.choice(by_label[label])] for label in labels]
             text = IDENTIFY[self.name].format(asked)
             question = next(one for one in self.subject.list_questions(labels) if one.text == text)
             content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]

@@ -33,7 +33,7 @@ class TestTasks:
     @pytest.mark.parametrize("seed", range(3))
     def test_patches_of_one_place_are_in_one_split(self, seed):
         splits = load_task("patches", seed).splits
-        pixels = {name: {np.asarray(p).tobytes() for p in split.pictures} for name, split in splits.items()}
+        pixels = {name: {np.asarray(p).tobytes() for p in split.images} for name, split in splits.items()}
         # A flat sky has equal patches in several places
         shared = pixels["train"] & pixels["test"]
         assert len(shared) < 0.02 * len(pixels["test"])
@@ -59,7 +59,7 @@ class TestTasks:
 
     def test_patches_are_as_bright_as_they_are_called(self):
         test = load_task("patches", 0).splits["test"]
-        means = np.array([np.asarray(picture.convert("L")).mean() for picture in test.pictures])
+        means = np.array([np.asarray(picture.convert("L")).mean() for picture in test.images])
         shades = test.labels // 2
         for shade in range(3):
             assert means[shades == shade].max() < means[shades == shade + 1].min()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.raw_data import as_base64, copy_raw, write_json
-from visualchat.data import checks, files, rows, sources
+from visualchat.data import checks, files, formats, sources
 
 
 SOURCES = sources.SOURCES
@@ -28,7 +28,7 @@ def read(name, root, seed=0):
 
 
 def show(one):
-    return [Path(picture.path).name for picture in one.pictures], one.question, one.answer
+    return [Path(picture.path).name for picture in one.images], one.question, one.answer
 
 
 def sorted_rounds(samples):
@@ -90,13 +90,13 @@ def test_archives_of_mimicit_hold_their_pictures(raw, name):
     samples = {sample.id: sample for sample in context.source.samples(context)}
     joined = samples.pop(f"{name}_instructions:{name}_INS_0")
     assert sorted(one.question for one in joined.rounds) == ["What changed?", "What else?"]
-    held = [checks.read_picture(picture.path, picture.span) for picture in joined.rounds[0].pictures]
+    held = [checks.read_image_bytes(picture.path, picture.span) for picture in joined.rounds[0].images]
     assert held == [base64.b64decode(as_base64(0)), base64.b64decode(as_base64(1))]
     if name == "SD":
         assert not samples and not context.left_out
     else:
         (eight,) = samples.values()
-        assert [len(one.pictures) for one in eight.rounds] == [8]
+        assert [len(one.images) for one in eight.rounds] == [8]
         assert context.left_out == {"records without 1 to 8 known images": 3}
 
 
@@ -142,7 +142,7 @@ def test_sparkles_names_images_in_one_style_a_dialogue(raw):
     ]
     assert all(rounds in allowed for rounds in samples.values())
     assert all(rounds in samples.values() for rounds in allowed)
-    folders = [sample.rounds[0].pictures[0].path for sample in context.source.samples(context)]
+    folders = [sample.rounds[0].images[0].path for sample in context.source.samples(context)]
     assert Counter(Path(path).parts[-3] for path in folders) == {"SparklesDialogueCC": 4, "SparklesDialogueVG": 4}
 
 
@@ -153,7 +153,7 @@ def test_captions_are_asked_for_in_many_ways(raw):
         (pictures, question, answer), *more = samples["filter_cap:7"]
         assert (pictures, answer, more) == (["7.jpg"], "A seven.", [])
         asked.add(question)
-    assert asked <= set(rows.DESCRIBE) and len(asked) > 5
+    assert asked <= set(formats.DESCRIBE) and len(asked) > 5
 
 
 def test_coco_caption_draws_one_of_the_captions_and_leaves_held_out_splits(raw):
@@ -161,9 +161,9 @@ def test_coco_caption_draws_one_of_the_captions_and_leaves_held_out_splits(raw):
     for seed in range(20):
         samples, context = read("coco_caption", raw, seed)
         assert sorted(samples) == ["dataset:COCO_1.jpg", "dataset:COCO_2.jpg"]
-        assert context.left_out == {"rows of a held-out split": 1}
+        assert context.left_out == {"records of a held-out split": 1}
         ((pictures, question, answer),) = samples["dataset:COCO_1.jpg"]
-        assert pictures == ["COCO_1.jpg"] and question in rows.DESCRIBE
+        assert pictures == ["COCO_1.jpg"] and question in formats.DESCRIBE
         drawn.add(answer)
     assert drawn == {"One 1.", "Two 1."}
 
@@ -174,7 +174,7 @@ def test_aokvqa_asks_why(raw):
         ((pictures, question, answer),) = read("aokvqa", raw, seed)[0]["aokvqa_v1p0_train:q1"]
         start = "What digit is it? "
         assert pictures == ["000000000005.jpg"] and question.startswith(start)
-        assert question.removeprefix(start) in rows.WHY
+        assert question.removeprefix(start) in formats.WHY
         drawn.add(answer)
     assert drawn == {"The answer is five. Because it looks so.", "The answer is five. Because it has a belly."}
 
@@ -183,7 +183,7 @@ def test_ocr_vqa_draws_one_pair(raw):
     drawn = set()
     for seed in range(20):
         samples, context = read("ocr_vqa", raw, seed)
-        assert list(samples) == ["dataset:111", "dataset:222"] and context.left_out == {"rows of a held-out split": 1}
+        assert list(samples) == ["dataset:111", "dataset:222"] and context.left_out == {"records of a held-out split": 1}
         ((pictures, *pair),) = samples["dataset:111"]
         assert pictures == ["111.png"]
         drawn.add(tuple(pair))
@@ -232,7 +232,7 @@ AOKVQA, BOOKS = "aokvqa/annotations/aokvqa_v1p0_train.json", "OCR_VQA/dataset.js
 BAD_TEXTS = [
     ("llava", DETAIL, put(1, "image", ...), "missing field", "1", "image"),
     ("llava", DETAIL, put(1, "conversations", 0, "value", 5), "missing field", "1", "conversations[0].value"),
-    ("llava", DETAIL, put(1, "a string"), "missing field", "1", "row"),
+    ("llava", DETAIL, put(1, "a string"), "missing field", "1", "record"),
     ("llava", DETAIL, put(1, "conversations", 0, "value", "<image>\n"), "empty question", "1", "conversations[0].value"),
     ("llava", DETAIL, put(1, "conversations", 1, "value", " \n"), "empty answer", "1", "conversations[1].value"),
     ("llava", DETAIL, put(1, "conversations", 1, "value", "A <image>."), "image count", "1", "conversations[1].value"),
@@ -292,15 +292,15 @@ def test_pictures_of_an_archive_are_found_however_it_is_laid_out(tmp_path):
     strings = {"a": as_base64(1), "b": "data:image/png;base64," + as_base64(2)}
     for text in (json.dumps(strings, indent=2), json.dumps(strings).replace("/", "\\/"), json.dumps(strings) + "\n"):
         (tmp_path / "X.json").write_text(text)
-        spans = files.index_pictures(tmp_path, "X.json", pytest.fail)
-        held = {name: checks.read_picture(tmp_path / "X.json", span) for name, span in spans.items()}
+        spans = files.index_images(tmp_path, "X.json", pytest.fail)
+        held = {name: checks.read_image_bytes(tmp_path / "X.json", span) for name, span in spans.items()}
         assert held == {"a": base64.b64decode(as_base64(1)), "b": base64.b64decode(as_base64(2))}
     (tmp_path / "X.json").write_text("{}")
-    assert files.index_pictures(tmp_path, "X.json", pytest.fail) == {}
+    assert files.index_images(tmp_path, "X.json", pytest.fail) == {}
     for text in ('{"a": "AA', '{"a": "AA"', '{"a": 5}', "[]", ""):
         (tmp_path / "X.json").write_text(text)
         with pytest.raises(ValueError, match=r"X\.json"):
-            files.index_pictures(tmp_path, "X.json", pytest.fail)
+            files.index_images(tmp_path, "X.json", pytest.fail)
 
 
 def test_files_that_are_missing_or_no_json_are_named(tmp_path):

@@ -22,7 +22,7 @@ from modeling_visualchat import VisualChatDataCollator
 from visualchat.cli import main as visualchat
 from visualchat.data import shards
 from visualchat.data.sources import SOURCES
-from visualchat.training.rows import load_rows
+from visualchat.training.dataset import load_examples
 
 
 DETAIL, REASONING = "llava/detail_23k.json", "llava/complex_reasoning_77k.json"
@@ -179,8 +179,8 @@ def test_check_names_every_problem_and_writes_no_rows(tmp_path, capsys):
     assert problems(output / "llava.problems.jsonl") == expected
     assert [path.name for path in output.iterdir()] == ["llava.problems.jsonl"]
     shown = capsys.readouterr().out
-    assert "5 problems in 5 rows" in shown and "2  truncated image" in shown
-    assert f"{DETAIL}, row 0, image: missing image: there is no file {root / COCO / '000000000001.jpg'}" in shown
+    assert "5 problems in 5 examples" in shown and "2  truncated image" in shown
+    assert f"{DETAIL}, example 0, image: missing image: there is no file {root / COCO / '000000000001.jpg'}" in shown
     assert visualchat(["prepare", "--source", "minigpt4", "--data-root", str(root), "--check", "--num-proc", "1"]) == 0
 
 
@@ -234,7 +234,7 @@ def test_books_of_one_pixel_are_left_out(raw, tmp_path):
     assert run(raw, tmp_path, source="ocr_vqa") == 0
     assert [row["id"] for row in load(tmp_path / "ocr_vqa")] == ["dataset:111"]
     reason = "samples whose image has fewer than 2 pixels a side"
-    assert summary(tmp_path, "ocr_vqa")["left_out"] == {reason: 1, "rows of a held-out split": 1}
+    assert summary(tmp_path, "ocr_vqa")["left_out"] == {reason: 1, "records of a held-out split": 1}
 
 
 def children(process):
@@ -381,9 +381,9 @@ def test_any_dataset_is_checked(faulty, tmp_path, capsys, num_proc):
     assert by_row(problems(tmp_path / "out/rows.problems.jsonl")) == faulty
     assert os.listdir(tmp_path / "out") == ["rows.problems.jsonl"]
     shown = capsys.readouterr().out
-    assert "8 problems in 8 rows" in shown and "2  missing image" in shown
-    assert "rows.jsonl, row 1, images[1]: missing image: there is no file none.png" in shown
-    assert "row 7, images: image count: 2 image parts wait for a picture, but there are 1 images" in shown
+    assert "8 problems in 8 examples" in shown and "2  missing image" in shown
+    assert "rows.jsonl, example 1, images[1]: missing image: there is no file none.png" in shown
+    assert "example 7, images: image count: 2 image parts need an image, but there are 1 images" in shown
 
 
 def test_bad_rows_of_a_dataset_are_left_out(faulty, tmp_path):
@@ -394,8 +394,8 @@ def test_bad_rows_of_a_dataset_are_left_out(faulty, tmp_path):
     assert by_row(problems(tmp_path / "out/rows/problems.jsonl")) == faulty
     kept = summary(tmp_path / "out", "rows")
     assert (kept["rows"], kept["rounds"], kept["images"]) == (9, 9, 15) and sum(kept["problems"].values()) == 8
-    good = load_rows("rows.jsonl").select(range(0, 17, 2))
-    written = load_rows(str(tmp_path / "out/rows"))
+    good = load_examples("rows.jsonl").select(range(0, 17, 2))
+    written = load_examples(str(tmp_path / "out/rows"))
     assert written.to_list() == good.to_list()
     assert visualchat(["prepare", "--dataset", "out/rows", "--check", "--num-proc", "1"]) == 0
 
@@ -413,17 +413,17 @@ def test_repeated_ids_of_a_dataset_are_named_and_the_later_rows_left_out(faulty,
     assert visualchat(["prepare", *shared, "--check"]) == 1
     assert problems(tmp_path / "out/named.problems.jsonl") == expected
     shown = capsys.readouterr().out
-    assert "4 problems in 3 rows" in shown and "3  duplicate id" in shown
-    assert "named.jsonl, row 4, id: duplicate id: '5' is the id of row 1 too" in shown
-    assert "named.jsonl, row 5, id: duplicate id: '7' is the id of row 0 too" in shown
+    assert "4 problems in 3 examples" in shown and "3  duplicate id" in shown
+    assert "named.jsonl, example 4, id: duplicate id: '5' is the id of example 1 too" in shown
+    assert "named.jsonl, example 5, id: duplicate id: '7' is the id of example 0 too" in shown
 
     assert visualchat(["prepare", *shared]) == 1 and not (tmp_path / "out/named").exists()
     assert visualchat(["prepare", *shared, "--skip-bad"]) == 0
     assert problems(tmp_path / "out/named/problems.jsonl") == expected
     assert summary(tmp_path / "out", "named")["problems"] == {"duplicate id": 3, "missing image": 1}
-    written = load_rows(str(tmp_path / "out/named"))
+    written = load_examples(str(tmp_path / "out/named"))
     assert written["id"][:] == ["7", "5", "3", None, None]
-    assert written.to_list() == load_rows("named.jsonl").select([0, 1, 3, 6, 7]).to_list()
+    assert written.to_list() == load_examples("named.jsonl").select([0, 1, 3, 6, 7]).to_list()
 
 
 def test_changed_ids_are_noticed(faulty, tmp_path, capsys):
@@ -437,7 +437,7 @@ def test_changed_ids_are_noticed(faulty, tmp_path, capsys):
 
 
 def test_datasets_in_every_form_are_checked(faulty, tmp_path):
-    rows = load_rows("rows.jsonl").select(range(2)).remove_columns("source")
+    rows = load_examples("rows.jsonl").select(range(2)).remove_columns("source")
     embedded = datasets.Dataset.from_list(
         [{"messages": row["messages"], "images": [{"bytes": Path("cut.jpg").read_bytes(), "path": None}]} for row in rows]
     )
@@ -467,4 +467,4 @@ def test_unreadable_datasets_are_named(tmp_path, capsys):
     assert f"error: {path} cannot be read" in capsys.readouterr().err
     write_rows(path, [{"conversations": []}])
     assert visualchat(["prepare", "--dataset", str(path), "--check"]) == 2
-    assert f"{path}: rows need a column `messages`" in capsys.readouterr().err
+    assert f"{path}: the dataset needs a column `messages`" in capsys.readouterr().err

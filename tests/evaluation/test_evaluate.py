@@ -358,9 +358,9 @@ class TestBroken:
         found = results(tmp_path / "out", root)
         assert found["exact"]["count"] == 2 and found["loss"]["conversations"] == 1
         errors = [one["error"] for one in found["failures"]]
-        where = f"{tmp_path}/rows.parquet, row"
+        where = f"{tmp_path}/rows.parquet, example"
         assert errors[0].startswith(f"{where} 1, round 1: 10 bytes is not a picture")
-        assert errors[1] == f"{where} 2: images: image count: 1 image parts wait for a picture, but there are 0 images"
+        assert errors[1] == f"{where} 2: images: image count: 1 image parts need an image, but there are 0 images"
         assert errors[2] == f"{where} 3: task: missing field: 1 tasks for 2 answers"
 
 

@@ -65,6 +65,6 @@ def test_the_digits_become_a_labelled_set(tmp_path):
     for dialogue in dialogues:
         assert not dialogue.fault
         assert {question.task for question in dialogue.questions} <= {"digit", "same", "larger", "even"}
-        pictures, rounds, error = dialogue.open_pictures()
+        pictures, rounds, error = dialogue.open_images()
         assert rounds == len(dialogue.questions) and not error
         assert all(picture.size == (32, 32) for picture in pictures)

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoProcessor
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from helpers.training import arguments
 from visualchat.cli import main as visualchat
-from visualchat.data.checks import Needs
-from visualchat.training.rows import TrainingCollator, load_rows, prepare_rows
+from visualchat.data.checks import ModelRequirements
+from visualchat.training.dataset import TrainingCollator, load_examples, prepare_dataset
 from visualchat.training.train import main
 
 
@@ -101,24 +101,24 @@ class TestBadRows:
     @pytest.mark.parametrize("streaming", [False, True])
     def test_the_check_and_training_name_each_with_the_same_words(self, model, capsys, streaming):
         processor = AutoProcessor.from_pretrained(model)
-        needs = Needs.of(processor, AutoConfig.from_pretrained(model))
+        requirements = ModelRequirements.of(processor, AutoConfig.from_pretrained(model))
         for name, (kind, field, _) in BAD_ROWS.items():
             self.write(name)
             assert (
                 visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--model", str(model), "--num-proc", "1"]) == 1
             )
             shown = capsys.readouterr().out
-            found = [line.strip() for line in shown.splitlines() if line.startswith("  rows.jsonl, row ")]
-            assert len(found) == 1 and found[0].startswith(f"rows.jsonl, row 1, {field}: {kind}: "), (name, shown)
+            found = [line.strip() for line in shown.splitlines() if line.startswith("  rows.jsonl, example ")]
+            assert len(found) == 1 and found[0].startswith(f"rows.jsonl, example 1, {field}: {kind}: "), (name, shown)
 
             later = streaming or name in FOUND_LATER
-            with pytest.raises(ValueError, match=r"rows\.jsonl, row 1") as error:
-                rows = prepare_rows(["rows.jsonl"], processor, 512, streaming=streaming).rows
+            with pytest.raises(ValueError, match=r"rows\.jsonl, example 1") as error:
+                rows = prepare_dataset(["rows.jsonl"], processor, 512, streaming=streaming).dataset
                 assert later
-                TrainingCollator(processor, needs=needs)(list(rows))
+                TrainingCollator(processor, requirements=requirements)(list(rows))
             assert str(error.value).splitlines()[0] == found[0], name
             if not later:
-                assert "1 rows have a fault" in str(error.value) and "--dataset rows.jsonl --check" in str(error.value)
+                assert "1 examples have a fault" in str(error.value) and "--dataset rows.jsonl --check" in str(error.value)
 
     @pytest.mark.parametrize("options", [{}, {"streaming": True}, {"num_proc": 2}], ids=str)
     def test_training_goes_on_past_all_of_them_on_request(self, model, caplog, options):
@@ -128,39 +128,39 @@ class TestBadRows:
         if "streaming" in options:
             steps["max_steps"] = 20 + len(BAD_ROWS)
         words = arguments(Path(), Path("run"), **settings, **steps)
-        with pytest.raises(ValueError, match=r"rows\.jsonl, row \d+, "):
+        with pytest.raises(ValueError, match=r"rows\.jsonl, example \d+, "):
             main(words)
         caplog.clear()
         assert main([*words, "--skip_broken_images"])["broken_rows"] == len(BAD_ROWS)
         for number, (kind, field, _) in enumerate(BAD_ROWS.values(), 20):
-            assert f"rows.jsonl, row {number}, {field}: {kind}: " in caplog.text
+            assert f"rows.jsonl, example {number}, {field}: {kind}: " in caplog.text
         logged = [entry for entry in json.loads(Path("run/log.json").read_text()) if "loss" in entry]
         assert logged[-1]["broken_rows"] <= len(BAD_ROWS) and all(float(entry["loss"]) > 0 for entry in logged)
 
     def test_a_batch_without_a_good_row(self, model):
         processor = make_processor()
         self.write("no file", "no picture")
-        rows = list(prepare_rows(["rows.jsonl"], processor, 512).rows)
+        rows = list(prepare_dataset(["rows.jsonl"], processor, 512).dataset)
         expected = TrainingCollator(processor)(rows[:1])
-        collate = TrainingCollator(processor, skip_broken_images=True, stand_ins=rows[::-1])
+        collate = TrainingCollator(processor, skip_broken_images=True, fallback_examples=rows[::-1])
         assert torch.equal(collate(rows[1:])["input_ids"], expected["input_ids"])
         assert collate.broken_rows.value == 2
-        with pytest.raises(ValueError, match="No row can be used"):
-            TrainingCollator(processor, skip_broken_images=True, stand_ins=rows[1:])(rows[1:])
+        with pytest.raises(ValueError, match="No example can be used"):
+            TrainingCollator(processor, skip_broken_images=True, fallback_examples=rows[1:])(rows[1:])
 
     def test_no_row_is_left(self, model):
         self.write("null messages", "two questions", good=0)
-        with pytest.raises(ValueError, match=r"rows\.jsonl: there are no rows to train on"):
-            prepare_rows(["rows.jsonl"], make_processor(), 512, skip_faulty=True)
+        with pytest.raises(ValueError, match=r"rows\.jsonl: there are no examples to train on"):
+            prepare_dataset(["rows.jsonl"], make_processor(), 512, skip_invalid=True)
 
     def test_streamed_shards_are_named_by_their_ids(self, model):
         Path("shards").mkdir()
         for k in range(2):
             row = {"id": f"row {k}", **self.GOOD, "images": [f"none-{k}.png"]}
             datasets.Dataset.from_list([row]).to_parquet(f"shards/{k}.parquet")
-        rows = list(prepare_rows(["shards"], make_processor(), 512, streaming=True).rows)
+        rows = list(prepare_dataset(["shards"], make_processor(), 512, streaming=True).dataset)
         for k, row in enumerate(rows):
-            with pytest.raises(ValueError, match=rf"shards, row with the id 'row {k}', images\[0\]: missing image"):
+            with pytest.raises(ValueError, match=rf"shards, example with the id 'row {k}', images\[0\]: missing image"):
                 TrainingCollator(make_processor())([row])
 
     def test_pictures_in_every_form_train_as_they_were_checked(self, model):
@@ -178,7 +178,7 @@ class TestBadRows:
             assert visualchat(["prepare", "--dataset", "rows.jsonl", "--output", "out", "--num-proc", "1", *options]) == 0
             for name in ("rows.jsonl", "out/rows"):
                 collate = TrainingCollator(make_processor())
-                prepared = prepare_rows([name], make_processor(), 512).rows
+                prepared = prepare_dataset([name], make_processor(), 512).dataset
                 assert set(prepared["num_images"]) == {1} and len(prepared) == len(rows)
                 batch = collate(list(prepared))
                 assert (batch["pixel_values"] == batch["pixel_values"][:1]).all()
@@ -186,10 +186,12 @@ class TestBadRows:
 
     def test_images_that_are_no_lists_are_named(self, model, capsys):
         Path("rows.jsonl").write_text(json.dumps({**self.GOOD, "images": "good.png"}) + "\n")
-        with pytest.raises(ValueError, match=r"rows\.jsonl: the column `images` must hold a list of pictures in each row"):
-            load_rows("rows.jsonl")
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl: the column `images` must contain a list of images in each example"
+        ):
+            load_examples("rows.jsonl")
         assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check"]) == 2
-        assert "the column `images` must hold a list" in capsys.readouterr().err
+        assert "the column `images` must contain a list" in capsys.readouterr().err
 
     def test_what_the_check_takes_as_a_model(self, model, capsys):
         self.write("thin")

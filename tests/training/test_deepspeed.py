@@ -18,7 +18,7 @@ from helpers.distributed import ENVIRONMENT, launch, needs_compiler, settings, w
 from helpers.tiny import make_model, make_processor
 from helpers.training import FEATURES, losses, make_row
 from visualchat.training.train import main as train
-from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
+from visualchat.training.trainer import VisualChatTrainingArguments, find_complete_checkpoint
 
 
 pytestmark = needs_compiler
@@ -173,10 +173,10 @@ def test_another_number_of_processes_is_refused_with_the_command_that_converts(t
     args = VisualChatTrainingArguments(str(tmp_path), use_cpu=True)
     args.deepspeed_plugin = "of zero2.json"
     (shards / "mp_rank_00_model_states.pt").touch()
-    assert find_whole_checkpoint(args) == str(folder)  # without ZeRO nothing is shared out
+    assert find_complete_checkpoint(args) == str(folder)  # without ZeRO nothing is shared out
     (shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(ValueError, match=r"written by 2 processes, and this run has 1(.|\n)*ds_to_universal") as refusal:
-        find_whole_checkpoint(args)
+        find_complete_checkpoint(args)
     assert str(refusal.value).endswith(f"--input_folder {shards} --output_folder {shards}_universal")
     (folder / "latest_universal").touch()
-    assert find_whole_checkpoint(args) == str(folder)
+    assert find_complete_checkpoint(args) == str(folder)

@@ -13,7 +13,7 @@ from helpers.tiny import make_config
 from modeling_visualchat import VisualChatForCausalLM
 from visualchat.cli import main as visualchat
 from visualchat.planning import plan, trace
-from visualchat.planning.memory import Setting, plan_peak
+from visualchat.planning.memory import ZeroSetting, plan_peak
 from visualchat.training.arguments import ModelArguments
 from visualchat.training.train import set_mode
 
@@ -58,7 +58,7 @@ def test_states_are_those_of_the_document(name, json_name, gpus, alignment, full
 
         # The plan keeps the same, and what DeepSpeed adds: small weights that stay everywhere
         empty = trace.Trace(np.zeros((1, 3), dtype=np.int64), [], [], 0)
-        setting = Setting(plan.read_zero(json_name), gpus, 2, config.hidden_size)
+        setting = ZeroSetting(plan.read_zero(json_name), gpus, 2, config.hidden_size)
         parts = plan_peak(empty, parameters, setting).parts
         kept = parts["weights"] + parts["optimizer"] + 2 * trained / gpus
         assert kept / 1e9 == pytest.approx(gigabytes, rel=0.02)

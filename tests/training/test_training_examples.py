@@ -11,7 +11,7 @@ import torch
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from helpers.training import FEATURES, TEXT, arguments, losses, make_row
 from modeling_visualchat.data_collator_visualchat import fill_images
-from visualchat.training.rows import TrainingCollator, drop_rounds, load_rows, measure, prepare_rows
+from visualchat.training.dataset import TrainingCollator, drop_rounds, load_examples, measure, prepare_dataset
 from visualchat.training.train import main
 
 
@@ -44,24 +44,24 @@ class TestRows:
         assert drop_rounds(system + row["messages"], 1) == system + row["messages"][2:]
 
     def test_rows_without_an_answer_are_left_out_and_counted(self, parts, caplog):
-        prepared = prepare_rows([str(parts / "data")], make_processor(), max_length=75)
+        prepared = prepare_dataset([str(parts / "data")], make_processor(), max_length=75)
         assert 0 < prepared.too_long[str(parts / "data")] < 20
-        assert len(prepared.rows) == 20 - prepared.too_long[str(parts / "data")]
+        assert len(prepared.dataset) == 20 - prepared.too_long[str(parts / "data")]
         assert "keep no answer within 75 tokens" in caplog.text
 
     def test_mixtures(self, parts, tmp_path):
         other = [make_row(k, images=1, rounds=1) | {"source": "other"} for k in range(5)]
         datasets.Dataset.from_list(other, features=FEATURES).to_parquet(tmp_path / "other.parquet")
         names = [str(parts / "data"), str(tmp_path / "other.parquet")]
-        rows = prepare_rows(names, make_processor(), 512).rows
+        rows = prepare_dataset(names, make_processor(), 512).dataset
         assert len(rows) == 25
-        weighted = prepare_rows(names, make_processor(), 512, weights=[1, 9]).rows
+        weighted = prepare_dataset(names, make_processor(), 512, weights=[1, 9]).dataset
         share = sum(source == "other" for source in weighted["source"]) / len(weighted)
         assert 0.8 < share < 0.97
-        streamed = list(prepare_rows(names, make_processor(), 512, weights=[1, 1], streaming=True).rows)
+        streamed = list(prepare_dataset(names, make_processor(), 512, weights=[1, 1], streaming=True).dataset)
         assert {row["source"] for row in streamed} == {"source 0", "source 1", "other"}
         with pytest.raises(ValueError, match="2 datasets, but 1 weights"):
-            prepare_rows(names, make_processor(), 512, weights=[1])
+            prepare_dataset(names, make_processor(), 512, weights=[1])
 
     def test_mixtures_of_rows_with_ids_of_any_kind_and_without(self, parts, tmp_path):
         named = datasets.Dataset.from_list([make_row(k, images=1, rounds=1) for k in range(4)], features=FEATURES)
@@ -75,10 +75,10 @@ class TestRows:
         for name, rows in zip(names, forms.values()):
             rows.to_parquet(name)
         for streaming in (False, True):
-            kept = [[row.get("id") for row in load_rows(name, streaming)] for name in names]
+            kept = [[row.get("id") for row in load_examples(name, streaming)] for name in names]
             assert kept == [["0", "1", "2", "3"], ["0", "1", "2", "3"], [None] * 4, [None] * 4]
             for order in (names, names[::-1]):
-                rows = list(prepare_rows(order, make_processor(), 512, weights=[1] * 4, streaming=streaming).rows)
+                rows = list(prepare_dataset(order, make_processor(), 512, weights=[1] * 4, streaming=streaming).dataset)
                 assert {row["id"] for row in rows} == {"0", "1", "2", "3", None}
         for run, more in (("kept", []), ("streamed", ["--streaming", "True", "--eval_fraction", "0"])):
             words = [*arguments(parts, tmp_path / run, max_steps=3), *more, "--datasets", *names]
@@ -99,7 +99,7 @@ class TestRows:
         good, bad = as_given(tmp_path / "good.png"), as_given(tmp_path / "bad.png")
         rows = [make_own("Which?", good, good), make_own("Broken?", good, bad)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        rows = list(prepare_rows([str(tmp_path / "rows.jsonl")], make_processor(), 512).rows)
+        rows = list(prepare_dataset([str(tmp_path / "rows.jsonl")], make_processor(), 512).dataset)
 
         batch = TrainingCollator(make_processor())(rows[:1])
         rows_of_images = [{**make_own("Which?"), "images": [digit_image(0).resize((64, 64))] * 2}]
@@ -108,12 +108,14 @@ class TestRows:
         assert batch["pixel_values"].shape == (2, 3, 16, 16)
         torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], atol=0, rtol=0)
 
-        with pytest.raises(ValueError, match=rf"rows\.jsonl, row 1, messages\[0\]\.content\[1\]\.{key}: undecodable image"):
+        with pytest.raises(
+            ValueError, match=rf"rows\.jsonl, example 1, messages\[0\]\.content\[1\]\.{key}: undecodable image"
+        ):
             TrainingCollator(make_processor())(rows)
         skipping = TrainingCollator(make_processor(), skip_broken_images=True)
         assert skipping(rows)["input_ids"].shape[0] == 1
         assert skipping.broken_rows.value == 1
-        assert f"Left out of the batch: {tmp_path}/rows.jsonl, row 1, messages[0].content[1].{key}" in caplog.text
+        assert f"Left out of the batch: {tmp_path}/rows.jsonl, example 1, messages[0].content[1].{key}" in caplog.text
 
     def test_the_first_key_that_is_set_counts_and_a_null_among_the_images_is_a_broken_picture(self, tmp_path):
         digit_image(0).save(tmp_path / "good.png")
@@ -121,9 +123,9 @@ class TestRows:
         row = {"messages": [{"role": "user", "content": [*content, text_part("Q?")]}, assistant("a")]}
         assert TrainingCollator(make_processor())([row])["pixel_values"].shape[0] == 1
         broken = make_row(0, images=1) | {"images": [None]}
-        with pytest.raises(ValueError, match=r"source 0, row with the id '0', images\[0\]: missing image"):
+        with pytest.raises(ValueError, match=r"source 0, example with the id '0', images\[0\]: missing image"):
             TrainingCollator(make_processor())([broken])
-        with pytest.raises(ValueError, match=r"source 0, row that begins .*Round 0\?.*, images\[0\]: missing image"):
+        with pytest.raises(ValueError, match=r"source 0, example that begins .*Round 0\?.*, images\[0\]: missing image"):
             TrainingCollator(make_processor())([broken | {"id": None}])
         skipping = TrainingCollator(make_processor(), skip_broken_images=True)
         assert skipping([row, broken])["input_ids"].shape[0] == skipping.broken_rows.value == 1
@@ -134,17 +136,17 @@ class TestRows:
         digit_image(0).save("pictures/cat.jpg")
         page = (ROOT / "docs" / "data.md").read_text()
         Path("rows.jsonl").write_text(page.split("```json\n")[1].split("```")[0])
-        rows = prepare_rows(["rows.jsonl"], make_processor(), 512).rows
+        rows = prepare_dataset(["rows.jsonl"], make_processor(), 512).dataset
         batch = TrainingCollator(make_processor())([rows[0]])
         assert batch["pixel_values"].shape == (1, 3, 16, 16)
 
     def test_a_dataset_of_another_schema_is_named(self, tmp_path):
         path = tmp_path / "other.parquet"
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(path)
-        with pytest.raises(ValueError, match=r"other\.parquet: rows need a column `messages` .* got \['text'\]"):
-            load_rows(str(path))
+        with pytest.raises(ValueError, match=r"other\.parquet: the dataset needs a column `messages` .* got \['text'\]"):
+            load_examples(str(path))
         with pytest.raises(FileNotFoundError, match="there is no data"):
-            load_rows(str(tmp_path / "nothing.parquet"))
+            load_examples(str(tmp_path / "nothing.parquet"))
 
     def test_a_broken_picture_stops_the_run_or_is_named_and_counted(self, parts, tmp_path, caplog):
         rows = datasets.Dataset.from_parquet(str(parts / "data" / "shard-00000-of-00001.parquet"))
@@ -156,7 +158,7 @@ class TestRows:
         data = tmp_path / "data.parquet"
         datasets.Dataset.from_list(rows, features=features).to_parquet(data)
         settings = {"datasets": data, "num_train_epochs": 1, "max_steps": -1, "eval_fraction": 0.05}
-        with pytest.raises(ValueError, match=r"data\.parquet, row 1, images\[0\]: undecodable image: .*bad\.png"):
+        with pytest.raises(ValueError, match=r"data\.parquet, example 1, images\[0\]: undecodable image: .*bad\.png"):
             main(arguments(parts, tmp_path / "stop", **settings))
         metrics = main([*arguments(parts, tmp_path / "go", **settings), "--skip_broken_images"])
         assert metrics["broken_rows"] == 1

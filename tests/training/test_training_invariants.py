@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from helpers.training import ALIGNMENT, arguments, losses, moved
 from visualchat.training import trainer as training_loop
-from visualchat.training.rows import TrainingCollator, prepare_rows
+from visualchat.training.dataset import TrainingCollator, prepare_dataset
 from visualchat.training.train import main, parse_arguments, prepare_model, prepare_processor
 from visualchat.training.trainer import VisualChatTrainer, VisualChatTrainingArguments, group_parameters
 
@@ -60,7 +60,7 @@ class TestInvariants:
             words = arguments(parts, tmp_path, train_sampling_strategy=strategy)
             model_args, _, training_args = parse_arguments([*words, "--remove_unused_columns", "False"])
             processor = prepare_processor(model_args)
-            rows = prepare_rows([str(parts / "data")] * 5, processor, 512).rows
+            rows = prepare_dataset([str(parts / "data")] * 5, processor, 512).dataset
             trainer = VisualChatTrainer(
                 model=prepare_model(model_args, training_args),
                 args=training_args,

@@ -11,7 +11,7 @@ from helpers.tiny import make_config
 from helpers.training import arguments, losses
 from visualchat.training import train
 from visualchat.training.train import fastest_attention, main
-from visualchat.training.trainer import VisualChatTrainingArguments, find_whole_checkpoint
+from visualchat.training.trainer import VisualChatTrainingArguments, find_complete_checkpoint
 
 
 def make_checkpoint(output: Path) -> Path:
@@ -59,12 +59,12 @@ class TestContradictions:
     def test_a_run_of_deepspeed_and_a_checkpoint_without_it(self, tmp_path):
         folder = make_checkpoint(tmp_path)
         args = VisualChatTrainingArguments(str(tmp_path), use_cpu=True)
-        assert find_whole_checkpoint(args) == str(folder)
+        assert find_complete_checkpoint(args) == str(folder)
         args.deepspeed, args.deepspeed_plugin = "zero2.json", "of zero2.json"
         with pytest.raises(ValueError, match=rf"{folder} holds nothing of DeepSpeed, .* zero2\.json: leave out --deepspeed"):
-            find_whole_checkpoint(args)
+            find_complete_checkpoint(args)
         (folder / "global_step4").mkdir()
-        assert find_whole_checkpoint(args) == str(folder)
+        assert find_complete_checkpoint(args) == str(folder)
 
     def test_streamed_rows_train_without_evaluation(self, parts, tmp_path):
         assert main(arguments(parts, tmp_path, streaming=True)) == {"broken_rows": 0}

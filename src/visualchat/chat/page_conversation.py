@@ -240,7 +240,7 @@ def digit_examples() -> list[Example]:
     digits = split_digits()["test"]
 
     def show(*labels: int) -> list[Image.Image]:
-        return [digits.pictures[np.flatnonzero(digits.labels == label)[0]] for label in labels]
+        return [digits.images[np.flatnonzero(digits.labels == label)[0]] for label in labels]
 
     return [
         Example("One digit", [("What digit is in image 1?", show(7))]),

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What can be wrong with a row, raw or of `messages` and `images`, and the checks that find it before training does."""
+"""The checks of raw records and of examples, and the problems that they find before training does."""
 
 import functools
 import json
@@ -25,34 +25,34 @@ from modeling_visualchat.processing_visualchat import PART_KEYS
 
 
 PLACEHOLDER = "<image>"
-IMAGE_TYPES = ("image", "image_url")  # of parts
+IMAGE_TYPES = ("image", "image_url")  # types of a content part
 Opened = TypeVar("Opened")
 KINDS = {
     "missing field": "a needed field is absent or of the wrong type",
-    "empty question": "a question without words",
-    "empty answer": "an answer without words",
-    "odd turns": "the speakers do not take turns, or a question lacks its answer",
-    "image count": "the images and the text's placeholders or names for them do not agree",
-    "duplicate id": "two rows of a file or dataset have the same id; the first is kept",
+    "empty question": "a question has no text",
+    "empty answer": "an answer has no text",
+    "odd turns": "the speakers do not alternate, or a question has no answer",
+    "image count": "the images do not match the placeholders or the image names in the text",
+    "duplicate id": "two examples of a file or dataset have the same id; the first is kept",
     "unknown record": "a record refers to one that the file does not hold; the reference is ignored",
     "missing image": "there is no such file or entry",
-    "truncated image": "the picture's data ends too early",
-    "undecodable image": "the data is not a picture that can be read",
-    "thin image": "one edge is so much longer than the other that resizing the shorter one would fill the memory",
+    "truncated image": "the image data ends too early",
+    "undecodable image": "the data is not an image that can be decoded",
+    "thin image": "one edge is so much longer than the other that the resized image would fill the memory",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
     """
-    One thing that is wrong with the data.
+    One problem of the data. Its fields are those of a line of `problems.jsonl`.
 
     Args:
         kind (`str`): A key of `KINDS`.
-        file (`str`): The raw file, relative to the data root; or the dataset, as it was named.
-        row (`str`): Index, counted from 0, of a row in a list; key of a row in a mapping.
-        field (`str`): Path of the field within the row, such as `conversations[1].value`.
-        detail (`str`): What was found there.
+        file (`str`): The raw file, relative to the data root; or the dataset, as the user named it.
+        row (`str`): Which example of the file: its index, counted from 0, in a list; its key in an object.
+        field (`str`): Path of the field within the example, such as `conversations[1].value`.
+        detail (`str`): What is wrong with the value.
     """
 
     kind: str
@@ -62,11 +62,11 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.file}, row {self.row}, {self.field}: {self.kind}: {self.detail}"
+        return f"{self.file}, example {self.row}, {self.field}: {self.kind}: {self.detail}"
 
 
-class BadRow(Exception):  # noqa: N818 - it is reported, not an error of the program
-    """Raised by row functions; becomes a [`Problem`] once the file and row are known."""
+class InvalidExample(Exception):  # noqa: N818 - it is reported, and is no error of the program
+    """An example has a fault. The caller knows the file and the example's number, and makes a [`Problem`] of it."""
 
     def __init__(self, kind: str, field: str, detail: str):
         super().__init__(f"{field}: {kind}: {detail}")
@@ -74,14 +74,15 @@ class BadRow(Exception):  # noqa: N818 - it is reported, not an error of the pro
 
 
 @dataclass(frozen=True)
-class Needs:
+class ModelRequirements:
     """
-    What a model asks of the rows that it trains on. The defaults are a CLIP tower's, for 224 pixels.
+    What a model requires of the examples that it trains on. The defaults are those of a CLIP tower for 224 pixels.
 
     Args:
-        image_token (`str`): The placeholder, which no text may hold.
+        image_token (`str`): The placeholder of an image. No text may contain it.
         shorter_edge (`int`, *optional*): See [`~modeling_visualchat.image_loading_visualchat.shorter_edge`].
-        max_images (`int`, *optional*): Of a conversation, if their keys are numbered.
+        max_images (`int`, *optional*): How many images a conversation may have. Only a model with numbered image keys has
+            such a limit.
     """
 
     image_token: str = PLACEHOLDER
@@ -89,176 +90,204 @@ class Needs:
     max_images: int | None = None
 
     @classmethod
-    def of(cls, processor: VisualChatProcessor, config: VisualChatConfig) -> "Needs":
+    def of(cls, processor: VisualChatProcessor, config: VisualChatConfig) -> "ModelRequirements":
         max_images = len(config.image_number_token_ids) if config.image_number_keys else None
         return cls(processor.image_token, shorter_edge(processor.image_processor), max_images)
 
 
-class Size(NamedTuple):
-    """Of a picture that was opened and is not kept."""
+class ImageSize(NamedTuple):
+    """Width and height of an image in pixels, as a PIL image has them; the image itself is not kept."""
 
     width: int
     height: int
 
 
 class LeftOut(Exception):  # noqa: N818
-    """Raised for a row that is sound, but that the recipe leaves out; counted under its reason."""
+    """A record is valid, but the source's recipe leaves it out. It is counted under its reason."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageReference:
     """
-    A picture that has not been opened yet.
+    Where an image is stored. It has not been opened yet.
 
     Args:
-        path (`str`): Absolute path of the picture, or of the JSON file that holds it as a base64 string.
-        field (`str`): The field of the raw row that names it.
-        span (`tuple[int, int]`, *optional*): First and last byte + 1 of that string, quotes included.
+        path (`str`): Absolute path of the image file, or of the JSON file that contains the image as a base64 string.
+        field (`str`): The field of the raw record that names the image.
+        span (`tuple[int, int]`, *optional*): First byte and last byte + 1 of the base64 string, with its quotes.
     """
 
     path: str
     field: str
     span: tuple[int, int] | None = None
 
+    # `prepared.json` keeps a digest of this text: it stays as it was in version 0.1, so that its folders are recognized
+    def __repr__(self) -> str:
+        return f"Picture(path={self.path!r}, field={self.field!r}, span={self.span!r})"
 
-def need(row: dict, field: str, kind: type | tuple, inside: str = ""):
-    """The value of a field that the row must have, of the type it must have. `inside` is the path of `row` itself."""
+
+def get_field(parent: dict, field: str, kind: type | tuple, inside: str = ""):
+    """
+    Args:
+        parent (`dict`): An example or record, or an object inside it.
+        inside (`str`): The path of `parent` within the example; empty for the example itself.
+
+    Returns:
+        The value of the field.
+
+    Raises:
+        InvalidExample: If the field is missing, or its value is not of the type `kind`.
+    """
     path = f"{inside}.{field}" if inside else field
-    if not isinstance(row, dict):
-        raise BadRow("missing field", inside, f"expected an object with the field {field!r}, got {row!r:.80}")
-    if field not in row:
-        raise BadRow("missing field", path, f"there is no such field; present: {', '.join(row) or 'none'}")
-    if not isinstance(row[field], kind) or isinstance(row[field], bool):
+    if not isinstance(parent, dict):
+        raise InvalidExample("missing field", inside, f"expected an object with the field {field!r}, got {parent!r:.80}")
+    if field not in parent:
+        raise InvalidExample("missing field", path, f"there is no such field; present: {', '.join(parent) or 'none'}")
+    if not isinstance(parent[field], kind) or isinstance(parent[field], bool):
         names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise BadRow("missing field", path, f"expected {names}, got {row[field]!r:.80}")
-    return row[field]
+        raise InvalidExample("missing field", path, f"expected {names}, got {parent[field]!r:.80}")
+    return parent[field]
 
 
-def words(text: str, field: str, what: str, image_token: str = PLACEHOLDER) -> str:
-    """`text` without the blanks around it, checked: `what` ("question" or "answer") has words and no stray placeholder."""
+def check_text(text: str, field: str, what: str, image_token: str = PLACEHOLDER) -> str:
+    """
+    Strips a question or an answer (`what` says which).
+
+    Raises:
+        InvalidExample: If there is no text, or if it contains the placeholder of an image.
+    """
     text = text.strip()
     if not text:
-        raise BadRow(f"empty {what}", field, "there is no text")
+        raise InvalidExample(f"empty {what}", field, "there is no text")
     if image_token in text:
-        raise BadRow("image count", field, f"the {what} holds {image_token!r}, but has no image there: {text!r:.80}")
+        raise InvalidExample(
+            "image count", field, f"the {what} contains {image_token!r}, but there is no image for it: {text!r:.80}"
+        )
     return text
 
 
 def check_turns(turns: list, speakers: tuple[str, str], field: str, key: str, start: int = 0) -> None:
-    """Checks that from the turn `start` on the two speakers alternate, the first one begins and the second one ends."""
+    """Checks that the two speakers alternate from the turn `start` on: the first one begins and the second one ends."""
     for index, turn in enumerate(turns[start:], start):
-        speaker, expected = need(turn, key, str, f"{field}[{index}]"), speakers[(index - start) % 2]
+        speaker, expected = get_field(turn, key, str, f"{field}[{index}]"), speakers[(index - start) % 2]
         if speaker != expected:
-            raise BadRow("odd turns", f"{field}[{index}].{key}", f"it is {speaker!r}, but expected was {expected!r}")
+            raise InvalidExample("odd turns", f"{field}[{index}].{key}", f"expected {expected!r}, got {speaker!r}")
     count = len(turns) - start
     if not count or count % 2:
-        raise BadRow("odd turns", field, f"{count} turns: every question needs an answer")
+        raise InvalidExample("odd turns", field, f"{count} turns: every question needs an answer")
 
 
-def open_row(
-    row: dict, needs: Needs, open_picture: Callable[[ImageSource], tuple[Opened, str, str]], skip: int = 0
-) -> tuple[list[Opened], list[BadRow]]:
+def check_example(
+    example: dict,
+    requirements: ModelRequirements,
+    open_image: Callable[[ImageSource], tuple[Opened, str, str]],
+    skip: int = 0,
+) -> tuple[list[Opened], list[InvalidExample]]:
     """
-    Finds all that is wrong with a row of `messages` and `images`, for `visualchat prepare` and for training alike.
+    Finds all faults of an example with `messages` and `images`. `visualchat prepare` and training both call it.
 
     Args:
-        needs ([`Needs`]): Of the model.
-        open_picture (`Callable`): [`load_picture`], or a function that returns a [`Size`] in place of the picture.
-        skip (`int`): Pictures that are not opened, the first ones.
+        requirements ([`ModelRequirements`]): What the model requires.
+        open_image (`Callable`): [`decode_image`], or a function that returns an [`ImageSize`] instead of the image.
+        skip (`int`): How many of the first images are not opened.
 
     Returns:
-        What `open_picture` made of the pictures, in reading order; and what is wrong.
+        What `open_image` returned for each image, in reading order; and the faults.
     """
     try:
-        pictures = check_conversation(row, needs.image_token)
-    except BadRow as fault:
+        images = check_conversation(example, requirements.image_token)
+    except InvalidExample as fault:
         return [], [fault]
     opened, faults = [], []
-    if needs.max_images is not None and (count := len(pictures) - skip) > needs.max_images:
-        detail = f"{count} images, but the model numbers up to {needs.max_images}"
-        return [], [BadRow("image count", "messages", detail)]
-    for field, source in pictures[skip:]:
-        picture, kind, detail = open_picture(source)
-        if picture is not None:
-            kind, detail = judge_size(Size(picture.width, picture.height), needs)
+    if requirements.max_images is not None and (count := len(images) - skip) > requirements.max_images:
+        detail = f"there are {count} images, but the model numbers at most {requirements.max_images}"
+        return [], [InvalidExample("image count", "messages", detail)]
+    for field, source in images[skip:]:
+        image, kind, detail = open_image(source)
+        if image is not None:
+            kind, detail = check_image_size(ImageSize(image.width, image.height), requirements)
         if kind:
-            faults.append(BadRow(kind, field, detail))
-        opened.append(picture)
+            faults.append(InvalidExample(kind, field, detail))
+        opened.append(image)
     return opened, faults
 
 
-def judge_size(size: Size, needs: Needs) -> tuple[str, str]:
-    """The kind of problem and the detail of a picture that is too thin; "" and "" of others."""
+def check_image_size(size: ImageSize, requirements: ModelRequirements) -> tuple[str, str]:
+    """The kind of problem and its detail if the image is too thin; two empty strings otherwise."""
     try:
-        check_not_too_thin(size, needs.shorter_edge)
+        check_not_too_thin(size, requirements.shorter_edge)
     except ValueError as error:
         return "thin image", str(error)
     return "", ""
 
 
-def check_conversation(row: dict, image_token: str = PLACEHOLDER) -> list[tuple[str, ImageSource]]:
+def check_conversation(example: dict, image_token: str = PLACEHOLDER) -> list[tuple[str, ImageSource]]:
     """
-    Checks a row of `messages` and `images`, all but the pictures themselves. A system message may come first, and a question
-    that brings a picture needs no words.
+    Checks an example with `messages` and `images`, without opening the images. A system message may come first. A question
+    with an image needs no text.
 
     Returns:
-        For every picture, in reading order, its field, and its path, URL or data.
+        For every image, in reading order, its field, and its path, URL or data.
 
     Raises:
-        BadRow: For the first fault.
+        InvalidExample: With the first fault.
     """
-    messages, images = need(row, "messages", list), row.get("images") or []
-    begins_with_system = bool(messages) and need(messages[0], "role", str, "messages[0]") == "system"
+    messages, images = get_field(example, "messages", list), example.get("images") or []
+    begins_with_system = bool(messages) and get_field(messages[0], "role", str, "messages[0]") == "system"
     check_turns(messages, ("user", "assistant"), "messages", "role", start=int(begins_with_system))
-    pictures, waiting = [], []
+    found, unfilled = [], []  # `unfilled`: indices in `found` of the parts whose image comes from the column `images`
     for index, message in enumerate(messages):
-        content, field = need(message, "content", (str, list), f"messages[{index}]"), f"messages[{index}].content"
+        content, field = get_field(message, "content", (str, list), f"messages[{index}]"), f"messages[{index}].content"
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         texts, shown = [], 0
         for k, part in enumerate(parts):
-            kind = need(part, "type", str, f"{field}[{k}]")
+            kind = get_field(part, "type", str, f"{field}[{k}]")
             if kind == "text":
-                texts.append(need(part, "text", str, f"{field}[{k}]"))
+                texts.append(get_field(part, "text", str, f"{field}[{k}]"))
             elif kind not in IMAGE_TYPES:
-                raise BadRow("missing field", f"{field}[{k}].type", f"expected 'image' or 'text', got {kind!r:.80}")
+                raise InvalidExample("missing field", f"{field}[{k}].type", f"expected 'image' or 'text', got {kind!r:.80}")
             elif message["role"] != "user":
-                raise BadRow("image count", f"{field}[{k}]", f"only the user shows images, not the {message['role']}")
+                raise InvalidExample(
+                    "image count", f"{field}[{k}]", f"only the user's messages may have images, not the {message['role']}'s"
+                )
             else:
                 shown += 1
-                key, source = find_source(part)
+                key, source = find_image_source(part)
                 if source is not None:
-                    pictures.append((f"{field}[{k}].{key}", source))
+                    found.append((f"{field}[{k}].{key}", source))
                 elif kind == "image":
-                    waiting.append(len(pictures))
-                    pictures.append(("", None))
+                    unfilled.append(len(found))
+                    found.append(("", None))
                 else:
-                    raise BadRow("missing image", f"{field}[{k}].image_url", "there is no URL")
+                    raise InvalidExample("missing image", f"{field}[{k}].image_url", "there is no URL")
         text = "\n".join(texts)
         if text.strip() or message["role"] == "assistant" or (message["role"] == "user" and not shown):
             what = {"system": "system message", "user": "question", "assistant": "answer"}[message["role"]]
-            words(text, field, what, image_token)
-    if len(waiting) != len(images):
-        count = len(waiting)
-        raise BadRow("image count", "images", f"{count} image parts wait for a picture, but there are {len(images)} images")
-    for k, (place, image) in enumerate(zip(waiting, images)):
+            check_text(text, field, what, image_token)
+    if len(unfilled) != len(images):
+        count = len(unfilled)
+        raise InvalidExample(
+            "image count", "images", f"{count} image parts need an image, but there are {len(images)} images"
+        )
+    for k, (position, image) in enumerate(zip(unfilled, images)):
         source = undecoded(image)
         if source is None:
-            raise BadRow("missing image", f"images[{k}]", "there is neither a path nor data")
-        pictures[place] = f"images[{k}]", source
-    return pictures
+            raise InvalidExample("missing image", f"images[{k}]", "there is neither a path nor data")
+        found[position] = f"images[{k}]", source
+    return found
 
 
-def find_source(part: dict) -> tuple[str, ImageSource | None]:
-    """The key under which an image part has its own picture, and the path, URL or data; `None` if the row's `images` do."""
+def find_image_source(part: dict) -> tuple[str, ImageSource | None]:
+    """The key of an image part that names its image, and the path, URL or data; `"", None` if the column `images` has it."""
     for key in PART_KEYS[part["type"]]:
         if part.get(key) is not None:
             return key, part[key].get("url") if isinstance(part[key], dict) else part[key]
     return "", None
 
 
-def read_picture(path: str, span: tuple[int, int] | None) -> bytes:
+def read_image_bytes(path: str, span: tuple[int, int] | None) -> bytes:
     """
-    The encoded bytes of a picture.
+    The encoded bytes of an image.
 
     Raises:
         OSError: If the file cannot be read.
@@ -273,54 +302,54 @@ def read_picture(path: str, span: tuple[int, int] | None) -> bytes:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def inspect_picture(path: str | Path, span: tuple[int, int] | None = None) -> tuple[Size | None, str, str]:
-    """[`inspect_data`] of a picture that lies elsewhere: decoded once in each process, however many rows show it."""
+def inspect_image_file(path: str | Path, span: tuple[int, int] | None = None) -> tuple[ImageSize | None, str, str]:
+    """As [`inspect_image_data`], for an image in a file. Each process decodes it once, however many examples show it."""
     try:
-        return inspect_data(path if span is None else read_picture(path, span))
+        return inspect_image_data(path if span is None else read_image_bytes(path, span))
     except (OSError, ValueError) as error:
         return None, "undecodable image", str(error)
 
 
-def inspect(source: ImageSource) -> tuple[Size | None, str, str]:
-    """[`inspect_data`], once for each path."""
+def inspect_image(source: ImageSource) -> tuple[ImageSize | None, str, str]:
+    """As [`inspect_image_data`]; the result for a path is kept."""
     is_path = isinstance(source, str) and len(source) <= LONGEST_PATH
-    return inspect_picture(source) if is_path else inspect_data(source)
+    return inspect_image_file(source) if is_path else inspect_image_data(source)
 
 
-def inspect_data(source: ImageSource) -> tuple[Size | None, str, str]:
-    """[`load_picture`], of which the size is kept."""
-    picture, kind, detail = load_picture(source)
-    return Size(*picture.size) if picture is not None else None, kind, detail
+def inspect_image_data(source: ImageSource) -> tuple[ImageSize | None, str, str]:
+    """As [`decode_image`], with the size in place of the image."""
+    image, kind, detail = decode_image(source)
+    return ImageSize(*image.size) if image is not None else None, kind, detail
 
 
-def load_picture(source: ImageSource) -> tuple[Image.Image | None, str, str]:
+def decode_image(source: ImageSource) -> tuple[Image.Image | None, str, str]:
     """
-    Decodes a picture.
+    Decodes an image.
 
     Returns:
-        The picture, "" and ""; or None, the kind of problem and the detail.
+        The image and two empty strings; or `None`, the kind of problem and its detail.
     """
     try:
-        return load_image(source, name="picture"), "", ""
+        return load_image(source), "", ""
     except FileNotFoundError:
         return None, "missing image", f"there is no file {source}"
     except (OSError, TypeError, ValueError) as error:
         reason = f"{error.__cause__ or ''}".lower()
-        is_cut = "truncated" in reason or str(error).endswith("is empty")
-        return None, "truncated image" if is_cut else "undecodable image", str(error)
+        is_truncated = "truncated" in reason or str(error).endswith("is empty")
+        return None, "truncated image" if is_truncated else "undecodable image", str(error)
 
 
 def summarize(problems: Iterable[Problem], left_out: Counter, shown: int = 20) -> str:
-    """Counts by kind, and the first problems one by one."""
+    """The text of a report: counts by kind, and the first `shown` problems one by one."""
     problems = list(problems)
     counts = Counter(problem.kind for problem in problems)
-    bad_rows = {(problem.file, problem.row) for problem in problems}
-    lines = [f"{len(problems)} problems in {len(bad_rows)} rows" if problems else "no problems"]
+    examples = {(problem.file, problem.row) for problem in problems}
+    lines = [f"{len(problems)} problems in {len(examples)} examples" if problems else "no problems"]
     lines += [f"  {counts[kind]:>8}  {kind}: {meaning}" for kind, meaning in KINDS.items() if counts[kind]]
     lines += [f"  {problem}" for problem in problems[:shown]]
     if len(problems) > shown:
         lines.append(f"  … and {len(problems) - shown} more")
     if left_out:
-        lines.append(f"{sum(left_out.values())} left out by the recipe, which is no problem")
+        lines.append(f"{sum(left_out.values())} left out by the source's recipe; these are no problems")
         lines += [f"  {count:>8}  {reason}" for reason, count in sorted(left_out.items())]
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""Reads the raw JSON files of the sources in `data_sources.py`, row by row, and finds pictures within them."""
+"""Reads the raw JSON files of the sources in `sources.py`: their records, and where the images inside them are."""
 
 import json
 import mmap
@@ -11,7 +11,7 @@ from pathlib import Path
 from visualchat.data.checks import Problem
 
 
-# One entry of {"id": "base64", …}. Base64 holds no quotes, so the string ends at the next one
+# One entry of {"id": "base64", …}. Base64 contains no quotes, so the string ends at the next one
 ENTRY = re.compile(rb'\s*[{,]\s*"([^"\\]*)"\s*:\s*("[^"]*")')
 END = re.compile(rb"\s*\{?\s*\}\s*\Z")
 
@@ -19,12 +19,12 @@ END = re.compile(rb"\s*\{?\s*\}\s*\Z")
 @dataclass(frozen=True)
 class RawFile:
     """
-    A JSON file with one row after the other: a list of objects, or an object of objects.
+    A JSON file of records: a list of objects, or an object of objects.
 
     Args:
-        path (`str`): Relative to the data root.
-        inside (`str`, *optional*): The field of the file that holds the rows. Defaults to the whole file.
-        id (`str`): The field of a row that names it, where the rows form a list. Rows without one go by their index.
+        path (`str`): Path relative to the data root.
+        inside (`str`, *optional*): The field of the file that contains the records. By default the file is the records.
+        id (`str`): The field of a record with its id, if the records are a list. A record without it is known by its index.
     """
 
     path: str
@@ -34,21 +34,21 @@ class RawFile:
 
 @dataclass(frozen=True)
 class Record:
-    """A row as it stands in a raw file; `row` is its index or key."""
+    """A record of a raw file. `key` is its index in a list, or its key in an object."""
 
     file: str
-    row: str
+    key: str
     id: str
     value: dict
 
 
 def read_records(root: Path, raw: RawFile, report: Callable[[Problem], None]) -> list[Record]:
     """
-    The rows of a file, in its order. Rows that are no objects, and all but the first with the same id, are reported and
-    dropped.
+    The records of a file, in its order. A record that is no object is reported and dropped; so is one with the id of an
+    earlier record.
 
     Raises:
-        ValueError: If the file is not JSON, or holds no rows where they should be.
+        ValueError: If the file is not JSON, or contains no records where they should be.
     """
     value, repeated = _load_json(root / raw.path)
     if raw.inside is not None:
@@ -59,27 +59,27 @@ def read_records(root: Path, raw: RawFile, report: Callable[[Problem], None]) ->
         for keys in (keys for one, keys in repeated if one is value):
             for key in keys:
                 report(Problem("duplicate id", raw.path, key, "key", f"the file has the key {key!r} more than once"))
-        named = [(key, key, row) for key, row in value.items()]
+        named = [(key, key, record) for key, record in value.items()]
     elif isinstance(value, list):
-        ids = [row.get(raw.id) if isinstance(row, dict) else None for row in value]
-        named = [(str(index), str(index if ids[index] is None else ids[index]), row) for index, row in enumerate(value)]
+        ids = [record.get(raw.id) if isinstance(record, dict) else None for record in value]
+        named = [(str(k), str(k if ids[k] is None else ids[k]), record) for k, record in enumerate(value)]
     else:
-        raise ValueError(f"{root / raw.path}: expected a list or an object of rows, got {type(value).__name__}")
+        raise ValueError(f"{root / raw.path}: expected a list or an object of records, got {type(value).__name__}")
 
     records: dict[str, Record] = {}
-    for row, identity, content in named:
+    for key, identity, content in named:
         if not isinstance(content, dict):
-            report(Problem("missing field", raw.path, row, "row", f"expected an object, got {content!r:.80}"))
+            report(Problem("missing field", raw.path, key, "record", f"expected an object, got {content!r:.80}"))
         elif identity in records:
-            first = records[identity].row
-            report(Problem("duplicate id", raw.path, row, raw.id, f"{identity!r} is the id of row {first} too"))
+            first = records[identity].key
+            report(Problem("duplicate id", raw.path, key, raw.id, f"{identity!r} is the id of example {first} too"))
         else:
-            records[identity] = Record(raw.path, row, identity, content)
+            records[identity] = Record(raw.path, key, identity, content)
     return list(records.values())
 
 
 def _load_json(path: Path) -> tuple[dict | list, list[tuple[dict, list[str]]]]:
-    """The content of a file, and for every object in it that has a key more than once, the object and these keys."""
+    """The content of a file; and every object in it that has a key more than once, with these keys."""
     repeated = []
 
     def build(pairs):
@@ -100,12 +100,12 @@ def _load_json(path: Path) -> tuple[dict | list, list[tuple[dict, list[str]]]]:
         raise ValueError(f"{path} is not valid JSON ({error}): was the download complete?") from error
 
 
-def index_pictures(root: Path, path: str, report: Callable[[Problem], None]) -> dict[str, tuple[int, int]]:
+def index_images(root: Path, path: str, report: Callable[[Problem], None]) -> dict[str, tuple[int, int]]:
     """
-    Where a JSON file of the form `{"id": "base64", …}` holds each picture, without loading it: such files have gigabytes.
+    Finds each image in a JSON file of the form `{"id": "base64", …}` without loading the file, which may have gigabytes.
 
     Returns:
-        For every id the first byte and the last byte + 1 of its string, quotes included.
+        For every id the first byte and the last byte + 1 of its string, with the quotes.
     """
     spans: dict[str, tuple[int, int]] = {}
     with open(root / path, "rb") as file:

@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Turns the sources of the paper's training data into examples of one schema, `messages` and `images`, and finds bad ones
-first; also those of any dataset that has the schema already: `visualchat prepare`.
+Checks training data and turns the sources of the paper's training data into examples with `messages` and `images`:
+`visualchat prepare`. It checks and writes any dataset that has these columns already, too.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from modeling_visualchat import VisualChatConfig
 from modeling_visualchat.image_loading_visualchat import shorter_edge
 from modeling_visualchat.modeling_visualchat import check_parts
-from visualchat.data.checks import Needs, Problem, summarize
-from visualchat.data.rows import Context, Sample
-from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_whole
+from visualchat.data.checks import ModelRequirements, Problem, summarize
+from visualchat.data.formats import Context, Sample
+from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_atomically
 from visualchat.data.sources import SOURCES, open_source
 from visualchat.errors import input_errors
-from visualchat.training.rows import load_rows
+from visualchat.training.dataset import load_examples
 
 
 CARD = """\
@@ -41,70 +41,71 @@ configs:
 ---
 
 {rows} conversations of `{name}`, with {images} images and {rounds} rounds, made by VisualChat's
-`visualchat prepare`; `prepared.json` holds the settings. Images are {kept}.
+`visualchat prepare`. The settings are in `prepared.json`. Images are stored {storage}.
 """
 
 
 @dataclass
 class Plan:
     """
-    What is to be checked or made of a source or a dataset.
+    The work for one source or dataset.
 
     Args:
-        name (`str`): What its files are called.
-        shards (`list[SourceShard]` or `list[DatasetShard]`): The work, not yet told where to write.
-        origin (`dict`): Its part of the settings.
-        content (`Iterable`): What the settings hold the digest of.
-        kept (`str`): Where the images are, unless they are embedded.
-        problems (`list[Problem]`), left_out (`Counter`): What was found while the rows were read.
+        name (`str`): The name of its folder.
+        shards (`list[SourceShard]` or `list[DatasetShard]`): The work in parts. Paths to write to are not set yet.
+        origin (`dict`): The settings that describe the source or dataset.
+        content (`Iterable`): The examples that the settings keep a digest of.
+        storage (`str`): Where the images are stored, unless they are embedded. The dataset card says it.
+        problems (`list[Problem]`): Problems that were found when the texts were read.
+        left_out (`Counter`): What was left out then, by reason.
     """
 
     name: str
     shards: list[SourceShard] | list[DatasetShard]
     origin: dict
     content: Iterable
-    kept: str
+    storage: str
     problems: list[Problem] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
 
 
-def load_needs(model: str | None) -> Needs:
+def load_requirements(model: str | None) -> ModelRequirements:
     """
-    What a VisualChat, or one that is made of a tower, asks of rows.
+    What a model requires of its examples. `model` is a VisualChat model, or the vision tower of one.
 
     Raises:
         ValueError: If it is neither.
     """
     if model is None:
-        return Needs()
+        return ModelRequirements()
     config, _ = PreTrainedConfig.get_config_dict(model)
     if config.get("model_type") != VisualChatConfig.model_type:
         try:
             check_parts(model, None)
         except TypeError as error:
             raise ValueError(f"--model takes a VisualChat or its tower: {error}") from error
-        return Needs(shorter_edge=shorter_edge(CLIPImageProcessorPil.from_pretrained(model)))
-    return Needs.of(AutoProcessor.from_pretrained(model), VisualChatConfig.from_dict(config))
+        return ModelRequirements(shorter_edge=shorter_edge(CLIPImageProcessorPil.from_pretrained(model)))
+    return ModelRequirements.of(AutoProcessor.from_pretrained(model), VisualChatConfig.from_dict(config))
 
 
 def plan_source(name: str, options: argparse.Namespace) -> Plan:
-    """Reads and checks the texts of a source."""
+    """Reads and checks the texts of a source, and divides its examples into shards."""
     context = open_source(name, options.data_root, options.seed)
-    rows = plan_rows(context, options.max_samples)
+    examples = plan_examples(context, options.max_samples)
     size = options.rows_per_shard
     return Plan(
         name,
         [
-            SourceShard(name, rows[k : k + size], context.source.min_side, needs=options.needs)
-            for k in range(0, len(rows), size)
+            SourceShard(name, examples[k : k + size], context.source.min_side, requirements=options.requirements)
+            for k in range(0, len(examples), size)
         ],
         {
             "source": name,
             "data_root": str(context.root),
             **{f"bytes of {raw.path}": os.path.getsize(context.root / raw.path) for raw in context.source.files},
         },
-        rows,
-        "in the rows" if context.source.images.endswith(".json") else "named by their paths on the machine that made it",
+        examples,
+        "in the parquet files" if context.source.images.endswith(".json") else "as paths on the machine that made the data",
         context.problems,
         context.left_out,
     )
@@ -112,70 +113,79 @@ def plan_source(name: str, options: argparse.Namespace) -> Plan:
 
 def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
     """
-    Opens a dataset as `visualchat train` does. Its rows keep their order.
+    Opens a dataset as `visualchat train` does, and divides its examples into shards. Their order stays.
 
     Raises:
-        ValueError: If it cannot be read at all.
+        ValueError: If the dataset cannot be read.
     """
     try:
-        rows = load_rows(name)
+        dataset = load_examples(name)
     except DatasetGenerationError as error:
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
-    numbers = list(range(len(rows)))
-    if options.max_samples is not None and options.max_samples < len(rows):
+    numbers = list(range(len(dataset)))
+    if options.max_samples is not None and options.max_samples < len(dataset):
         numbers = sorted(random.Random(f"{options.seed}-{name}").sample(numbers, options.max_samples))
     groups = [numbers[k : k + options.rows_per_shard] for k in range(0, len(numbers), options.rows_per_shard)]
-    repeated = find_repeated_ids(rows, numbers)
+    repeated = find_repeated_ids(dataset, numbers)
     path = Path(name)
     return Plan(
         path.stem if path.suffix in (".parquet", ".json", ".jsonl") else path.name,
         [
             DatasetShard(
-                name, rows.select(group), group, {k: repeated[k] for k in group if k in repeated}, needs=options.needs
+                name,
+                dataset.select(group),
+                group,
+                {k: repeated[k] for k in group if k in repeated},
+                requirements=options.requirements,
             )
             for group in groups
         ],
-        {"dataset": name, "bytes of the rows": rows.data.nbytes},
-        rows.select_columns([column for column in ("id", "messages") if column in rows.features]),
-        "as the dataset has them: in the rows, or named by their paths",
+        {"dataset": name, "bytes of the rows": dataset.data.nbytes},
+        dataset.select_columns([column for column in ("id", "messages") if column in dataset.features]),
+        "as in the dataset: in the parquet files, or as paths",
     )
 
 
-def find_repeated_ids(rows: Dataset, numbers: list[int]) -> dict[int, int]:
-    """For each of the rows `numbers` whose id an earlier one of them has, the first that has it. A null is no id."""
+def find_repeated_ids(dataset: Dataset, numbers: list[int]) -> dict[int, int]:
+    """
+    Looks for repeated ids among the examples with the indices `numbers`. A null is no id.
+
+    Returns:
+        For each example whose id an earlier one has, the index of the first example with that id.
+    """
     firsts, repeated = {}, {}
-    ids = rows.select(numbers)["id"][:] if "id" in rows.features else []
+    ids = dataset.select(numbers)["id"][:] if "id" in dataset.features else []
     for number, identity in zip(numbers, ids):
         if identity is not None and firsts.setdefault(identity, number) != number:
             repeated[number] = firsts[identity]
     return repeated
 
 
-def plan_rows(context: Context, max_samples: int | None) -> list[list[Sample]]:
-    """Which samples make which row: all samples once, in random order, one to `concatenate` of them a row."""
+def plan_examples(context: Context, max_samples: int | None) -> list[list[Sample]]:
+    """The samples that each example joins: one to `concatenate` of them, drawn in random order, each sample once."""
     samples = list(context.source.samples(context))
     draw = random.Random(f"{context.seed}-{context.name}")
     draw.shuffle(samples)
-    rows, start = [], 0
-    while start < len(samples) and (max_samples is None or len(rows) < max_samples):
+    examples, start = [], 0
+    while start < len(samples) and (max_samples is None or len(examples) < max_samples):
         stop = start + draw.randint(1, context.source.concatenate)
-        rows.append(samples[start:stop])
+        examples.append(samples[start:stop])
         start = stop
-    return rows
+    return examples
 
 
 def describe_settings(plan: Plan, options: argparse.Namespace) -> dict:
-    """All that the result depends on. Two runs with the same settings make the same shards."""
+    """Everything that the result depends on. Two runs with the same settings write the same shards."""
     digest = hashlib.sha256()
-    for row in plan.content:
-        digest.update(repr(row).encode())
+    for example in plan.content:
+        digest.update(repr(example).encode())
     return {
         **plan.origin,
         "seed": options.seed,
         "max_samples": options.max_samples,
         "rows_per_shard": options.rows_per_shard,
         "embed_images": options.embed_images,
-        **({"needs": asdict(options.needs)} if options.model else {}),
+        **({"needs": asdict(options.requirements)} if options.model else {}),
         "sha256 of the planned rows": digest.hexdigest(),
     }
 
@@ -185,7 +195,7 @@ def check_settings(settings: dict, path: Path) -> dict:
     The content of the file at `path`.
 
     Raises:
-        ValueError: If the settings kept there differ. Names them, with both values.
+        ValueError: If the settings in the file differ. They are named, with both values.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     kept = content["settings"]
@@ -200,7 +210,7 @@ def prepare(plan: Plan, options: argparse.Namespace) -> int:
     """Prepares or checks one source or dataset. Returns the exit status."""
     name = plan.name
     if options.check:
-        problems, _, _ = conclude(plan, decode(plan.shards, [], options.num_proc, f"{name}: checking"))
+        problems, _, _ = collect_results(plan, run_with_progress(plan.shards, [], options.num_proc, f"{name}: checking"))
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
             write_problems(options.output / f"{name}.problems.jsonl", problems)
@@ -215,39 +225,41 @@ def prepare(plan: Plan, options: argparse.Namespace) -> int:
         shutil.rmtree(partial, ignore_errors=True)
         print(f"{name}: {final} is complete; {dropped} problems, see problems.jsonl there")
         return 1 if dropped and not options.skip_bad else 0
-    begin(partial, settings, options.overwrite)
+    start_partial_folder(partial, settings, options.overwrite)
 
     shards, done = [], []
     for index, shard in enumerate(plan.shards):
         label = f"shard-{index:05d}-of-{len(plan.shards):05d}"
         parquet, report = partial / "shards" / f"{label}.parquet", partial / "reports" / f"{label}.json"
         earlier = Report.read(report) if report.exists() and parquet.exists() else None
-        if earlier and (options.skip_bad or not earlier.problems):  # else the pictures may have been mended
+        if earlier and (options.skip_bad or not earlier.problems):  # else the images may have been repaired
             done.append(earlier)
         else:
             shards.append(replace(shard, embed_images=options.embed_images, parquet=parquet, report=report))
-    reports = decode(shards, done, options.num_proc, f"{name}: preparing")
-    problems, left_out, counts = conclude(plan, reports)
+    reports = run_with_progress(shards, done, options.num_proc, f"{name}: preparing")
+    problems, left_out, counts = collect_results(plan, reports)
     write_problems(partial / "shards" / "problems.jsonl", problems)
     if problems and not options.skip_bad:
-        print(f"{name}: not finished. Mend the data and run again, or drop the bad rows with --skip-bad", file=sys.stderr)
+        print(
+            f"{name}: not finished. Repair the data and run again, or drop the bad examples with --skip-bad", file=sys.stderr
+        )
         print(f"{name}: all problems are listed in {partial / 'shards' / 'problems.jsonl'}", file=sys.stderr)
         return 1
     if not counts["rows"]:
-        raise ValueError(f"{name}: there are no rows to write")
+        raise ValueError(f"{name}: there are no examples to write")
 
     kinds = Counter(problem.kind for problem in problems)
     summary = {"settings": settings, **counts, "shards": len(plan.shards), "problems": kinds, "left_out": left_out}
-    write_whole(partial / "shards" / "prepared.json", json.dumps(summary, indent=1, ensure_ascii=False))
-    kept = "in the rows" if options.embed_images else plan.kept
-    write_whole(partial / "shards" / "README.md", CARD.format(name=name, kept=kept, **counts))
-    present(partial, final)
-    print(f"{name}: {counts['rows']} rows, {counts['rounds']} rounds, {counts['images']} images in {final}")
+    write_atomically(partial / "shards" / "prepared.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    storage = "in the parquet files" if options.embed_images else plan.storage
+    write_atomically(partial / "shards" / "README.md", CARD.format(name=name, storage=storage, **counts))
+    publish(partial, final)
+    print(f"{name}: {counts['rows']} examples, {counts['rounds']} rounds, {counts['images']} images in {final}")
     return 0
 
 
-def begin(partial: Path, settings: dict, overwrite: bool) -> None:
-    """Makes the folder in which a run works, or takes up the one that an earlier run with the same settings left."""
+def start_partial_folder(partial: Path, settings: dict, overwrite: bool) -> None:
+    """Makes the folder for unfinished work. A run with the same settings that was interrupted is resumed in its folder."""
     if (partial / "settings.json").exists():
         try:
             check_settings(settings, partial / "settings.json")
@@ -257,12 +269,12 @@ def begin(partial: Path, settings: dict, overwrite: bool) -> None:
             shutil.rmtree(partial)
     for folder in ("shards", "reports"):
         (partial / folder).mkdir(parents=True, exist_ok=True)
-    write_whole(partial / "settings.json", json.dumps({"settings": settings}, indent=1))
+    write_atomically(partial / "settings.json", json.dumps({"settings": settings}, indent=1))
 
 
-def present(partial: Path, final: Path) -> None:
-    """Gives the finished shards their final place, at once. What stood there goes."""
-    for leftover in (partial / "shards").glob(".*"):  # files that were being written when a run was killed
+def publish(partial: Path, final: Path) -> None:
+    """Moves the finished shards to their final folder in one step. It replaces an earlier folder."""
+    for leftover in (partial / "shards").glob(".*"):  # temporary files of a run that was killed
         leftover.unlink()
     if final.exists():
         shutil.rmtree(final)
@@ -270,19 +282,21 @@ def present(partial: Path, final: Path) -> None:
     shutil.rmtree(partial)
 
 
-def decode(shards: list[SourceShard] | list[DatasetShard], done: list[Report], num_proc: int, label: str) -> list[Report]:
-    """Runs the shards under a progress bar that counts rows. Reports of shards `done` earlier come first."""
+def run_with_progress(
+    shards: list[SourceShard] | list[DatasetShard], done: list[Report], num_proc: int, label: str
+) -> list[Report]:
+    """Runs the shards with a progress bar that counts examples. The reports in `done`, of an earlier run, come first."""
     reports, finished = list(done), sum(report.planned_rows for report in done)
-    total = finished + sum(len(shard.rows) for shard in shards)
-    with tqdm(total=total, initial=finished, desc=label, unit="row") as bar:
+    total = finished + sum(len(shard.inputs) for shard in shards)
+    with tqdm(total=total, initial=finished, desc=label, unit="example") as bar:
         for report in run_shards(shards, num_proc):
             reports.append(report)
             bar.update(report.planned_rows)
     return reports
 
 
-def conclude(plan: Plan, reports: list[Report]) -> tuple[list[Problem], Counter, dict[str, int]]:
-    """Joins and prints what was found: problems by file, row and field, what was left out, and counts."""
+def collect_results(plan: Plan, reports: list[Report]) -> tuple[list[Problem], Counter, dict[str, int]]:
+    """Joins the reports and prints them: problems in the order of file, example and field, what was left out, and counts."""
     problems = plan.problems + [problem for report in reports for problem in report.problems]
     problems.sort(key=lambda problem: (problem.file, problem.row.zfill(12), problem.field, problem.kind))
     left_out = sum((report.left_out for report in reports), plan.left_out)
@@ -292,14 +306,14 @@ def conclude(plan: Plan, reports: list[Report]) -> tuple[list[Problem], Counter,
 
 
 def write_problems(path: Path, problems: list[Problem]) -> None:
-    write_whole(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
+    write_atomically(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
 
 
 def list_sources() -> None:
     for name, source in SOURCES.items():
         joined = f", 1 to {source.concatenate} joined" if source.concatenate > 1 else ""
-        print(f"{name:<20}{source.about}{joined}\n{'':<20}  rows:   {', '.join(raw.path for raw in source.files)}")
-        print(f"{'':<20}  images: {source.images}")
+        print(f"{name:<20}{source.about}{joined}\n{'':<20}  records: {', '.join(raw.path for raw in source.files)}")
+        print(f"{'':<20}  images:  {source.images}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -308,7 +322,7 @@ def run(options: argparse.Namespace) -> int:
         list_sources()
         return 0
     with input_errors():
-        options.needs = load_needs(options.model)
+        options.requirements = load_requirements(options.model)
         statuses = []
         for plan_one, names in ((plan_source, options.source), (plan_dataset, options.dataset)):
             for name in names or []:

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The parallel step of `visualchat prepare`: pictures are decoded, and rows written in shards, each whole or not there."""
+"""The parallel step of `visualchat prepare`: it decodes the images and writes the examples, one shard after the other."""
 
 import io
 import json
@@ -17,16 +17,16 @@ from PIL import Image
 
 from modeling_visualchat.image_loading_visualchat import find_path, load_image
 from visualchat.data.checks import (
-    Needs,
-    Picture,
+    ImageReference,
+    ModelRequirements,
     Problem,
-    inspect,
-    inspect_picture,
-    judge_size,
-    open_row,
-    read_picture,
+    check_example,
+    check_image_size,
+    inspect_image,
+    inspect_image_file,
+    read_image_bytes,
 )
-from visualchat.data.rows import Sample
+from visualchat.data.formats import Sample
 
 
 FEATURES = datasets.Features(
@@ -42,13 +42,13 @@ FEATURES = datasets.Features(
         "images": datasets.List(datasets.Image()),
     }
 )
-# What the feature Image writes of a picture is its path alone, if there is such a file where the program runs
-AS_GIVEN = datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+# `datasets.Image` would write the path alone where such a file exists on this machine, even if there are bytes
+ENCODED_IMAGES = datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
 
 
 @dataclass
 class Report:
-    """What became of a shard: its problems, and counts of what it holds and leaves out."""
+    """The result of a shard, also written as JSON: its problems, and counts of what it contains and leaves out."""
 
     planned_rows: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         values = {**vars(self), "problems": [asdict(problem) for problem in self.problems]}
-        write_whole(path, json.dumps(values, ensure_ascii=False, indent=1))
+        write_atomically(path, json.dumps(values, ensure_ascii=False, indent=1))
 
     @classmethod
     def read(cls, path: Path) -> "Report":
@@ -66,8 +66,8 @@ class Report:
         return cls(values["planned_rows"], problems, Counter(values["left_out"]), Counter(values["counts"]))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that is whole or not there, whenever the process is killed."""
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is complete or does not exist, even if the process is killed meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -79,17 +79,18 @@ class Shard:
     Work for one process.
 
     Args:
-        name (`str`): Of the source or dataset.
-        rows (`list[list[Sample]]` or `datasets.Dataset`): What rows are made of: the samples that each joins, or rows.
-        needs ([`Needs`]): Of the model that is to be trained.
-        embed_images (`bool`): Whether rows hold the bytes of all pictures, or paths of those that are files.
-        parquet (`Path`, *optional*): Where to write. Without it, rows are only checked.
-        report (`Path`, *optional*): Where to write what became of the shard, once the shard is there.
+        name (`str`): The name of the source or dataset.
+        inputs (`list[list[Sample]]` or `datasets.Dataset`): What each example is made of: the samples that it joins, or the
+            example of the dataset.
+        requirements ([`ModelRequirements`]): What the model requires that will be trained.
+        embed_images (`bool`): Whether the bytes of all images are written, or the paths of those that are files.
+        parquet (`Path`, *optional*): Where the examples are written. Without it, they are only checked.
+        report (`Path`, *optional*): Where the report is written, after the shard.
     """
 
     name: str
-    rows: list[list[Sample]] | datasets.Dataset
-    needs: Needs = field(default=Needs(), kw_only=True)
+    inputs: list[list[Sample]] | datasets.Dataset
+    requirements: ModelRequirements = field(default=ModelRequirements(), kw_only=True)
     embed_images: bool = field(default=False, kw_only=True)
     parquet: Path | None = field(default=None, kw_only=True)
     report: Path | None = field(default=None, kw_only=True)
@@ -98,31 +99,31 @@ class Shard:
 @dataclass(frozen=True)
 class SourceShard(Shard):
     """
-    Rows of a source. A sample with a bad picture is dropped, and a row only if none of its samples is good.
+    Examples of a source. A sample with a broken image is dropped; an example is dropped if no sample of it is left.
 
     Args:
-        min_side (`int`): Samples with a picture of fewer pixels a side are left out.
+        min_side (`int`): Samples with an image of fewer pixels in width or height are left out.
     """
 
     min_side: int
     features = FEATURES
 
-    def make_rows(self, report: Report) -> Iterator[dict]:
-        """The good rows."""
-        for samples in self.rows:
+    def make_examples(self, report: Report) -> Iterator[dict]:
+        """The valid examples. Problems go to the report."""
+        for samples in self.inputs:
             good = [sample for sample in samples if self._check(sample, report)]
             if good:
                 report.counts["samples"] += len(good)
-                yield make_row(good, self.name, self.embed_images)
+                yield make_example(good, self.name, self.embed_images)
 
     def _check(self, sample: Sample, report: Report) -> bool:
         is_good = True
-        for picture in (picture for one in sample.rounds for picture in one.pictures):
-            size, kind, detail = inspect_picture(Path(picture.path), picture.span)
+        for image in (image for one in sample.rounds for image in one.images):
+            size, kind, detail = inspect_image_file(Path(image.path), image.span)
             if size is not None:
-                kind, detail = judge_size(size, self.needs)
+                kind, detail = check_image_size(size, self.requirements)
             if kind:
-                report.problems.append(Problem(kind, sample.file, sample.row, picture.field, detail))
+                report.problems.append(Problem(kind, sample.file, sample.key, image.field, detail))
                 is_good = False
             elif min(size) < self.min_side and is_good:
                 report.left_out[f"samples whose image has fewer than {self.min_side} pixels a side"] += 1
@@ -133,11 +134,11 @@ class SourceShard(Shard):
 @dataclass(frozen=True)
 class DatasetShard(Shard):
     """
-    Rows of a dataset in the schema, written as they are.
+    Examples of a dataset that has `messages` and `images` already. They are written unchanged.
 
     Args:
-        numbers (`list[int]`): Which row of the dataset each one is, counted from 0.
-        repeated (`dict[int, int]`): For those whose id an earlier row of the dataset has, the first that has it.
+        numbers (`list[int]`): The index in the dataset of each example, counted from 0.
+        repeated (`dict[int, int]`): For each example whose id an earlier example has, the first example with that id.
     """
 
     numbers: list[int]
@@ -145,67 +146,72 @@ class DatasetShard(Shard):
 
     @property
     def features(self) -> datasets.Features:
-        return self.rows.features
+        return self.inputs.features
 
-    def make_rows(self, report: Report) -> Iterator[dict]:
-        """The good rows."""
-        for number, row in zip(self.numbers, self.rows):
-            if self._check(number, row, report):
+    def make_examples(self, report: Report) -> Iterator[dict]:
+        """The valid examples. Problems go to the report."""
+        for number, example in zip(self.numbers, self.inputs):
+            if self._check(number, example, report):
                 report.counts["samples"] += 1
-                yield {**row, "images": [self._make_cell(image) for image in row.get("images") or []]}
+                yield {**example, "images": [self._make_image_value(image) for image in example.get("images") or []]}
 
-    def _check(self, number: int, row: dict, report: Report) -> bool:
+    def _check(self, number: int, example: dict, report: Report) -> bool:
         problems = []
         if number in self.repeated:
-            detail = f"{row['id']!r} is the id of row {self.repeated[number]} too"
+            detail = f"{example['id']!r} is the id of example {self.repeated[number]} too"
             problems.append(Problem("duplicate id", self.name, str(number), "id", detail))
-        _, faults = open_row(row, self.needs, inspect)
+        _, faults = check_example(example, self.requirements, inspect_image)
         problems += [Problem(fault.kind, self.name, str(number), fault.field, fault.detail) for fault in faults]
         report.problems += problems
         return not problems
 
-    def _make_cell(self, image: dict) -> dict:
-        return image if image["bytes"] is not None else make_cell(Picture(image["path"], "images"), self.embed_images)
+    def _make_image_value(self, image: dict) -> dict:
+        return (
+            image
+            if image["bytes"] is not None
+            else make_image_value(ImageReference(image["path"], "images"), self.embed_images)
+        )
 
 
 def make_shard(shard: SourceShard | DatasetShard) -> Report:
-    """Checks the rows of a shard with their pictures and writes the good ones."""
-    report, rows = Report(len(shard.rows)), []
-    for row in shard.make_rows(report):
-        rows.append(row)
-        report.counts["rounds"] += len(row["messages"]) // 2
-        report.counts["images"] += len(row["images"])
-    report.counts["rows"] = len(rows)
+    """Checks the examples of a shard with their images, and writes the valid ones."""
+    report, examples = Report(len(shard.inputs)), []
+    for example in shard.make_examples(report):
+        examples.append(example)
+        report.counts["rounds"] += len(example["messages"]) // 2
+        report.counts["images"] += len(example["images"])
+    report.counts["rows"] = len(examples)
     if shard.parquet is not None:
         temporary = shard.parquet.with_name(f".{shard.parquet.name}.{os.getpid()}")
-        datasets.disable_progress_bars()  # of the single file; there is one over all shards
-        features = datasets.Features({**shard.features, "images": AS_GIVEN})
-        written = datasets.Dataset.from_list(rows, features=features).cast_column("images", FEATURES["images"])
+        datasets.disable_progress_bars()  # those of a single file: one progress bar covers all shards
+        features = datasets.Features({**shard.features, "images": ENCODED_IMAGES})
+        written = datasets.Dataset.from_list(examples, features=features).cast_column("images", FEATURES["images"])
         written.to_parquet(temporary)
         os.replace(temporary, shard.parquet)
         report.write(shard.report)
     return report
 
 
-def make_row(samples: list[Sample], source: str, embed_images: bool) -> dict:
-    """One conversation in the schema. Images follow each other; the chat template numbers them."""
+def make_example(samples: list[Sample], source: str, embed_images: bool) -> dict:
+    """The samples as one conversation, with the columns of `FEATURES`. The chat template numbers the images."""
     messages, images = [], []
     for one in (one for sample in samples for one in sample.rounds):
-        parts = [{"type": "image", "text": None} for _ in one.pictures] + [{"type": "text", "text": one.question}]
+        parts = [{"type": "image", "text": None} for _ in one.images] + [{"type": "text", "text": one.question}]
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": one.answer}]})
-        images += [make_cell(picture, embed_images) for picture in one.pictures]
+        images += [make_image_value(image, embed_images) for image in one.images]
     return {"id": "+".join(sample.id for sample in samples), "source": source, "messages": messages, "images": images}
 
 
-def make_cell(picture: Picture, embed_images: bool) -> dict:
-    if picture.span is not None:
-        return {"bytes": read_picture(picture.path, picture.span), "path": None}
-    path = find_path(picture.path)
+def make_image_value(image: ImageReference, embed_images: bool) -> dict:
+    """An image as a value of `datasets.Image`: `bytes` and `path`."""
+    if image.span is not None:
+        return {"bytes": read_image_bytes(image.path, image.span), "path": None}
+    path = find_path(image.path)
     if path is None or not os.path.isfile(path):  # a URL, or base64: datasets writes no path that it cannot open
-        return {"bytes": encode_png(load_image(picture.path)), "path": None}
+        return {"bytes": encode_png(load_image(image.path)), "path": None}
     if embed_images:
-        return {"bytes": read_picture(path, None), "path": os.path.basename(path)}
+        return {"bytes": read_image_bytes(path, None), "path": os.path.basename(path)}
     return {"bytes": None, "path": path}
 
 
@@ -216,8 +222,8 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def run_shards(shards: list[SourceShard | DatasetShard], num_proc: int) -> Iterator[Report]:
-    """The reports, in the order in which the shards become ready."""
-    inspect_picture.cache_clear()  # pictures may have been mended since an earlier call
+    """Runs the shards in `num_proc` processes. Yields their reports in the order in which they finish."""
+    inspect_image_file.cache_clear()  # images may have been repaired since an earlier call
     if num_proc == 1 or len(shards) < 2:
         yield from map(make_shard, shards)
         return
@@ -231,7 +237,7 @@ def run_shards(shards: list[SourceShard | DatasetShard], num_proc: int) -> Itera
 
 
 def _end_with_parent() -> None:
-    """Workers wait for work for ever if the main process is killed, unless they watch it."""
+    """Ends a worker with the main process. Otherwise it would wait for work for ever after the main process was killed."""
 
     def watch():
         multiprocessing.parent_process().join()

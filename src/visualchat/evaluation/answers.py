@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""Answers to many questions at once, and how they are compared with the true ones."""
+"""Generates the answers to a batch of questions, and compares answers with the true ones."""
 
 import re
 import string
@@ -20,11 +20,11 @@ def generate_answers(
     **generation,
 ) -> list[str]:
     """
-    Answers the last question of each conversation, all of them in one batch, as [`ChatSession`] answers one.
+    Answers the last question of each conversation in one batch. The answers are those that [`ChatSession`] gives.
 
     Args:
-        conversations (`list[list[dict]]`): Messages, of which the last is the user's.
-        generation: As for `model.generate`.
+        conversations (`list[list[dict]]`): Messages. The last message of each conversation is the user's.
+        generation: Arguments of `model.generate`.
     """
     inputs = processor.apply_chat_template(
         conversations,
@@ -38,28 +38,28 @@ def generate_answers(
     end_tokens = generation.get("eos_token_id", model.generation_config.eos_token_id)
     reader = AnswerReader(processor.tokenizer, inputs["input_ids"].shape[1], end_tokens)
     tokens = model.generate(**inputs, **generation, stopping_criteria=[reader])
-    return [reader.answer(row) for row in tokens]
+    return [reader.answer(sequence) for sequence in tokens]
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The words of a message's content, as the chat template joins them."""
+    """The text of a message's content. Text parts are joined as in the chat template."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def is_exact(answer: str, label: str) -> bool:
-    """Whether an answer is right word for word; blanks around it do not count."""
+    """Whether an answer equals the true one, word for word. Blanks around them do not count."""
     return answer.strip() == label.strip()
 
 
 def is_normalized_match(answer: str, label: str) -> bool:
-    """Whether an answer is right once both are normalized; see [`normalize`]."""
+    """Whether an answer equals the true one after both are normalized; see [`normalize`]."""
     return normalize(answer) == normalize(label)
 
 
 def normalize(answer: str) -> str:
     """
-    As SQuAD's scorer does: lower case, without ASCII punctuation, without the articles a, an and the, single blanks. What
-    consists of nothing else is left as it is, in lower case, so that the choice "A" is not taken for an empty answer.
+    Normalizes as SQuAD's scorer does: lower case, no ASCII punctuation, no articles (a, an, the), single blanks. An answer
+    that consists of articles or punctuation alone keeps them, so that the choice "A" does not become an empty answer.
     """
     lower = " ".join(answer.lower().split())
     words = lower.translate(WITHOUT_PUNCTUATION)

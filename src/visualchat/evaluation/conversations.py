@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What is asked of a model: conversations in DeepSpeed-VisualChat's released evaluation format, and labelled sets."""
+"""The questions of an evaluation: conversations in DeepSpeed-VisualChat's released format, and labelled datasets."""
 
 import functools
 import hashlib
@@ -15,21 +15,21 @@ from PIL import Image
 
 from modeling_visualchat.data_collator_visualchat import fill_images
 from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image, shorter_edge
-from visualchat.data.checks import IMAGE_TYPES, BadRow, check_conversation, find_source
+from visualchat.data.checks import IMAGE_TYPES, InvalidExample, check_conversation, find_image_source
 from visualchat.evaluation.answers import text_of
-from visualchat.training.rows import count_images, load_rows
+from visualchat.training.dataset import count_images, load_examples
 
 
 @dataclass
 class Question:
     """
-    One round.
+    The question of one round.
 
     Args:
-        content (`list[dict]`): Of the user's message: image parts, without their pictures, and text parts.
-        image_path (`str`): The pictures, as the input names them, with blanks between.
+        content (`list[dict]`): The content of the user's message: text parts, and image parts that name no image yet.
+        image_path (`str`): The paths of the images, as the input names them, with blanks between them.
         label (`str`, *optional*): The true answer.
-        task (`str`): What accuracy is reported by.
+        task (`str`): The name under which its accuracy is reported.
     """
 
     content: list[dict]
@@ -45,15 +45,15 @@ class Question:
 @dataclass
 class Dialogue:
     """
-    A conversation to be held.
+    A conversation whose questions the model answers.
 
     Args:
-        name (`str`): Of the test, or the id of the row.
-        where (`str`): The file or dataset and its row, as errors name it.
+        name (`str`): The name of the test, or the id of the example.
+        where (`str`): The file or dataset with the example, as errors name it.
         questions (`list[Question]`): Its rounds.
-        sources: Returns the pictures of all rounds, in reading order, not opened yet.
+        sources: Returns the paths, URLs or data of all images, in reading order.
         system (`list[dict]`): The system message, if there is one.
-        fault (`str`): Why it cannot be held. Its questions may be missing.
+        fault (`str`): Why its questions cannot be asked. Then `questions` may be incomplete.
     """
 
     name: str
@@ -63,64 +63,64 @@ class Dialogue:
     system: list[dict] = field(default_factory=list)
     fault: str = ""
 
-    def messages(self, count: int, answers: list[str], pictures: list[Image.Image]) -> list[dict]:
+    def messages(self, count: int, answers: list[str], images: list[Image.Image]) -> list[dict]:
         """
-        The first `count` questions, each but the last with its answer: the true one where there is a label, or else the
-        model's own.
+        The messages up to the question of round `count`. The earlier questions have their answers: the label, or the model's
+        answer if there is no label.
         """
         messages = list(self.system)
         for k, question in enumerate(self.questions[:count]):
             messages.append({"role": "user", "content": question.content})
             if k < count - 1:
                 messages.append({"role": "assistant", "content": answers[k] if question.label is None else question.label})
-        return fill_images({"messages": messages, "images": pictures[: count_images(messages)]}, self.where)
+        return fill_images({"messages": messages, "images": images[: count_images(messages)]}, self.where)
 
-    def open_pictures(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
+    def open_images(self, image_processor=None) -> tuple[list[Image.Image], int, str]:
         """
         Args:
-            image_processor (*optional*): Of the model, which cannot take pictures that are too thin.
+            image_processor (*optional*): The model's. Images that are too thin for it are faults.
 
         Returns:
-            The pictures up to the first that cannot be read; how many rounds can be asked with them; and what is wrong
-            with the next, or "".
+            The images before the first one with a fault; the number of rounds that can be asked with them; and the fault, or
+            an empty string.
         """
-        pictures = []
+        images = []
         sources = iter(self.sources())
         for number, question in enumerate(self.questions, 1):
             for _ in range(count_images([{"content": question.content}])):
                 where = f"{self.where}, round {number}"
                 try:
-                    picture = load_image(next(sources), where)
+                    image = load_image(next(sources), where)
                 except (OSError, TypeError, ValueError) as error:
-                    return pictures, number - 1, str(error)
+                    return images, number - 1, str(error)
                 try:
-                    check_not_too_thin(picture.size, shorter_edge(image_processor))
+                    check_not_too_thin(image.size, shorter_edge(image_processor))
                 except ValueError as error:
-                    return pictures, number - 1, f"{where}: {error}"
-                pictures.append(picture)
-        return pictures, len(self.questions), ""
+                    return images, number - 1, f"{where}: {error}"
+                images.append(image)
+        return images, len(self.questions), ""
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Rounds, images and characters: dialogues of like size make batches with little padding."""
+        """The number of rounds, images and characters. Batches of dialogues of similar size need little padding."""
         images = sum(count_images([{"content": question.content}]) for question in self.questions)
         return len(self.questions), images, sum(len(q.text) + len(q.label or "") for q in self.questions)
 
 
 def read_conversations(path: Path, image_root: Path | None = None) -> tuple[list[Dialogue], str]:
     """
-    Reads the released evaluation format: a JSON object that gives each test a list of rounds, `[question]` or `[question,
-    "path path …"]`. Images join the running conversation, and later rounds read the model's own answers.
+    Reads the released evaluation format: a JSON object of tests. Each test is a list of rounds, `[question]` or `[question,
+    "path path …"]`. The rounds of a test are one conversation, in which the model's answers follow its questions.
 
     Args:
         path (`Path`): The JSON file.
-        image_root (`Path`, *optional*): Where relative paths begin. By default the folder of the file.
+        image_root (`Path`, *optional*): The folder of relative paths. By default the folder of the file.
 
     Returns:
-        The dialogues, those that are malformed with their `fault`; and the SHA-256 of the file.
+        The dialogues, with a `fault` if they are malformed; and the SHA-256 of the file.
 
     Raises:
-        ValueError: If the file is not such an object, or names a test twice. Line and column are given.
+        ValueError: If the file is not such an object, or names a test twice. Syntax errors are given with line and column.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
@@ -168,62 +168,63 @@ def _read_test(name: str, rounds: list, path: Path, root: Path) -> Dialogue:
 
 def read_labelled(names: list[str]) -> tuple[list[Dialogue], str]:
     """
-    Reads datasets of `messages` and `images`; see [`load_rows`]. Every answer is a label, and the rounds after it read it.
-    Accuracy is reported by the column `task`, a value or a list of one for each answer, or else by `source`.
+    Reads datasets of `messages` and `images`; see [`load_examples`]. Every answer is a label. Later rounds follow the true
+    answers. Accuracy is reported by the column `task`, which contains one value for all answers or a list with one for
+    each; without it, by `source`.
 
     Returns:
-        The dialogues, those of bad rows with their `fault`; and the SHA-256 of all messages and tasks.
+        The dialogues, with a `fault` if their example is broken; and the SHA-256 of all messages and tasks.
 
     Raises:
-        ValueError: If a dataset cannot be read, or has no `messages` or no rows. It is named.
+        ValueError: If a dataset cannot be read, has no column `messages` or no examples. It is named.
         FileNotFoundError: If there is no such file.
     """
     dialogues, digest = [], hashlib.sha256()
     for name in names:
         try:
-            rows = load_rows(name, extra_columns=("task",))
+            dataset = load_examples(name, extra_columns=("task",))
         except DatasetsError as error:
             raise ValueError(f"{name}: {error.__cause__ or error}") from error
-        for index, row in enumerate(rows):
-            digest.update(json.dumps([row["messages"], row.get("task")], sort_keys=True, default=repr).encode())
-            dialogues.append(_read_row(name, index, row, functools.partial(_row_sources, rows, index)))
+        for index, example in enumerate(dataset):
+            digest.update(json.dumps([example["messages"], example.get("task")], sort_keys=True, default=repr).encode())
+            dialogues.append(_read_example(name, index, example, functools.partial(_example_sources, dataset, index)))
     if not dialogues:
-        raise ValueError(f"{', '.join(names)}: there are no rows")
+        raise ValueError(f"{', '.join(names)}: there are no examples")
     return dialogues, digest.hexdigest()
 
 
-def _read_row(name: str, index: int, row: dict, sources: Callable[[], list[ImageSource]]) -> Dialogue:
-    where = f"{name}, row {index}"
-    dialogue = Dialogue(row.get("id") or str(index), where, [], sources)
+def _read_example(name: str, index: int, example: dict, sources: Callable[[], list[ImageSource]]) -> Dialogue:
+    where = f"{name}, example {index}"
+    dialogue = Dialogue(example.get("id") or str(index), where, [], sources)
     try:
-        check_conversation(row)
-        messages = row["messages"]
+        check_conversation(example)
+        messages = example["messages"]
         if messages[0]["role"] == "system":
             dialogue.system, messages = messages[:1], messages[1:]
-        task = row.get("task")
+        task = example.get("task")
         tasks = task if isinstance(task, list) else [task] * (len(messages) // 2)
         if len(tasks) != len(messages) // 2:
-            raise BadRow("missing field", "task", f"{len(tasks)} tasks for {len(messages) // 2} answers")
-    except BadRow as error:
+            raise InvalidExample("missing field", "task", f"{len(tasks)} tasks for {len(messages) // 2} answers")
+    except InvalidExample as error:
         dialogue.fault = f"{where}: {error}"
         return dialogue
-    paths = iter(image["path"] or "" for image in row.get("images") or [])
+    paths = iter(image["path"] or "" for image in example.get("images") or [])
     for question, answer, task in zip(messages[::2], messages[1::2], tasks):
         content = question["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         names, bare = [], []
         for part in parts:
             if part["type"] in IMAGE_TYPES:
-                _, own = find_source(part)
+                _, own = find_image_source(part)
                 own = next(paths) if own is None else own
                 names.append(own if isinstance(own, str) and len(own) < 256 else "")
             bare.append({"type": "image"} if part["type"] in IMAGE_TYPES else {"type": "text", "text": part["text"]})
-        task = str(row["source"] if task is None else task)
+        task = str(example["source"] if task is None else task)
         dialogue.questions.append(Question(bare, " ".join(filter(None, names)), text_of(answer["content"]), task))
     return dialogue
 
 
-def _row_sources(rows, index: int) -> list[ImageSource]:
-    messages = fill_images(rows[index], f"row {index}")
+def _example_sources(dataset, index: int) -> list[ImageSource]:
+    messages = fill_images(dataset[index], f"example {index}")
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    return [find_source(part)[1] for part in parts if part["type"] in IMAGE_TYPES]
+    return [find_image_source(part)[1] for part in parts if part["type"] in IMAGE_TYPES]

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""Holds the conversations of a dataset with one model or several and scores the answers: `visualchat evaluate`."""
+"""Answers the questions of a dataset with one model or several, and scores the answers: `visualchat evaluate`."""
 
 import argparse
 import json
@@ -22,19 +22,20 @@ from visualchat.evaluation.conversations import Dialogue, read_conversations, re
 from visualchat.evaluation.report import describe_number, describe_share, write_csv, write_report
 from visualchat.evaluation.scores import MATCHES, compare, score
 from visualchat.loading import choose_device, load_model, load_processor
-from visualchat.training.rows import count_tokens
+from visualchat.training.dataset import count_tokens
 
 
 class Journal:
     """
-    A file of JSON lines that outlives a kill: whole batches are added, and a line that was cut off is removed.
+    A JSON Lines file that keeps results if the process is killed. Entries are added batch by batch. An incomplete last line
+    is removed when the file is opened.
 
     Args:
         path (`Path`): The file.
-        key (`tuple[str, ...]`): The fields that tell entries apart.
+        key (`tuple[str, ...]`): The fields that identify an entry.
 
     Attributes:
-        entries (`dict`): By the values of `key`; by the value alone if it is one.
+        entries (`dict`): The entries by the tuple of the values of `key`, or by the value if `key` is one field.
     """
 
     def __init__(self, path: Path, *key: str):
@@ -46,7 +47,7 @@ class Journal:
         self.entries = {self._key_of(entry): entry for entry in map(json.loads, whole.splitlines())}
 
     def add(self, entries: list[dict]) -> None:
-        """Writes the entries, and does not return before they are on the disk."""
+        """Adds the entries and waits until they are on the disk."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
             file.flush()
@@ -63,15 +64,16 @@ class Evaluation:
     One checkpoint's answers to all dialogues, and its loss on those that are labelled.
 
     Args:
-        model, processor: Of the checkpoint.
-        folder (`Path`): Where the journals lie.
-        dialogues (`list[Dialogue]`): Held in batches of like size, the longest first, one round of all of them at a time.
-        generation (`dict`): As for `model.generate`.
-        batch_size (`int`): Dialogues that are held at once.
-        seed (`int`): Of sampling: each batch has its own, so that a resumed run draws what it would have drawn.
+        model, processor: The checkpoint's.
+        folder (`Path`): The folder of the journals.
+        dialogues (`list[Dialogue]`): They are answered in batches of similar size, the longest first, and round by round.
+        generation (`dict`): Arguments of `model.generate`.
+        batch_size (`int`): How many dialogues a batch has.
+        seed (`int`): The seed of sampling. The seed of each batch is derived from it, so that a resumed run samples the same
+            answers as a run without an interruption.
 
     Attributes:
-        failures (`dict[int, tuple[int, str]]`): By dialogue, its first round that could not be asked, and why.
+        failures (`dict[int, tuple[int, str]]`): By dialogue, the first round that could not be asked, and the reason.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Evaluation:
 
     @torch.inference_mode()
     def run(self, name: str) -> None:
-        """Asks what is not answered yet. A dialogue that cannot go on is left, and noted in `failures`."""
+        """Asks all questions without an answer. A dialogue that cannot go on is noted in `failures`."""
         sound = [k for k, dialogue in enumerate(self.dialogues) if not dialogue.fault]
         sound.sort(key=lambda k: (self.dialogues[k].size, k), reverse=True)
         total = sum(len(self.dialogues[k].questions) for k in sound)
@@ -101,34 +103,34 @@ class Evaluation:
                 batch = sound[start : start + self.batch_size]
                 if all(self._is_done(k) for k in batch):
                     continue
-                pictures = {}
+                images = {}
                 for k in batch:
-                    pictures[k], readable, error = self.dialogues[k].open_pictures(self.processor.image_processor)
+                    images[k], readable, error = self.dialogues[k].open_images(self.processor.image_processor)
                     if error:
                         self.failures[k] = (readable + 1, error)
                 for number in range(1, max(len(self.dialogues[k].questions) for k in batch) + 1):
                     torch.manual_seed(int(np.random.SeedSequence([self.seed, start, number]).generate_state(1)[0]))
-                    bar.update(self._ask(batch, number, pictures))
-                self._measure_losses(batch, pictures)
+                    bar.update(self._ask(batch, number, images))
+                self._measure_losses(batch, images)
 
     def _is_done(self, k: int) -> bool:
         questions = self.dialogues[k].questions
         is_answered = all((k, number) in self.answers.entries for number in range(1, len(questions) + 1))
         return is_answered and (questions[0].label is None or k in self.losses.entries)
 
-    def _ask(self, batch: list[int], number: int, pictures: dict[int, list[Image.Image]]) -> int:
-        """Asks the question of one round of those dialogues that have one; returns how many were answered."""
+    def _ask(self, batch: list[int], number: int, images: dict[int, list[Image.Image]]) -> int:
+        """Asks the questions of one round, in the dialogues that have this round. Returns how many were answered."""
         conversations = {}
         for k in batch:
             dialogue = self.dialogues[k]
             has_question = number <= len(dialogue.questions) and number < self.failures.get(k, (number + 1,))[0]
             is_answered = (k, number) in self.answers.entries
-            # What is drawn for an answer depends on the others of its batch
+            # A sampled answer depends on the other conversations of its batch
             if not has_question or (is_answered and not self.generation["do_sample"]):
                 continue
             answers = [self.answers.entries[k, earlier]["answer"] for earlier in range(1, number)]
             try:
-                messages = dialogue.messages(number, answers, pictures[k])
+                messages = dialogue.messages(number, answers, images[k])
                 self._check_length(messages, self.generation["max_new_tokens"])
             except ValueError as error:
                 self.failures[k] = (number, f"{dialogue.where}, round {number}: {error}")
@@ -166,14 +168,14 @@ class Evaluation:
                 f" holds {limit}: shorten the conversation, or lower --max-new-tokens"
             )
 
-    def _measure_losses(self, batch: list[int], pictures: dict[int, list[Image.Image]]) -> None:
-        """The loss of the true answers and their end tokens, summed over each dialogue that is labelled."""
-        rows = {}
+    def _measure_losses(self, batch: list[int], images: dict[int, list[Image.Image]]) -> None:
+        """The loss of the true answers with their end tokens, summed over each labelled dialogue."""
+        labelled = {}
         for k in batch:
             dialogue = self.dialogues[k]
             if dialogue.questions[0].label is None or k in self.losses.entries or k in self.failures:
                 continue
-            messages = dialogue.messages(len(dialogue.questions), [], pictures[k])
+            messages = dialogue.messages(len(dialogue.questions), [], images[k])
             messages.append({"role": "assistant", "content": dialogue.questions[-1].label})
             try:
                 self._check_length(messages, 0)
@@ -181,42 +183,42 @@ class Evaluation:
                 number = len(dialogue.questions)
                 self.failures[k] = (number, f"{dialogue.where}, round {number} with its true answer: {error}")
             else:
-                rows[k] = {"messages": messages}
-        if not rows:
+                labelled[k] = {"messages": messages}
+        if not labelled:
             return
         collate = VisualChatDataCollator(self.processor, supervised_logits_only=True)
-        inputs = BatchFeature(collate(list(rows.values()))).to(self.model.device)
+        inputs = BatchFeature(collate(list(labelled.values()))).to(self.model.device)
         next_tokens = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1))[inputs["logits_to_keep"]]
         losses = torch.nn.functional.cross_entropy(self.model(**inputs).logits.float(), next_tokens, reduction="none")
         counts = inputs["logits_to_keep"].sum(1).tolist()
         sums = [part.double().sum().item() for part in losses.split(counts)]
-        self.losses.add([{"dialogue": k, "loss": loss, "tokens": count} for k, loss, count in zip(rows, sums, counts)])
+        self.losses.add([{"dialogue": k, "loss": loss, "tokens": count} for k, loss, count in zip(labelled, sums, counts)])
 
 
 def name_folders(models: list[str], output: Path) -> dict[str, Path]:
     """
-    A folder in `output` for each checkpoint, called as it is given.
+    A folder in `output` for each checkpoint, named after it.
 
     Raises:
-        ValueError: If two would have the same.
+        ValueError: If two checkpoints would have the same folder.
     """
     folders = {}
     for name in models:
         folder = output / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model")
         if folder in folders.values():
-            raise ValueError(f"{name!r} is given twice, or its folder {folder} is another one's too")
+            raise ValueError(f"{name!r} is given twice, or another model has the same folder {folder}")
         folders[name] = folder
     return folders
 
 
 def load_checkpoint(name: str, dtype: str, device: str | None, trust_remote_code: bool) -> VisualChatForCausalLM:
-    """A model, or an adapter merged into its base, to generate with."""
+    """Loads a VisualChat model, or an adapter merged into its base model, for generation."""
     return load_model(name, trust_remote_code, dtype=dtype).to(choose_device(device)).eval()
 
 
 def describe(args: argparse.Namespace, name: str, model: VisualChatForCausalLM, digest: str) -> dict:
-    """What answers depend on. Seed and batch size are part of it only where answers are drawn."""
-    is_drawn = args.temperature > 0
+    """The settings that answers depend on. Seed and batch size count only if answers are sampled."""
+    is_sampled = args.temperature > 0
     weights = ModelWeights(model)
     weights.check("Keeping answers")
     return {
@@ -229,14 +231,14 @@ def describe(args: argparse.Namespace, name: str, model: VisualChatForCausalLM, 
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_p": args.top_p,
-        "seed": args.seed if is_drawn else "any",
-        "batch_size": args.batch_size if is_drawn else "any",
+        "seed": args.seed if is_sampled else "any",
+        "batch_size": args.batch_size if is_sampled else "any",
     }
 
 
-def keep_settings(folder: Path, settings: dict) -> None:
+def write_or_check_settings(folder: Path, settings: dict) -> None:
     """
-    Writes `settings.json`, or compares with the one that is there.
+    Writes `settings.json`, or compares the settings with those of an earlier run.
 
     Raises:
         ValueError: If they differ. Both values are given.
@@ -247,7 +249,7 @@ def keep_settings(folder: Path, settings: dict) -> None:
         changed = [f"{key} {kept.get(key)!r}, now {value!r}" for key, value in settings.items() if kept.get(key) != value]
         if changed:
             raise ValueError(
-                f"{folder} holds answers that were made with other settings: {'; '.join(changed)}. Give the same, or"
+                f"{folder} holds answers that were made with other settings: {'; '.join(changed)}. Use the same settings, or"
                 " another --output"
             )
         return
@@ -258,7 +260,7 @@ def keep_settings(folder: Path, settings: dict) -> None:
 
 
 def summarize(evaluations: dict[str, Evaluation], settings: dict[str, dict], seed: int) -> dict:
-    """What `results.json` holds: counts, failures, scores, and differences from the first checkpoint."""
+    """The content of `results.json`: counts, failures, scores, and differences from the first checkpoint."""
     results = {"models": {}, "differences": {}}
     first = next(iter(evaluations))
     for name, evaluation in evaluations.items():
@@ -303,10 +305,10 @@ def run(args: argparse.Namespace) -> int:
         with input_errors(f"cannot evaluate {name}: "):
             model = load_checkpoint(name, args.dtype, args.device, args.trust_remote_code)
             settings[name] = describe(args, name, model, digest)
-            keep_settings(folder, settings[name])
+            write_or_check_settings(folder, settings[name])
         evaluation = Evaluation(model, processors[name], folder, dialogues, generation, args.batch_size, args.seed)
         evaluation.run(name)
-        del model, evaluation.model  # room for the next
+        del model, evaluation.model  # frees the memory for the next model
         evaluations[name] = evaluation
         if args.conversations:
             write_csv(folder / "answers.csv", dialogues, evaluation.answers.entries)

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What `visualchat evaluate` writes to be read: the released CSV, and one HTML page that needs no other file."""
+"""The reports of `visualchat evaluate`: the CSV of the released results, and an HTML page without further files."""
 
 import base64
 import csv
@@ -13,7 +13,7 @@ from visualchat.evaluation.conversations import Dialogue
 
 
 COLUMNS = ("test_name", "image_path", "question", "answer")
-PICTURE_SIDE = 240  # pixels of the longer side, at most
+THUMBNAIL_SIZE = 240  # pixels of the longer side, at most
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -77,10 +77,10 @@ answer</label></p>
     {%- for name in models %}<th>{{ name }}</th>{% endfor %}</tr>
   {%- for round in dialogue.rounds %}
   <tr><td>{{ loop.index }}</td><td class="text">
-    {%- for picture in round.pictures -%}
-    <figure>{% if picture.url %}<img src="{{ picture.url }}" alt="image {{ picture.number }}">{% endif -%}
-    <figcaption>image {{ picture.number }}{{ '' if picture.url else ', cannot be read' }}</figcaption></figure>
-    {%- endfor %}{{ '\n' if round.pictures }}{{ round.question }}</td>
+    {%- for image in round.images -%}
+    <figure>{% if image.url %}<img src="{{ image.url }}" alt="image {{ image.number }}">{% endif -%}
+    <figcaption>image {{ image.number }}{{ '' if image.url else ', cannot be read' }}</figcaption></figure>
+    {%- endfor %}{{ '\n' if round.images }}{{ round.question }}</td>
     {%- if is_labelled %}<td class="text">{{ round.label }}<div class="dim">{{ round.task }}</div></td>{% endif %}
     {%- for answer in round.answers %}<td class="text {{ answer.verdict }}">
     {%- if answer.text is none %}<span class="failed">not answered</span>{% else %}{{ answer.text }}{% endif -%}
@@ -112,12 +112,12 @@ def write_report(
     path: Path, dialogues: list[Dialogue], answers: dict[str, dict[tuple[int, int], dict]], results: dict, limit: int
 ) -> None:
     """
-    Writes the page.
+    Writes the HTML page.
 
     Args:
         answers (`dict`): By checkpoint, then by dialogue and round.
-        results (`dict`): What `results.json` holds.
-        limit (`int`): Dialogues that are shown. If there are more, those with a wrong or missing answer come first.
+        results (`dict`): The content of `results.json`.
+        limit (`int`): How many dialogues the page shows at most, those with a wrong or missing answer first.
     """
     entries = results["models"]
     settings = next(iter(entries.values()))["settings"]
@@ -134,9 +134,9 @@ def write_report(
         settings=(
             f"Data: {', '.join(settings['data'])}. Up to {settings['max_new_tokens']} new tokens, "
             + (
-                f"drawn at temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}."
+                f"sampled at temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}."
                 if settings["temperature"]
-                else "the likeliest taken (greedy)."
+                else "greedy decoding."
             )
         ),
         summary=_summary(entries),
@@ -149,13 +149,13 @@ def write_report(
 
 
 def describe_share(share: dict) -> str:
-    """Such as `97.7 % [97.0, 98.2], 2434 of 2491`."""
+    """A fraction with its confidence interval, such as `97.7 % [97.0, 98.2], 2434 of 2491`."""
     percent = [100 * share[name] for name in ("value", "low", "high")]
     return "{:.1f} % [{:.1f}, {:.1f}], ".format(*percent) + f"{share['right']} of {share['count']}"
 
 
 def describe_number(number: dict, sign: str = "") -> str:
-    """Such as `0.0512 [0.0430, 0.0598]`; with `sign="+"`, also positive numbers have one."""
+    """A number with its confidence interval, such as `0.0512 [0.0430, 0.0598]`. With `sign="+"` positive ones get a sign."""
     return "{:{s}.4f} [{:{s}.4f}, {:{s}.4f}]".format(*(number[name] for name in ("value", "low", "high")), s=sign)
 
 
@@ -202,15 +202,15 @@ def _is_faulty(k: int, dialogue: Dialogue, answers: dict[str, dict]) -> bool:
 
 
 def _show(k: int, dialogue: Dialogue, answers: dict[str, dict], is_faulty: bool) -> dict:
-    opened = [] if dialogue.fault else dialogue.open_pictures()[0]
+    opened = [] if dialogue.fault else dialogue.open_images()[0]
     rounds, number = [], 0
     for index, question in enumerate(dialogue.questions, 1):
-        pictures = []
+        images = []
         for _ in (part for part in question.content if part["type"] == "image"):
             number += 1
-            pictures.append({"number": number, "url": _data_url(opened[number - 1]) if number <= len(opened) else ""})
+            images.append({"number": number, "url": _data_url(opened[number - 1]) if number <= len(opened) else ""})
         cells = [_show_answer(entries.get((k, index))) for entries in answers.values()]
-        shown = {"pictures": pictures, "question": question.text, "label": question.label, "task": question.task}
+        shown = {"images": images, "question": question.text, "label": question.label, "task": question.task}
         rounds.append({**shown, "answers": cells})
     return {"name": dialogue.name, "rounds": rounds, "is_faulty": is_faulty}
 
@@ -224,9 +224,9 @@ def _show_answer(entry: dict | None) -> dict:
     return {"text": entry["answer"], "verdict": verdict}
 
 
-def _data_url(picture: Image.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+def _data_url(image: Image.Image) -> str:
+    image = image.copy()
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,9 +1,9 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Scores of labelled sets, with 95 % confidence intervals, and paired differences between checkpoints.
+Scores on labelled datasets, with 95 % confidence intervals, and paired differences between checkpoints.
 
-Shares have Wilson's interval, which takes answers as independent. Losses and differences are resampled by conversation, for
-the rounds of one have much in common.
+Accuracies have Wilson's interval, which assumes independent answers. Losses and differences have bootstrap intervals,
+resampled by conversation, since the rounds of one conversation are not independent.
 """
 
 from collections import defaultdict
@@ -33,9 +33,9 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple
     Percentile interval of a ratio of sums over conversations, which are drawn with replacement.
 
     Args:
-        sums (`np.ndarray` of shape `(terms, conversations)`): Of one term: `sums[0] / counts[0]`. Of two: this less that of
-            the second, over the same draw.
-        counts (`np.ndarray` of shape `(terms, conversations)`): What is divided by.
+        sums (`np.ndarray` of shape `(terms, conversations)`): The numerators. With one term the value is `sums[0] /
+            counts[0]`; with two it is this ratio minus that of the second term, over the same conversations.
+        counts (`np.ndarray` of shape `(terms, conversations)`): The denominators.
     """
     rng = np.random.default_rng(seed)
     signs = np.array([1, -1])[: len(sums)]
@@ -50,12 +50,12 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple
 def score(answers: dict[tuple[int, int], dict], losses: dict[int, dict], seed: int) -> dict:
     """
     Args:
-        answers (`dict`): By dialogue and round, entries with `answer`, `label` and `task`.
-        losses (`dict`): By dialogue, entries with `loss`, summed over `tokens`.
-        seed (`int`): Of the resampling.
+        answers (`dict`): Entries with `answer`, `label` and `task`, by dialogue and round.
+        losses (`dict`): Entries with `loss`, the sum over `tokens` tokens, by dialogue.
+        seed (`int`): The seed of the bootstrap.
 
     Returns:
-        `exact` and `normalized`, each also by task and by round, and `loss`, the mean over tokens in nats.
+        The accuracies `exact` and `normalized`, each also by task and by round, and `loss`, the mean over tokens in nats.
     """
     by_task, by_round = defaultdict(list), defaultdict(list)
     for (_, number), entry in sorted(answers.items()):
@@ -103,7 +103,8 @@ def compare(
         first, other: `answers` and `losses`, as for [`score`].
 
     Returns:
-        `exact` and `normalized`, with the questions that only the one and only the other got right, and `loss`.
+        The differences of `exact` and `normalized`, with the numbers of questions that only one of the two answered right;
+        and the difference of `loss`.
     """
     differences = {}
     shared = sorted(first[0].keys() & other[0].keys())

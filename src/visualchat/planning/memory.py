@@ -1,15 +1,15 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Peak memory of a GPU under each DeepSpeed JSON: what ZeRO keeps, and the buffers that DeepSpeed makes, on top of a
+Peak memory of a GPU under each DeepSpeed JSON: the states that ZeRO keeps and the buffers that DeepSpeed makes, added to a
 [`visualchat.planning.trace.Trace`].
 
 Sources: ZeRO (arXiv 1910.02054, section 3.1: Adam keeps 12 bytes a trained parameter in mixed precision; section 5: what
-each stage shares out) and the code of DeepSpeed 0.19.8, by the file that a line is about:
-- `stage_1_and_2.py`: the optimizer's weights are a copy of the GPU's share, in fp32 also where the model is in fp32.
+each stage partitions) and the code of DeepSpeed 0.19.8, by the file that a line is about:
+- `stage_1_and_2.py`: the optimizer's weights are a copy of the GPU's partition, in fp32 also where the model is in fp32.
   Gradients go through a bucket. What is reduced is copied once more if it belongs to several GPUs. The GPU then keeps the
-  whole gradient of each parameter that it owns any part of: a single large one (the token embedding) is not shared out.
-- `stage3.py`: shares of gradients have a buffer of their own. The optimizer's weights are a copy here, too: the branch that
-  would spare it in fp32 is not taken (seen in a run; it compares a `torch.device` with a name).
+  whole gradient of each parameter that it owns any part of: a single large one (the token embedding) is not partitioned.
+- `stage3.py`: partitions of gradients have a buffer of their own. The optimizer's weights are a copy here, too: the branch
+  that would spare it in fp32 is not taken (seen in a run; it compares a `torch.device` with a name).
 - `partitioned_param_coordinator.py`: gathered weights stay as long as they are used again within
   `stage3_max_reuse_distance` (10⁹) parameters; the next are fetched ahead, twice in memory while they arrive.
 - `unfused_optimizer.py`: ZeRO-0 in bf16 keeps a whole fp32 copy and makes fp32 gradients for the step.
@@ -45,9 +45,9 @@ STATES = ("weights", "gathered", "gradients", "optimizer", *PARTS)
 class Parameter:
     """
     Args:
-        name (`str`): In the model.
-        numel (`int`): Its size.
-        group (`int`, *optional*): The optimizer's group that it trains in. `None`: it is frozen.
+        name (`str`): Its name in the model.
+        numel (`int`): Its number of elements.
+        group (`int`, *optional*): The index of its parameter group in the optimizer; `None` if it is frozen.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ZeroSetting:
     """
     Args:
-        zero (`dict`): `zero_optimization` of a DeepSpeed JSON.
-        gpus (`int`): Processes that share.
+        zero (`dict`): The section `zero_optimization` of a DeepSpeed JSON.
+        gpus (`int`): The number of processes.
         itemsize (`int`): Bytes of a weight: 2 in bf16, 4 in fp32.
         hidden_size (`int`): The decoder's. `"auto"` is computed from it (transformers, `trainer_config_finalize`).
-        accumulation (`int`): Micro-batches of a step.
-        device (`str`): `cuda`, or `cpu` with gloo. There an empty buffer takes no memory until it is written, and gloo
+        accumulation (`int`): The number of micro-batches of a step.
+        device (`str`): `cuda`, or `cpu` with gloo. On the CPU an empty buffer takes no memory until it is written, and gloo
             gathers and scatters through a copy.
     """
 
@@ -114,17 +114,17 @@ class Peak:
         self.largest = max(sum(self.parts.values()), self.step)
 
 
-def share(numel: int, gpus: int) -> int:
-    """The largest share of a tensor, all shares padded to one size."""
+def partition_size(numel: int, gpus: int) -> int:
+    """The number of elements of one GPU's partition of a tensor. All partitions are padded to the same size."""
     return -(-numel // gpus)
 
 
-def plan_peak(trace: Trace, parameters: list[Parameter], setting: Setting) -> Peak:
+def plan_peak(trace: Trace, parameters: list[Parameter], setting: ZeroSetting) -> Peak:
     """
     Args:
-        trace (`Trace`): Of the micro-batch.
-        parameters (`list[Parameter]`): All of the model, in its order.
-        setting (`Setting`): How they are shared out.
+        trace (`Trace`): The trace of the micro-batch.
+        parameters (`list[Parameter]`): All parameters of the model, in its order.
+        setting (`ZeroSetting`): How ZeRO partitions them.
     """
     if setting.stage == 0:
         return _plan_replicated(trace, parameters, setting)
@@ -133,8 +133,8 @@ def plan_peak(trace: Trace, parameters: list[Parameter], setting: Setting) -> Pe
     return max((_plan_stage12(trace, parameters, setting, rank) for rank in _ranks(setting)), key=lambda peak: peak.largest)
 
 
-def _ranks(setting: Setting) -> Iterator[int]:
-    # Ranks differ by which parameters their share cuts through: the first, the last and the middle ones
+def _ranks(setting: ZeroSetting) -> Iterator[int]:
+    # Ranks differ by the parameters on the borders of their partition: the first, a middle and the last rank are tried
     yield from sorted({0, setting.gpus // 2, setting.gpus - 1})
 
 
@@ -156,18 +156,18 @@ def _peak(trace: Trace, states: dict[str, int], moving: dict[str, np.ndarray], s
 
 
 class Curve:
-    """Bytes over the events of a trace: levels that hold until the next, and moments."""
+    """Bytes over the events of a trace: levels that last until the next level, and temporary additions."""
 
     def __init__(self, trace: Trace):
         self.bytes, self.level, self.since = np.zeros(len(trace.live), dtype=np.int64), 0, 0
 
     def hold(self, event: int, level: int) -> None:
-        """From this event on."""
+        """Sets the level from this event on."""
         self.bytes[self.since : event] += self.level
         self.level, self.since = level, event
 
     def touch(self, event: int, extra: int) -> None:
-        """For a moment, on top of the level before this event."""
+        """Adds temporary bytes to the level before this event."""
         at = min(event, len(self.bytes)) - 1
         self.bytes[at] += max(0, extra)
 
@@ -180,7 +180,7 @@ def _sizes(parameters: list[Parameter]) -> dict[str, Parameter]:
     return {one.name: one for one in parameters}
 
 
-def _plan_replicated(trace: Trace, parameters: list[Parameter], setting: Setting) -> Peak:
+def _plan_replicated(trace: Trace, parameters: list[Parameter], setting: ZeroSetting) -> Peak:
     """ZeRO-0: everything on every GPU."""
     size, by_name = setting.itemsize, _sizes(parameters)
     trained = [one.numel for one in parameters if one.group is not None]
@@ -213,19 +213,19 @@ def _largest_bucket(sizes: list[int], limit: int) -> int:
 
 class _Partition:
     """
-    The share of one rank under ZeRO-1 and ZeRO-2: each group is one flat tensor, cut into equal ranges.
+    The partition of one rank under ZeRO-1 and ZeRO-2. Each parameter group is one flat tensor, cut into equal ranges.
 
     Args:
-        groups (`list[list[Parameter]]`): Of the optimizer.
-        gpus (`int`): Ranges of a group.
-        rank (`int`): Whose share it is.
+        groups (`list[list[Parameter]]`): The parameter groups of the optimizer.
+        gpus (`int`): The number of ranges of a group.
+        rank (`int`): The rank that owns the partition.
     """
 
     def __init__(self, groups: list[list[Parameter]], gpus: int, rank: int):
         self.gpus, self.sizes, self.slices = gpus, [], []
         self.ranges, self.owned = {}, {}
         for group in groups:
-            size = share(sum(one.numel for one in group), gpus)
+            size = partition_size(sum(one.numel for one in group), gpus)
             self.sizes.append(size)
             offset, slices = 0, []
             for one in group:
@@ -242,8 +242,8 @@ class _Partition:
 
     def copied(self, names: list[str], limit: int) -> int:
         """
-        Elements that reducing a bucket copies at once. Only a bucket that goes to one rank as a whole is spared, as with one
-        GPU; which ones are depends on where the cuts fall, so all are taken to be copied.
+        Elements that the reduction of a bucket copies at once. A bucket that belongs to one rank as a whole is not copied,
+        as with one GPU. Which buckets these are depends on the borders of the ranges, so all are assumed to be copied.
         """
         if self.gpus == 1:
             return 0
@@ -251,7 +251,7 @@ class _Partition:
         return max(_largest_bucket(slices, limit), slices[0] if len(slices) == 1 else 0)
 
 
-def _plan_stage12(trace: Trace, parameters: list[Parameter], setting: Setting, rank: int) -> Peak:
+def _plan_stage12(trace: Trace, parameters: list[Parameter], setting: ZeroSetting, rank: int) -> Peak:
     """ZeRO-1 and ZeRO-2."""
     size, gpus, by_name = setting.itemsize, setting.gpus, _sizes(parameters)
     groups, limit, on_host = _groups(parameters), setting.numel("reduce_bucket_size"), setting.offloads("optimizer")
@@ -273,7 +273,7 @@ def _plan_stage12(trace: Trace, parameters: list[Parameter], setting: Setting, r
     largest_slice = max(mine.owned.values(), default=0)
 
     def flush() -> int:
-        """Reduces the bucket. Returns the bytes that it needs for a moment."""
+        """Reduces the bucket. Returns the temporary bytes that this needs."""
         nonlocal fill, aside, placed
         if setting.stage == 2 and on_host:
             # The norm's fp64 copy of a slice, or its fp32 copy on the way to the host
@@ -356,12 +356,12 @@ def _plan_stage12(trace: Trace, parameters: list[Parameter], setting: Setting, r
     return _peak(trace, states, {"gradients": gradients.finish(), "gathered": buckets.finish()}, step_peak, host)
 
 
-def _plan_stage3(trace: Trace, parameters: list[Parameter], setting: Setting) -> Peak:
+def _plan_stage3(trace: Trace, parameters: list[Parameter], setting: ZeroSetting) -> Peak:
     """ZeRO-3."""
     size, gpus, by_name = setting.itemsize, setting.gpus, _sizes(parameters)
     groups, limit, on_host = _groups(parameters), setting.numel("reduce_bucket_size"), setting.offloads("optimizer")
-    shares = sum(share(one.numel, gpus) for group in groups for one in group)
-    partitions = size * sum(share(one.numel, gpus) for one in parameters)
+    shares = sum(partition_size(one.numel, gpus) for group in groups for one in group)
+    partitions = size * sum(partition_size(one.numel, gpus) for one in parameters)
     threshold = setting.numel("stage3_param_persistence_threshold")
     resident = size * sum(one.numel for one in parameters if one.numel <= threshold)
     states = {"weights": partitions + resident, "gradients": size * shares, "optimizer": 12 * shares}
@@ -383,13 +383,13 @@ def _plan_stage3(trace: Trace, parameters: list[Parameter], setting: Setting) ->
         gradients.hold(0, size * deepest)
 
     def flush() -> int:
-        """Scatters the bucket. Returns the bytes that it needs for a moment."""
+        """Reduces and scatters the bucket. Returns the temporary bytes that this needs."""
         nonlocal fill, aside
         numel = sum(by_name[name].numel for name in pending)
         copied = len(pending) > 1 or any(by_name[name].numel % gpus for name in pending)
         moment = size * numel * (copied + gloo)
         if on_host:
-            moment = max(moment, 8 * share(max((by_name[name].numel for name in pending), default=0), gpus))
+            moment = max(moment, 8 * partition_size(max((by_name[name].numel for name in pending), default=0), gpus))
         pending.clear()
         fill = aside = 0
         return moment
@@ -438,7 +438,7 @@ def _sub_groups(groups: list[list[Parameter]], gpus: int, limit: int) -> Iterato
     for group in groups:
         sizes = []
         for one in group:
-            sizes.append(share(one.numel, gpus))
+            sizes.append(partition_size(one.numel, gpus))
             if sum(sizes) >= limit:
                 yield sizes
                 sizes = []
@@ -446,8 +446,10 @@ def _sub_groups(groups: list[list[Parameter]], gpus: int, limit: int) -> Iterato
             yield sizes
 
 
-def _gather(trace: Trace, by_name: dict[str, Parameter], setting: Setting, threshold: int) -> Iterator[tuple[int, int, int]]:
-    """For each use of a module: the event, the bytes that are gathered from then on, and those for a moment."""
+def _gather(
+    trace: Trace, by_name: dict[str, Parameter], setting: ZeroSetting, threshold: int
+) -> Iterator[tuple[int, int, int]]:
+    """For each use of a module: the event, the bytes that are gathered from then on, and the temporary ones."""
     if setting.gpus == 1:
         return
     size, reuse = setting.itemsize, setting.numel("stage3_max_reuse_distance")

@@ -1,8 +1,8 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Memory and speed of a training run, predicted: `visualchat plan`. `trace.py` reads activations, logits and image features off
-the model's own code; `memory.py` adds what ZeRO keeps and DeepSpeed's buffers, with sources. `benchmarks/plan.py` compares
-the predictions with real runs.
+Predicts the memory and speed of a training run: `visualchat plan`. `trace.py` traces activations, logits and image features
+from the model's own code. `memory.py` adds the states that ZeRO keeps and DeepSpeed's buffers, with sources.
+`benchmarks/plan.py` compares the predictions with real runs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from modeling_visualchat import VisualChatConfig
 from visualchat.loading import check_model_type
-from visualchat.planning.memory import STATES, Parameter, Peak, Setting, plan_peak
+from visualchat.planning.memory import STATES, Parameter, Peak, ZeroSetting, plan_peak
 from visualchat.planning.trace import StepShape, Trace, trace_step
 from visualchat.training.arguments import ModelArguments
 from visualchat.training.train import set_mode
@@ -34,22 +34,22 @@ PREFERRED = (
     ("zero3_offload", True),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LARGEST_BATCH = 1024  # nobody trains with more samples on a GPU at once
+LARGEST_BATCH = 1024  # nobody trains with a larger micro-batch
 HEADS = {"image features": "images", "gathered": "buffers"}
 
 
 @dataclass
 class Row:
     """
-    One way to run.
+    One row of the table: a way to run the training.
 
     Args:
-        name (`str`): Of the DeepSpeed JSON.
-        checkpointing (`bool`): Whether layers keep their inputs alone and are computed again.
-        peak (`Peak`): At the micro-batch that was asked for.
-        fits (`bool`): Whether it is within the memory.
-        largest_batch (`int`): The largest micro-batch that is; 0 if none.
-        tokens_per_second (`float`, *optional*): Of all GPUs, if the matrix rate is known.
+        name (`str`): The name of the DeepSpeed JSON.
+        checkpointing (`bool`): Whether gradient checkpointing is on.
+        peak (`Peak`): The memory of the requested micro-batch.
+        fits (`bool`): Whether the requested micro-batch fits in the memory.
+        largest_batch (`int`): The largest micro-batch that fits, or 0.
+        tokens_per_second (`float`, *optional*): The rate of all GPUs together, if the matrix rate is given.
     """
 
     name: str
@@ -62,11 +62,11 @@ class Row:
 
 def check_shape(args: argparse.Namespace) -> tuple[VisualChatConfig, StepShape]:
     """
-    Loads the config and completes the shape of a sample.
+    Loads the config and completes the shape of the micro-batch.
 
     Raises:
         OSError: If the config cannot be loaded.
-        ValueError: If it is not a VisualChat's, or if the sample does not fit it. The numbers are given.
+        ValueError: If it is not a VisualChat's, or if the model cannot take such a sequence. The numbers are given.
     """
     try:
         check_model_type(args.model, args.trust_remote_code)
@@ -108,7 +108,7 @@ def build_model(
             config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=model_args.trust_remote_code
         )
         model = set_mode(model, model_args)
-    model.to(dtype).train()  # DeepSpeed casts all: PEFT makes LoRA in fp32
+    model.to(dtype).train()  # DeepSpeed casts all parameters, also LoRA's, which PEFT makes in fp32
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     groups = group_parameters(model, VisualChatTrainingArguments(output_dir="unused", use_cpu=True))
@@ -117,11 +117,11 @@ def build_model(
 
 
 def count_parts(parameters: list[Parameter]) -> dict[str, tuple[int, int]]:
-    """Parameters by part of the model, all and trained."""
+    """The number of all parameters, and of the trained ones, by part of the model."""
     parts = dict.fromkeys(("vision tower", "projector", "embedding", "decoder layers", "lm_head", "LoRA"), (0, 0))
-    places = {"vision_tower": "vision tower", "multi_modal_projector": "projector", "embed_tokens": "embedding"}
+    names = {"vision_tower": "vision tower", "multi_modal_projector": "projector", "embed_tokens": "embedding"}
     for one in parameters:
-        part = next((part for place, part in places.items() if place in one.name), "decoder layers")
+        part = next((part for name, part in names.items() if name in one.name), "decoder layers")
         part = "LoRA" if "lora_" in one.name else "lm_head" if "lm_head" in one.name else part
         every, trained = parts[part]
         parts[part] = every + one.numel, trained + one.numel * (one.group is not None)
@@ -130,13 +130,13 @@ def count_parts(parameters: list[Parameter]) -> dict[str, tuple[int, int]]:
 
 class Planner:
     """
-    Plans of one model. Traces are made when they are needed, and once.
+    Plans the training of one model. Each trace is made when it is first needed, and then kept.
 
     Args:
         config (`VisualChatConfig`): The model's.
-        shape (`StepShape`): The micro-batch; its samples are asked for in [`Planner.peak`].
-        model_args (`ModelArguments`): What trains, as in `visualchat train`.
-        dtype (`torch.dtype`): Of the weights.
+        shape (`StepShape`): The micro-batch. Its batch size is not used: [`Planner.peak`] takes one.
+        model_args (`ModelArguments`): Which parameters train, as in `visualchat train`.
+        dtype (`torch.dtype`): The dtype of the weights.
         device (`str`): `cuda`, or `cpu` with gloo.
     """
 
@@ -153,23 +153,25 @@ class Planner:
         self.parameters = self.models[False][1]
         self._traces: dict[tuple[bool, bool], list[Trace]] = {}
 
-    def trace(self, samples: int, checkpointing: bool, gathers: bool) -> Trace:
-        """Of any number of samples. See [`Trace.of_samples`]."""
+    def trace(self, batch_size: int, checkpointing: bool, gathers: bool) -> Trace:
+        """The trace of any batch size. See [`Trace.at_batch_size`]."""
         key = checkpointing, gathers
         if key not in self._traces:
-            shapes = [StepShape(count, self.shape.length, self.shape.images, self.shape.supervised) for count in (2, 3)]
+            shapes = [
+                StepShape(count, self.shape.sequence_length, self.shape.images, self.shape.supervised) for count in (2, 3)
+            ]
             model = self.models[checkpointing][0]
             self._traces[key] = [trace_step(model, shape, self.device, gathers) for shape in shapes]
-        return self._traces[key][0].of_samples(self._traces[key][1], samples)
+        return self._traces[key][0].at_batch_size(self._traces[key][1], batch_size)
 
-    def setting(self, zero: dict, gpus: int, accumulation: int = 1) -> Setting:
-        return Setting(zero, gpus, self.dtype.itemsize, self.config.hidden_size, accumulation, self.device)
+    def setting(self, zero: dict, gpus: int, accumulation: int = 1) -> ZeroSetting:
+        return ZeroSetting(zero, gpus, self.dtype.itemsize, self.config.hidden_size, accumulation, self.device)
 
-    def peak(self, setting: Setting, samples: int, checkpointing: bool) -> Peak:
-        return plan_peak(self.trace(samples, checkpointing, setting.stage == 3), self.parameters, setting)
+    def peak(self, setting: ZeroSetting, batch_size: int, checkpointing: bool) -> Peak:
+        return plan_peak(self.trace(batch_size, checkpointing, setting.stage == 3), self.parameters, setting)
 
-    def largest_batch(self, setting: Setting, checkpointing: bool, memory: float) -> int:
-        """The largest micro-batch whose peak is within `memory` bytes; 0 if a single sample's is not."""
+    def largest_batch(self, setting: ZeroSetting, checkpointing: bool, memory: float) -> int:
+        """The largest micro-batch whose peak is within `memory` bytes, or 0 if a single sequence needs more."""
         fits, too_large = 0, LARGEST_BATCH + 1
         while too_large - fits > 1:
             middle = min((fits + too_large) // 2, max(1, 2 * fits)) if too_large > LARGEST_BATCH else (fits + too_large) // 2
@@ -181,12 +183,12 @@ class Planner:
 
 
 def read_zero(name: str) -> dict:
-    """`zero_optimization` of a JSON of `examples/deepspeed/`."""
+    """The section `zero_optimization` of a JSON of `examples/deepspeed/`."""
     return json.loads((DEEPSPEED / f"{name}.json").read_text())["zero_optimization"]
 
 
 def plan(args: argparse.Namespace) -> tuple[Planner, list[Row]]:
-    """Every JSON and checkpointing setting that was asked for."""
+    """Plans every DeepSpeed JSON, with the requested settings of gradient checkpointing."""
     model_args = ModelArguments(
         mode=args.mode,
         lora_target=args.lora_target,
@@ -204,13 +206,13 @@ def plan(args: argparse.Namespace) -> tuple[Planner, list[Row]]:
             rate = None
             if args.matrix_rate:
                 flops = planner.trace(args.batch, checkpointing, setting.stage == 3).flops
-                rate = args.batch * args.shape.length * args.gpus * args.matrix_rate * 1e12 / flops
+                rate = args.batch * args.shape.sequence_length * args.gpus * args.matrix_rate * 1e12 / flops
             rows.append(Row(name, checkpointing, peak, peak.largest <= memory, largest, rate))
     return planner, rows
 
 
 def recommend(rows: list[Row]) -> Row | None:
-    """The fastest that fits at the micro-batch that was asked for; else one that fits at a smaller one, if any does."""
+    """The fastest row that fits the requested micro-batch; else the row that fits the largest micro-batch, if any does."""
     by_key = {(row.name, row.checkpointing): row for row in rows}
     preferred = [by_key[key] for key in PREFERRED if key in by_key]
     smaller = sorted((row for row in preferred if row.largest_batch), key=lambda row: -row.largest_batch)
@@ -218,10 +220,11 @@ def recommend(rows: list[Row]) -> Row | None:
 
 
 def describe(args: argparse.Namespace, planner: Planner, rows: list[Row]) -> str:
-    """What is printed."""
+    """The text that is printed: parameters, a table of all rows, and the recommendation."""
     lines = [
         f"{args.mode} in {args.dtype}, {args.gpus} GPUs of {args.gpu_memory:g} GB ({args.reserve:g} kept free), micro-batch"
-        f" {args.batch} × {args.shape.length} tokens, {args.images} images and {args.shape.supervised} learned tokens each",
+        f" {args.batch} × {args.shape.sequence_length} tokens, with {args.images} images and"
+        f" {args.shape.supervised} supervised tokens each",
         "",
     ]
     counts = count_parts(planner.parameters)
@@ -240,7 +243,8 @@ def describe(args: argparse.Namespace, planner: Planner, rows: list[Row]) -> str
             lines.append(_line(row.name, cells + ([f"{row.tokens_per_second:,.0f}"] if last else [])))
     lines += [
         "",
-        "step: in the optimizer's step, in all. peak: the larger. host: for each GPU. batch: the largest that fits.",
+        "step: all memory during the optimizer's step. peak: the largest. host: CPU memory for each GPU.",
+        "batch: the largest micro-batch that fits.",
     ]
     if (row := recommend(rows)) is None:
         return "\n".join([*lines, "Nothing fits: more GPUs, a shorter --seq-length, or --mode lora or alignment."])

@@ -1,16 +1,16 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-What one training step allocates, read off the model's own code: forward and backward run on the meta device, where tensors
-have shapes and no numbers, and every storage that comes and goes is written down. So what autograd keeps, what checkpointing
-drops and what lives for a moment need no formulas that would have to follow each change of the model: that the attention
-computes text rows only, that a frozen tower keeps nothing, that the vocabulary projection takes supervised positions only.
+The memory that one training step allocates, traced from the model's own code. Forward and backward run on the meta device,
+where tensors have shapes but no values, and every allocation and release of a storage is recorded. So no formula has to
+follow the model for what autograd keeps, what checkpointing drops and what is temporary: that the attention computes text
+positions only, that a frozen tower keeps nothing, that the vocabulary projection computes supervised positions only.
 
 Three things differ from a step on a real device:
-- Tokens have real values (on the CPU), since their places decide on shapes; so rotary angles stay there too, until the rows
-  are sorted, and the sorted layout follows the layers to the meta device.
-- All pictures are different, and all samples have the same length: a batch without padding, and the largest of its kind.
-- Attention kernels are chosen as the device would (torch, `sdp_utils`): on meta alone it would be the slow one, which keeps
-  all scores.
+- Tokens have real values, on the CPU, since their positions determine shapes. Rotary angles stay there too, until the
+  tokens are sorted by modality. The layers then get the sorted layout on the meta device.
+- All images are different, and all sequences have the same length: the batch has no padding and needs the most memory.
+- The attention kernel is the one that the device would use (torch, `sdp_utils`). Meta tensors alone would take the slow
+  kernel, which keeps all scores.
 """
 
 import weakref
@@ -38,17 +38,17 @@ PARTS = ("activations", "logits", "image features")
 @dataclass(frozen=True)
 class StepShape:
     """
-    One micro-batch of one GPU.
+    The shape of one micro-batch of one GPU.
 
     Args:
-        samples (`int`): Conversations.
-        length (`int`): Tokens of each, those of its images included.
-        images (`int`): Images of each.
-        supervised (`int`): Tokens of each that are learned, and so have logits.
+        batch_size (`int`): Sequences.
+        sequence_length (`int`): Tokens of each sequence, with those of its images.
+        images (`int`): Images of each sequence.
+        supervised (`int`): Tokens of each sequence that have a label, and so have logits.
     """
 
-    samples: int
-    length: int
+    batch_size: int
+    sequence_length: int
     images: int
     supervised: int
 
@@ -56,13 +56,15 @@ class StepShape:
 @dataclass
 class Trace:
     """
-    Live bytes of a step over its events, in the order of time.
+    Allocated bytes over the events of a step, in the order of time.
 
     Args:
-        live (`np.ndarray` of shape `(events, parts)`): Bytes by `PARTS`, without those of finished gradients.
-        gradients (`list[tuple[int, str]]`): The event from which on a parameter's gradient is finished, and its name.
-        uses (`list[tuple[int, str]]`): The event from which on a module uses parameters of its own, and its name.
-        flops (`int`): Operations of its matrix products and attention, 2 for a multiplication and an addition.
+        live (`np.ndarray` of shape `(events, parts)`): Bytes by `PARTS`, without finished gradients.
+        gradients (`list[tuple[int, str]]`): For each parameter, the event at which its gradient is
+            finished, and its name.
+        uses (`list[tuple[int, str]]`): For each use of a module with parameters of its own, the event, and its
+            name.
+        flops (`int`): Operations of matrix products and attention. A multiplication and an addition count as 2.
     """
 
     live: np.ndarray
@@ -70,22 +72,22 @@ class Trace:
     uses: list[tuple[int, str]]
     flops: int
 
-    def of_samples(self, larger: "Trace", samples: int) -> "Trace":
+    def at_batch_size(self, larger: "Trace", batch_size: int) -> "Trace":
         """
-        The trace of any number of samples, this being that of 2 and `larger` that of 3: the same operations, on tensors each
-        of which is a constant or grows in proportion. (Of 1, some copies are views.)
+        The trace of any batch size. `self` is the trace of batch size 2, and `larger` that of 3. Both run the same
+        operations, and each tensor is constant or grows linearly. (At batch size 1 some copies are views.)
         """
-        live = self.live + (samples - 2) * (larger.live - self.live)
-        return Trace(live, self.gradients, self.uses, self.flops + (samples - 2) * (larger.flops - self.flops))
+        live = self.live + (batch_size - 2) * (larger.live - self.live)
+        return Trace(live, self.gradients, self.uses, self.flops + (batch_size - 2) * (larger.flops - self.flops))
 
 
 class AllocationLog(TorchDispatchMode):
     """
-    Bytes of every storage that is made on a device while it is active, by the part that makes it, and operations.
+    Records the bytes of every storage that is made on a device, by the part of the model that makes it, and operations.
 
     Args:
-        known (`list[torch.Tensor]`): What was there before, and is left out.
-        device (`str`): `meta`, or where a step is run for comparison.
+        known (`list[torch.Tensor]`): Tensors that existed before. They are not counted.
+        device (`str`): `meta`, or the device of a real step, for comparison.
     """
 
     def __init__(self, known: list[torch.Tensor], device: str = "meta"):
@@ -95,7 +97,7 @@ class AllocationLog(TorchDispatchMode):
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith("aten::masked_"):  # meta tensors under a mask of the host
+        if func.name().startswith("aten::masked_"):  # meta tensors with a mask on the CPU
             args = [arg.to(args[0].device) if isinstance(arg, torch.Tensor) else arg for arg in args]
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
@@ -114,16 +116,16 @@ class AllocationLog(TorchDispatchMode):
         change = np.zeros(len(PARTS), dtype=np.int64)
         change[PARTS.index(self.part)] = storage.nbytes()
         self.events.append(change)
-        # The log may be gone when the last storages go
+        # The log may be deleted before the last storages are
         self.live[key] = weakref.ref(storage, lambda _: self.forget(key)), change
 
     def forget(self, key: int) -> None:
-        """The storage is freed, or is counted elsewhere from now on."""
+        """Stops counting a storage: it was freed, or it is counted elsewhere from now on."""
         if key in self.live:
             self.events.append(-self.live.pop(key)[1])
 
     def hand_over(self, tensor: torch.Tensor) -> None:
-        """The tensor is a gradient now: [`Trace`] lists it."""
+        """Stops counting a tensor that is a finished gradient, which [`Trace`] lists separately."""
         key = tensor.untyped_storage()._cdata
         self.forget(key)
         self.known.add(key)
@@ -132,12 +134,12 @@ class AllocationLog(TorchDispatchMode):
 @contextmanager
 def device_kernels(device: str, gathers: bool) -> Iterator[None]:
     """
-    Puts in place what the device runs where meta tensors would run something else. Functions are replaced, since a mode of
-    torch does not reach what checkpointing computes again.
+    Replaces functions by those that the device would run, where meta tensors would run others. A torch mode would not be
+    enough: it does not apply when checkpointing computes a layer again.
 
     Args:
         device (`str`): `cpu` or `cuda`.
-        gathers (`bool`): Whether ZeRO-3 is in use, with its own linear layers: see [`GatheredLinear`].
+        gathers (`bool`): Whether ZeRO-3 is used, with its own linear layers: see [`GatheredLinear`].
     """
     functional = torch.nn.functional
     attend_as_torch, attend = functional.scaled_dot_product_attention, attend_on_cpu if device == "cpu" else attend_on_gpu
@@ -158,7 +160,7 @@ def device_kernels(device: str, gathers: bool) -> Iterator[None]:
 
 
 def attend_on_cpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernel that torch itself chooses for tensors of these shapes."""
+    """Runs the kernel that torch chooses on the CPU for tensors of these shapes."""
     settings = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     on_cpu = [torch.empty_like(part, device="cpu", requires_grad=part.requires_grad) for part in (query, key, value)]
     mask = None if attn_mask is None else torch.empty_like(attn_mask, device="cpu")
@@ -170,14 +172,15 @@ def attend_on_cpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
 
 
 def norm_on_gpu(states, normalized_shape, weight, eps):
-    """One kernel, which keeps a number for each row (torch, `layer_norm.cpp`)."""
+    """One kernel, which keeps one number for each token (torch, `layer_norm.cpp`)."""
     return torch.ops.aten._fused_rms_norm(states, normalized_shape, weight, eps)[0]
 
 
 def attend_on_gpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """
-    FlashAttention where there is no mask, else (masks of images, fp32) the memory-efficient kernel, which takes a mask as
-    numbers of the queries' dtype, in rows padded to 16 (torch, `sdp_utils` and `transformers/attention.cpp`).
+    Runs FlashAttention if there is no mask, and the memory-efficient kernel otherwise (masks of images, fp32). That kernel
+    takes a mask of the queries' dtype, whose last dimension is padded to a multiple of 16 (torch, `sdp_utils` and
+    `transformers/attention.cpp`).
     """
     if attn_mask is None and query.dtype != torch.float32:
         settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
@@ -201,8 +204,8 @@ def _as_numbers(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor 
 
 class GatheredLinear(torch.autograd.Function):
     """
-    Keeps and makes what a linear layer does under ZeRO-3, where DeepSpeed puts its own in place
-    (`deepspeed/runtime/zero/linear.py`): the input is kept whether the weight trains or not.
+    The linear layer of DeepSpeed under ZeRO-3 (`deepspeed/runtime/zero/linear.py`). It keeps its input for the backward pass
+    even if the weight does not train.
     """
 
     @staticmethod
@@ -217,25 +220,25 @@ class GatheredLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         states, weight = ctx.saved_tensors
         of_states = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        of_weight = rows.t().matmul(states.reshape(-1, states.shape[-1])) if ctx.needs_input_grad[1] else None
-        of_bias = rows.sum(0) if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = flat.t().matmul(states.reshape(-1, states.shape[-1])) if ctx.needs_input_grad[1] else None
+        of_bias = flat.sum(0) if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None
         return of_states, of_weight, of_bias
 
 
 def make_tokens(config, shape: StepShape) -> dict[str, torch.Tensor]:
     """
-    `input_ids`, `attention_mask`, `labels` and `logits_to_keep` as the collator makes them: rounds that bring one image each
-    after their first token, the last tokens of the sample supervised.
+    `input_ids`, `attention_mask`, `labels` and `logits_to_keep` as the collator makes them. Each round has one image after
+    its first token. The last text tokens of the sequence are supervised.
     """
-    text = shape.length - shape.images * config.image_seq_length
+    text = shape.sequence_length - shape.images * config.image_seq_length
     rounds = max(1, shape.images)
     ids = []
     for turn in range(rounds):
         tokens = [config.image_token_id + 1 if config.image_token_id == 0 else 0] * (text // rounds + (turn < text % rounds))
         image = [config.image_token_id] * (config.image_seq_length if shape.images else 0)
         ids += [*tokens[:1], *image, *tokens[1:]]
-    input_ids = torch.tensor([ids]).expand(shape.samples, -1).contiguous()
+    input_ids = torch.tensor([ids]).expand(shape.batch_size, -1).contiguous()
     is_text = torch.nonzero(input_ids[0] != config.image_token_id)[:, 0]
     labels = torch.full_like(input_ids, -100)
     learned = is_text[1:][-shape.supervised :]
@@ -251,14 +254,14 @@ def make_tokens(config, shape: StepShape) -> dict[str, torch.Tensor]:
 
 def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", gathers: bool = False) -> Trace:
     """
-    One forward and backward pass.
+    Traces one forward and backward pass.
 
     Args:
-        model (`torch.nn.Module`): A VisualChat on the meta device, set to train what it is to train. It may be wrapped in
-            PEFT's.
+        model (`torch.nn.Module`): A VisualChat model on the meta device, in which `requires_grad` is set. PEFT may wrap
+            it.
         shape (`StepShape`): The micro-batch.
-        device (`str`): Whose attention kernels run, `cuda` or `cpu`.
-        gathers (`bool`): Whether ZeRO-3 is in use.
+        device (`str`): The device whose attention kernels run, `cuda` or `cpu`.
+        gathers (`bool`): Whether ZeRO-3 is used.
     """
     config = model.config
     log = AllocationLog([*model.parameters(), *model.buffers()])
@@ -267,14 +270,14 @@ def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", g
         for hook in _watch(model, log, gradients, uses, device):
             stack.callback(hook.remove)
         stack.enter_context(patch.object(modeling_visualchat, "find_equal_pictures", _all_different))
-        stack.enter_context(patch.object(attention_visualchat, "create_causal_mask", _mask_of_full_rows))
+        stack.enter_context(patch.object(attention_visualchat, "create_causal_mask", _mask_without_padding))
         stack.enter_context(device_kernels(device, gathers))
         stack.enter_context(log)
         batch = make_tokens(config, shape)
         if shape.images:
             vision = config.vision_config
             log.part = "image features"
-            pixels = (shape.samples * shape.images, vision.num_channels, vision.image_size, vision.image_size)
+            pixels = (shape.batch_size * shape.images, vision.num_channels, vision.image_size, vision.image_size)
             batch["pixel_values"] = torch.empty(pixels, dtype=model.dtype, device="meta")
             log.part = PARTS[0]
         loss = model(**batch, use_cache=False).loss
@@ -289,7 +292,7 @@ def _all_different(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
     return list(range(len(pixel_values))), list(range(len(pixel_values)))
 
 
-def _mask_of_full_rows(inputs_embeds, allow_is_causal_skip, **kwargs) -> torch.Tensor | None:
+def _mask_without_padding(inputs_embeds, allow_is_causal_skip, **kwargs) -> torch.Tensor | None:
     # As transformers' `create_causal_mask`, which looks at positions and padding; sdpa's is boolean
     if allow_is_causal_skip:
         return None

@@ -1,1 +1,1 @@
-"""Fine-tuning: `train` reads a recipe, `rows` and `trainer` do the work, `merge` folds an adapter into the weights."""
+"""Fine-tuning: `train` runs a recipe with `dataset` and `trainer`; `merge` merges an adapter into the weights."""

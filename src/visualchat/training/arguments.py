@@ -26,7 +26,7 @@ class ModelArguments:
     mode: Literal["alignment", "lora", "full"] = field(
         default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
     )
-    lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA goes."})
+    lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA is added."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA's matrices."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, times rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
@@ -42,12 +42,12 @@ class DataArguments:
         metadata={"help": "Folders of parquet files, .parquet, .json or .jsonl files, save_to_disk folders, Hub ids."},
     )
     weights: list[float] | None = field(default=None, metadata={"help": "Share of each dataset in the mixture."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of the examples that is held out."})
-    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; its oldest rounds go first."})
-    streaming: bool = field(default=False, metadata={"help": "Read examples as they are needed; set --max_steps."})
+    eval_fraction: float = field(default=0.1, metadata={"help": "Fraction of the examples that is held out."})
+    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; oldest rounds are dropped first."})
+    streaming: bool = field(default=False, metadata={"help": "Read examples when they are needed; set --max_steps."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that measure examples."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Leave out and count bad examples and images."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Leave out broken examples and images; count them."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
 
 
 @dataclass

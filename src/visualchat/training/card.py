@@ -8,12 +8,12 @@ import yaml
 
 def write_card(folder: Path, model_args, data_args, training_args, table: str, metrics: dict, output_dir: Path) -> None:
     """
-    Writes `README.md` into the model's folder, and puts the pictures that it shows beside it.
+    Writes `README.md` into the model's folder, with the images that it shows.
 
     Args:
         folder (`Path`): The saved model, or adapter.
-        table (`str`): The rows by source, as Markdown.
-        metrics (`dict`): What was measured at the end.
+        table (`str`): The examples by source, as Markdown.
+        metrics (`dict`): What was measured at the end of the run.
         output_dir (`Path`): The run's folder, with `curves.png` and `data.png`.
     """
     base = model_args.model_name_or_path
@@ -57,7 +57,7 @@ def write_card(folder: Path, model_args, data_args, training_args, table: str, m
     lines += ["", "## Data", "", table or "Streamed."]
     if (output_dir / "data.png").exists():
         shutil.copy(output_dir / "data.png", folder / "data.png")
-        lines += ["", "![Tokens and images of a row](data.png)"]
+        lines += ["", "![Tokens and images per example](data.png)"]
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
     (folder / "README.md").write_text("\n".join(lines) + "\n")

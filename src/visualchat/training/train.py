@@ -22,20 +22,20 @@ from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualC
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from modeling_visualchat.modeling_visualchat import check_parts
-from visualchat.data.checks import Needs
+from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, is_hub_id, push
 from visualchat.loading import check_model_type, check_name, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
-from visualchat.training.rows import TrainingCollator, prepare_rows, report_rows
+from visualchat.training.dataset import TrainingCollator, prepare_dataset, report_statistics
 from visualchat.training.trainer import (
-    EpochOrder,
+    SetEpochCallback,
     VisualChatTrainer,
     VisualChatTrainingArguments,
-    find_whole_checkpoint,
-    is_for_another_world,
-    load_universal,
+    find_complete_checkpoint,
+    load_universal_checkpoint,
     plot_curves,
+    world_size_changed,
 )
 
 
@@ -93,10 +93,10 @@ def check_arguments(
         raise ImportError("load_in_4bit needs bitsandbytes: pip install -U bitsandbytes")
     if data_args.streaming:
         if training_args.max_steps <= 0:
-            raise ValueError(f"streaming: true does not know its rows: it needs max_steps, got {training_args.max_steps}")
+            raise ValueError(f"streaming: true does not know its length: it needs max_steps, got {training_args.max_steps}")
         if training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(
-                "streaming: true reads rows in their order: it needs train_sampling_strategy: random (the default), got "
+                "streaming: true reads examples in their order: it needs train_sampling_strategy: random (the default), got "
                 f"{training_args.train_sampling_strategy}"
             )
     if training_args.push_to_hub and model_args.mode == "lora" and not is_hub_id(model_args.model_name_or_path or "/"):
@@ -111,12 +111,13 @@ def check_arguments(
         )
     if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
         reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
-        raise ValueError(f"{reason} holds out no rows: it needs eval_strategy: no, got {training_args.eval_strategy.value}")
+        strategy = training_args.eval_strategy.value
+        raise ValueError(f"{reason} holds out no examples: it needs eval_strategy: no, got {strategy}")
 
 
 def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     """
-    The model's, or one made of the parts'.
+    The processor of the model, or a new one made of the image processor and tokenizer of the parts.
 
     Raises:
         OSError: If it cannot be read.
@@ -169,7 +170,7 @@ def fit_context(max_length: int, model_args: ModelArguments) -> int:
 
 
 def prepare_model(model_args: ModelArguments, training_args: VisualChatTrainingArguments) -> torch.nn.Module:
-    """The model, with what the mode trains set to train."""
+    """Loads the model and sets which parameters train, by the mode."""
     quantization = None
     if model_args.load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -212,8 +213,8 @@ def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
 
 def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
     """Compiles flex attention for heads like the decoder's, forward and backward, in seconds."""
-    places_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
-    mask = make_block_mask(places_BK, torch.zeros_like(places_BK), places_BK)
+    positions_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
+    mask = make_block_mask(positions_BK, torch.zeros_like(positions_BK), positions_BK)
     query, key = (
         torch.zeros(1, heads, 2 * BLOCK_SIZE, config.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
         for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -222,7 +223,7 @@ def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
 
 
 def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:
-    """Sets what the mode trains to train. With `lora` the model is wrapped in PEFT's."""
+    """Sets which parameters train, by the mode. With `lora` it returns PEFT's wrapper of the model."""
     if model_args.mode == "alignment":
         model.freeze_for_alignment()
     elif model_args.mode == "lora":
@@ -279,7 +280,7 @@ def prepare(argv: list[str]) -> Run:
     model_args, data_args, training_args = parse_arguments(argv)
     check_arguments(model_args, data_args, training_args)
     training_args.remove_unused_columns = False  # the collator reads all columns
-    training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of rows
+    training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of examples
     training_args.prediction_loss_only = True  # accuracy comes from generated answers
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -298,8 +299,8 @@ def prepare(argv: list[str]) -> Run:
         check_access(hub_token)
     checkpoint = None
     if data_args.resume:  # what cannot be resumed is refused before any work starts
-        checkpoint = find_whole_checkpoint(training_args)
-        logger.info("Going on from %s", checkpoint or "the start: there is no whole checkpoint")
+        checkpoint = find_complete_checkpoint(training_args)
+        logger.info("Resuming from %s", checkpoint or "the start: there is no complete checkpoint")
     if training_args.deepspeed:
         import deepspeed  # of the extra `train`
 
@@ -317,8 +318,8 @@ def prepare(argv: list[str]) -> Run:
                 join_parts(model_args, processor, output_dir / "joined")
         processor = load_processor(model_args.model_name_or_path)
     max_length = fit_context(data_args.max_length, model_args)
-    with training_args.main_process_first(desc="preparing rows"):
-        prepared = prepare_rows(
+    with training_args.main_process_first(desc="preparing examples"):
+        prepared = prepare_dataset(
             data_args.datasets,
             processor,
             max_length,
@@ -330,15 +331,15 @@ def prepare(argv: list[str]) -> Run:
         )
     table = ""
     if data_args.streaming:
-        train_rows, eval_rows = prepared.rows, None
+        train_dataset, eval_dataset = prepared.dataset, None
     else:
         if training_args.process_index == 0:
-            table = report_rows(prepared.rows, output_dir)
-            logger.info("Rows to train on, those held out among them:\n%s", table)
-        train_rows, eval_rows = prepared.rows, None
+            table = report_statistics(prepared.dataset, output_dir)
+            logger.info("Examples, with those held out for evaluation:\n%s", table)
+        train_dataset, eval_dataset = prepared.dataset, None
         if data_args.eval_fraction > 0:
-            split = prepared.rows.train_test_split(data_args.eval_fraction, seed=training_args.seed)
-            train_rows, eval_rows = split["train"], split["test"]
+            split = prepared.dataset.train_test_split(data_args.eval_fraction, seed=training_args.seed)
+            train_dataset, eval_dataset = split["train"], split["test"]
 
     # Model
     model = prepare_model(model_args, training_args)
@@ -349,17 +350,17 @@ def prepare(argv: list[str]) -> Run:
     trainer = VisualChatTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=TrainingCollator(
             processor,
             data_args.skip_broken_images,
-            Needs.of(processor, model.config),
-            broken_rows=sum(prepared.faulty.values()),
-            stand_ins=train_rows,
+            ModelRequirements.of(processor, model.config),
+            broken_rows=sum(prepared.invalid.values()),
+            fallback_examples=train_dataset,
         ),
         processing_class=processor,
-        callbacks=[EpochOrder()],
+        callbacks=[SetEpochCallback()],
     )
 
     return Run(model_args, data_args, trainer, checkpoint, table, push_to_hub, hub_token)
@@ -371,8 +372,8 @@ def train(run: Run) -> dict[str, float]:
     output_dir = Path(training_args.output_dir)
 
     # Train
-    if run.checkpoint and is_for_another_world(Path(run.checkpoint), training_args):
-        load_universal(trainer)
+    if run.checkpoint and world_size_changed(Path(run.checkpoint), training_args):
+        load_universal_checkpoint(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # Save

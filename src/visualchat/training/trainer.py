@@ -1,6 +1,6 @@
 """
-The Trainer with what a vision-language model needs beside it: learning rates by part, accuracy by generation, a count of
-broken pictures in every log line, and checkpoints that are known to be whole.
+The Trainer with additions for a vision-language model: learning rates by part, accuracy of generated answers, a count of
+broken examples in every log line, and checkpoints that are known to be complete.
 """
 
 import copy
@@ -21,12 +21,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from visualchat.evaluation.answers import generate_answers, is_exact, text_of
 from visualchat.training.arguments import LoopArguments
-from visualchat.training.rows import TrainingCollator
+from visualchat.training.dataset import TrainingCollator
 
 
 logger = logging.getLogger(__name__)
 
-WHOLE = "whole.json"
+COMPLETE_MARKER = "whole.json"  # written into a checkpoint when every process has saved its part
 LATEST_UNIVERSAL = "latest_universal"  # written by ds_to_universal when it is done
 
 
@@ -35,10 +35,11 @@ class VisualChatTrainingArguments(LoopArguments, TrainingArguments):
     """transformers' arguments and ours."""
 
 
-class SeededLengthGroups(LengthGroupedSampler):
+class SeededLengthGroupedSampler(LengthGroupedSampler):
     """
-    transformers' batches of like length, in an order of the seed and the epoch alone. Its own is drawn from each process's
-    random state, which differs between processes and after a resume: rows would be lost and others seen twice.
+    transformers' sampler of batches of similar length, in an order that depends on the seed and the epoch alone. The order
+    of the base class depends on the random state, which differs between processes and after a resume: some examples would be
+    skipped and others used twice.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
@@ -65,11 +66,11 @@ class VisualChatTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             # Groups of the whole batch, so that the order does not depend on the number of processes
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = SeededLengthGroups(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+            sampler = SeededLengthGroupedSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
         return sampler
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint is whole once every process has written its part of it; only then do older ones go."""
+        """Marks a checkpoint as complete when every process has saved its part. Older checkpoints are deleted only then."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
@@ -77,13 +78,14 @@ class VisualChatTrainer(Trainer):
             torch.distributed.barrier()
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step, "world_size": self.args.world_size}))
+            written = {"step": self.state.global_step, "world_size": self.args.world_size}
+            (folder / COMPLETE_MARKER).write_text(json.dumps(written))
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # after a resume on another number of processes the best may be older than it
+        if self.is_deepspeed_enabled:  # another number of processes may have written the best checkpoint, before a resume
             best = Path(self.state.best_model_checkpoint)
-            self.model_wrapped._config.load_universal_checkpoint = is_for_another_world(best, self.args)
+            self.model_wrapped._config.load_universal_checkpoint = world_size_changed(best, self.args)
         super()._load_best_model()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -98,21 +100,21 @@ class VisualChatTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if conversations := self.read_rows(rows, self.args.generation_samples):
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if conversations := self.read_conversations(dataset, self.args.generation_samples):
             accuracy = self.exact_answers(conversations)
             metrics[f"{metric_key_prefix}_exact_answers"] = accuracy
             self.log({f"{metric_key_prefix}_exact_answers": accuracy})
         return metrics
 
-    def read_rows(self, rows, count: int) -> list[list[dict]]:
-        """The conversations of the first `count` rows that can be used, or of all. Others are named with the loss."""
+    def read_conversations(self, dataset, count: int) -> list[list[dict]]:
+        """The conversations of the first `count` valid examples. The collator names the others when the loss is computed."""
         conversations = []
-        for row in rows:
+        for example in dataset:
             if len(conversations) == count:
                 break
             try:
-                conversations.append(self.data_collator.read(row))
+                conversations.append(self.data_collator.read(example))
             except ValueError:
                 if not self.data_collator.skip_broken_images:
                     raise
@@ -120,7 +122,7 @@ class VisualChatTrainer(Trainer):
 
     @torch.no_grad()
     def exact_answers(self, conversations: list[list[dict]]) -> float:
-        """Share of conversations whose last answer is generated word for word. Every process takes its share of them."""
+        """The fraction of conversations whose last answer is generated word for word. The processes divide the work."""
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         model.eval()
         settings = {"max_new_tokens": self.args.generation_max_new_tokens, "do_sample": False}
@@ -139,7 +141,7 @@ class VisualChatTrainer(Trainer):
 
 
 def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) -> list[dict]:
-    """Trained parameters by part, each with its learning rate and name. Weight decay leaves out norms and biases."""
+    """The optimizer's groups: trained parameters by part, with its learning rate and name. Norms and biases do not decay."""
     rates = {
         "lora": args.lora_learning_rate,
         "projector": args.projector_learning_rate,
@@ -170,20 +172,20 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
     return list(groups.values())
 
 
-class EpochOrder(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """
-    Tells [`SeededLengthGroups`] its epoch. On several processes, after a resume in the middle of an epoch, accelerate 1.15
-    reaches no sampler but its own random one, and the first epoch's order would come again.
+    Sets the epoch of [`SeededLengthGroupedSampler`]. On several processes, after a resume in the middle of an epoch,
+    accelerate 1.15 sets it for its own random sampler only, and the order of the first epoch would be repeated.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
         train_dataloader.set_epoch(int(state.epoch))
 
 
-class OwnOptimizerGroups(TrainerCallback):
+class RestoreParamGroupsCallback(TrainerCallback):
     """
-    Gives the optimizer's groups their own settings again. Under ZeRO-3, DeepSpeed 0.19.8 loads a universal checkpoint with
-    the first group's settings for all, and one step counter that every group's update advances.
+    Restores the settings of each parameter group after a universal checkpoint was loaded. Under ZeRO-3, DeepSpeed 0.19.8
+    gives all groups the settings of the first one, and a step counter that the update of every group advances.
     """
 
     def on_train_begin(self, args, state, control, model, optimizer, lr_scheduler, **kwargs):
@@ -194,19 +196,19 @@ class OwnOptimizerGroups(TrainerCallback):
             entry["step"] = copy.deepcopy(entry["step"])  # a tensor, or a number
 
 
-def is_for_another_world(checkpoint: Path, args: TrainingArguments) -> bool:
-    """Whether ZeRO, which is to go on, shared out a checkpoint's optimizer state among another number of processes."""
-    shared_out = args.deepspeed_plugin is not None and any(checkpoint.glob("global_step*/*_optim_states.pt"))
-    return shared_out and json.loads((checkpoint / WHOLE).read_text())["world_size"] != args.world_size
+def world_size_changed(checkpoint: Path, args: TrainingArguments) -> bool:
+    """Whether the run uses ZeRO and the checkpoint's optimizer state is divided among another number of processes."""
+    is_partitioned = args.deepspeed_plugin is not None and any(checkpoint.glob("global_step*/*_optim_states.pt"))
+    return is_partitioned and json.loads((checkpoint / COMPLETE_MARKER).read_text())["world_size"] != args.world_size
 
 
-def check_deepspeed(checkpoint: Path, args: TrainingArguments) -> None:
+def check_deepspeed_checkpoint(checkpoint: Path, args: TrainingArguments) -> None:
     """
-    DeepSpeed keeps the optimizer's state in files of its own, and neither it nor a run without it reads the other's. The
-    Trainer would begin with a new optimizer, in silence if the run is the one without.
+    DeepSpeed saves the optimizer's state in files of its own. A run with DeepSpeed cannot read the state of a run without
+    it, and vice versa. The Trainer would start with a new optimizer, without a warning if the run is without DeepSpeed.
 
     Raises:
-        ValueError: If one of checkpoint and run is DeepSpeed's and the other is not.
+        ValueError: If either the checkpoint or the run uses DeepSpeed, and the other does not.
     """
     written_by_deepspeed = any(checkpoint.glob("global_step*"))
     if written_by_deepspeed and args.deepspeed_plugin is None:
@@ -221,23 +223,24 @@ def check_deepspeed(checkpoint: Path, args: TrainingArguments) -> None:
         )
 
 
-def find_whole_checkpoint(args: TrainingArguments) -> str | None:
+def find_complete_checkpoint(args: TrainingArguments) -> str | None:
     """
-    The newest checkpoint that was written to its end, for `--resume`; newer ones, cut off by a kill, are removed.
+    The newest complete checkpoint, for `--resume`. Newer ones that a killed run did not finish are removed.
 
     Raises:
-        ValueError: If it, or the best one that is loaded at the end, was written by another number of processes under
-            ZeRO and is not converted, with the commands that convert. See [`check_deepspeed`], too.
+        ValueError: If this checkpoint, or the best one that is loaded at the end, was written under ZeRO by another number
+            of processes and is not converted; the error gives the commands that convert it. See also
+            [`check_deepspeed_checkpoint`].
     """
     folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     newest_first = sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
     for folder in newest_first:
-        if not (folder / WHOLE).exists():
-            logger.warning("%s was not written to its end: left out", folder)
+        if not (folder / COMPLETE_MARKER).exists():
+            logger.warning("%s is not complete: it is not used", folder)
             if args.process_index == 0:
                 shutil.rmtree(folder)
             continue
-        check_deepspeed(folder, args)
+        check_deepspeed_checkpoint(folder, args)
         loaded = [folder]
         best = json.loads((folder / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
         if args.load_best_model_at_end and best is not None and Path(best) != folder:
@@ -246,11 +249,11 @@ def find_whole_checkpoint(args: TrainingArguments) -> str | None:
             "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
             f" --input_folder {shlex.quote(str(shards))} --output_folder {shlex.quote(f'{shards}_universal')}"
             for checkpoint in loaded
-            if is_for_another_world(checkpoint, args) and not (checkpoint / LATEST_UNIVERSAL).exists()
+            if world_size_changed(checkpoint, args) and not (checkpoint / LATEST_UNIVERSAL).exists()
             for shards in checkpoint.glob("global_step*[0-9]")
         ]
         if commands:
-            written_by = json.loads((folder / WHOLE).read_text())["world_size"]
+            written_by = json.loads((folder / COMPLETE_MARKER).read_text())["world_size"]
             raise ValueError(
                 f"{folder} was written by {written_by} processes, and this run has {args.world_size}. Convert, then give"
                 " --resume again, with the same product of processes, --per_device_train_batch_size and"
@@ -260,16 +263,16 @@ def find_whole_checkpoint(args: TrainingArguments) -> str | None:
     return None
 
 
-def load_universal(trainer: Trainer) -> None:
-    """Has `trainer.train` resume from a converted checkpoint."""
+def load_universal_checkpoint(trainer: Trainer) -> None:
+    """Makes `trainer.train` resume from a checkpoint in DeepSpeed's universal format."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
     if plugin.hf_ds_config.is_zero3():
-        trainer.add_callback(OwnOptimizerGroups())
+        trainer.add_callback(RestoreParamGroupsCallback())
 
 
 def plot_curves(log_history: list[dict], path: Path) -> None:
-    """Loss, evaluation loss and learning rate by step."""
+    """Plots loss, evaluation loss and learning rate by step."""
     figure, (losses, rates) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for key, style in (("loss", "-"), ("eval_loss", "o--")):
         points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
