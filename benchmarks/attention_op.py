@@ -2,7 +2,7 @@
 The attention operation of one layer alone, from queries, keys and values to the input of the output projection. Rotary
 embeddings, which all sides have, are excluded, as are masks and the layout, which are made once for all layers.
 
-- ours: `ModalityLayout.attend` for the text tokens, and a copy of the image tokens' values;
+- ours: `ModalityPlan.attend_to_keys` for the text tokens, and a copy of the image tokens' values;
 - causal SDPA: one call with `is_causal` over all tokens, and the transposition of its output, as in transformers' LLaMA;
 - dense, as released (DeepSpeed-VisualChat, modeling_llama.py): the scores of all queries with all keys, two additive masks,
   two softmaxes, and their sum times the values;
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import compare, interleave
 from benchmarks.report import draw_ratios, write_results
-from modeling_visualchat.layout_visualchat import ModalityLayout
+from modeling_visualchat.modality_attention_visualchat import ModalityPlan
 
 
 HEADS, HEAD_SIZE, IMAGE_TOKENS, TEXT_TOKENS, REPEATS = 16, 64, 257, 32, 9
@@ -45,12 +45,12 @@ def compare_attention(
     k, v = k.contiguous(), v.contiguous()  # as a cache returns them
 
     rotary = (torch.ones(1, length, HEAD_SIZE),) * 2
-    layout = ModalityLayout(is_image, None, rotary, (1, length), image_tokens)
+    layout = ModalityPlan(is_image, None, rotary, (1, length), image_tokens)
     queries, own_values = q[:, :, ~is_image[0]], states[2][is_image[0]]
     keys, values = ((part[:, :, ~is_image[0]], part[:, :, is_image[0]]) for part in (k, v))
 
     def ours():
-        output = layout.attend(queries, keys, values, scaling=HEAD_SIZE**-0.5).flatten(1)
+        output = layout.attend_to_keys(queries, keys, values, scaling=HEAD_SIZE**-0.5).flatten(1)
         return torch.cat([output, own_values.flatten(1)])
 
     causal = torch.ones(length, length, dtype=torch.bool).tril()

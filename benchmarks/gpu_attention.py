@@ -5,8 +5,8 @@ are GPU times of replays of a CUDA graph over the tensors of eight layers, which
 
 Prefill, in which text queries attend to text keys and to image keys:
 - SDPA, masked: a causal call for the text keys, and masked calls for the image keys, each for a block of queries and over
-  the keys up to the last one that these see (`ModalityLayout` on a GPU);
-- SDPA, a call for each run of text that sees the same images, without a mask (`ModalityLayout` on a CPU);
+  the keys up to the last one that these see (`ModalityPlan` on a GPU);
+- SDPA, a call for each run of text that sees the same images, without a mask (`ModalityPlan` on a CPU);
 - flex: flex attention with a block mask instead of the masked calls (`attn_implementation="flex_attention"`).
 Training adds the backward pass. The reference is plain causal SDPA over all tokens, as in LLaVA.
 
@@ -25,8 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.measure import compare, graph_of
 from benchmarks.report import save_results
-from modeling_visualchat import visibility_visualchat
-from modeling_visualchat.layout_visualchat import ModalityLayout
+from modeling_visualchat import modality_masks_visualchat
+from modeling_visualchat.modality_attention_visualchat import ModalityPlan
 
 
 HEADS, HEAD_SIZE, IMAGE_TOKENS, TEXT_TOKENS, LAYERS, REPEATS = 32, 128, 257, 32, 8, 20
@@ -43,18 +43,18 @@ def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
     is_image = torch.tensor([([True] * IMAGE_TOKENS + [False] * TEXT_TOKENS) * images], device="cuda")
     rotary = (torch.ones(1, text + image, HEAD_SIZE, device="cuda", dtype=torch.bfloat16),) * 2
 
-    def make_layout(queries: int | None, uses_flex: bool = False) -> ModalityLayout:
+    def make_layout(queries: int | None, uses_flex: bool = False) -> ModalityPlan:
         by_runs, size = (lambda device: queries is None), queries or text
         with (
-            patch.object(visibility_visualchat, "runs_by_images", by_runs),
-            patch.object(visibility_visualchat, "QUERIES_PER_CALL", size),
-            patch.object(visibility_visualchat, "BLOCK_SIZE", 0),
-            patch.object(visibility_visualchat, "MIN_FLEX_SCORES", 1),
+            patch.object(modality_masks_visualchat, "runs_by_images", by_runs),
+            patch.object(modality_masks_visualchat, "QUERIES_PER_CALL", size),
+            patch.object(modality_masks_visualchat, "BLOCK_SIZE", 0),
+            patch.object(modality_masks_visualchat, "MIN_FLEX_SCORES", 1),
         ):
-            return ModalityLayout(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, uses_flex=uses_flex)
+            return ModalityPlan(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, uses_flex=uses_flex)
 
     def ours(layout, q, k_text, v_text, k_image, v_image):
-        return layout.attend(q, (k_text, k_image), (v_text, v_image), scaling=HEAD_SIZE**-0.5)
+        return layout.attend_to_keys(q, (k_text, k_image), (v_text, v_image), scaling=HEAD_SIZE**-0.5)
 
     parts = {f"SDPA, masked, {size} queries a call": functools.partial(ours, make_layout(size)) for size in sizes}
     parts["SDPA, masked, one call"] = functools.partial(ours, make_layout(text))

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from transformers import LlamaConfig
 
-from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
+from modeling_visualchat.sequence_attention_visualchat import SequencePlan
 
 
 FIGURE = Path(__file__).with_name("mmca.png")
@@ -36,18 +36,15 @@ def visible(variant: str) -> torch.Tensor:
     """A matrix of shape `(rows, keys)` of the codes above."""
     is_image = torch.tensor([[token.startswith("img") for token in TOKENS]])
     length = len(TOKENS)
-    numbers, key_numbers = update_image_numbers(None, is_image, 3, (1, length), is_image.device)
     config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa")
-    mask = create_multimodal_mask(
-        variant, config, torch.zeros(1, length, 1), None, torch.arange(length)[None], None, numbers, key_numbers
-    )
+    plan = SequencePlan(variant, config, torch.zeros(1, length, 1), None, torch.arange(length)[None], None, is_image, 3)
     cells = torch.full((length, length), NOTHING)
-    if mask.image_keys is None:
+    if plan.image_keys is None:
         cells[torch.ones(length, length).tril().bool()] = ALL
     else:
-        cells[mask.text_keys[0, 0]] = TEXT
-        cells[mask.image_keys[0, 0] & mask.sees_image[0, 0]] = IMAGE
-    if mask.is_image is not None:
+        cells[plan.text_keys[0, 0]] = TEXT
+        cells[plan.image_keys[0, 0] & plan.sees_image[0, 0]] = IMAGE
+    if plan.sees_itself_only is not None:
         cells[is_image[0]] = NOTHING
         cells[is_image[0].diag()] = ITSELF
     return cells

@@ -31,7 +31,7 @@ class ScriptArguments:
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA in the decoder too, by PEFT."})
 
 
-def load_rows(name: str | None) -> Dataset | list[dict]:
+def load_examples(name: str | None) -> Dataset | list[dict]:
     if name is None:
         return make_conversations(split_digits()["train"], count=400)
     kind = {"parquet": "parquet", "json": "json", "jsonl": "json"}.get(name.rsplit(".", 1)[-1])
@@ -64,7 +64,7 @@ def main(script_args: ScriptArguments, training_args: TrainingArguments) -> None
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=load_rows(script_args.dataset_name),
+        train_dataset=load_examples(script_args.dataset_name),
         data_collator=VisualChatDataCollator(processor),
         processing_class=processor,
     )

@@ -127,7 +127,7 @@ def robustness(
     """
     rng = np.random.default_rng(seed)
     examples = task.probes(split, 3, count, seed)
-    images = task.splits[split].pictures
+    images = task.splits[split].images
     distracted, reordered = [], []
     for example in examples:
         other = images[rng.integers(len(images))]

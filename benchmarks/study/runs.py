@@ -211,7 +211,7 @@ def make_base(job: Job, scale: Scale, folder: Path) -> dict:
     images, labels, offset = [], [], 0
     for task in tasks:
         split = task.splits["train"]
-        images += [image.convert("RGB") for image in split.pictures]
+        images += [image.convert("RGB") for image in split.images]
         labels.append(split.labels + offset)
         offset += len(task.subject.words)
     labels = np.concatenate(labels)

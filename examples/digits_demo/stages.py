@@ -135,7 +135,7 @@ def train_tower(
     processor: VisualChatProcessor, digits: Digits, max_steps: int, seed: int, **settings
 ) -> tuple[CLIPVisionModel, list]:
     """Trains a CLIP vision tower with a classifier. Returns the tower without the classifier, and the loss curve."""
-    pixel_values = processor.image_processor(digits.pictures, return_tensors="pt")["pixel_values"]
+    pixel_values = processor.image_processor(digits.images, return_tensors="pt")["pixel_values"]
     dataset = [{"pixel_values": pixels, "labels": int(label)} for pixels, label in zip(pixel_values, digits.labels)]
     model = TowerClassifier(make_tower(), int(digits.labels.max()) + 1)
     curve = train(

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from helpers.tiny import copy_llama_weights, make_inputs, make_model
 from modeling_visualchat import decoder_visualchat
-from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
+from modeling_visualchat.sequence_attention_visualchat import SequencePlan
 
 
 VARIANTS = ["mmca", "mmca_merged", "causal"]
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def naive_attention(q_BHD, k_BHD, v_BHD, is_image, is_padding, variant, scaling):
-    """DESIGN section 2, row by row and key by key. Lists of vectors: q[b][h][i]."""
+    """The definition (arXiv 2309.14327, section 4.1), query by query and key by key. Lists of vectors: q[b][h][i]."""
     output = torch.zeros_like(q_BHD)
     batch, heads, length, _ = q_BHD.shape
     for b in range(batch):
@@ -54,22 +54,19 @@ def prepare_attention(model, layout):
     is_image = inputs["input_ids"] == model.config.image_token_id
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     position_ids = torch.arange(is_image.shape[1])[None]
-    numbers, key_numbers = update_image_numbers(
-        None, is_image, model.config.image_seq_length, is_image.shape, is_image.device
-    )
-    mask = create_multimodal_mask(
+    plan = SequencePlan(
         model.config.multimodal_attention,
         config,
         embeds,
         inputs["attention_mask"],
         position_ids,
         None,
-        numbers,
-        key_numbers,
+        is_image,
+        model.config.image_seq_length,
     )
     rotary = model.model.language_model.rotary_emb(embeds, position_ids)
     attention = model.model.language_model.layers[1].self_attn.requires_grad_(False)
-    return attention, is_image, inputs["attention_mask"] == 0, rotary, numbers, mask
+    return attention, is_image, inputs["attention_mask"] == 0, rotary, plan
 
 
 @pytest.mark.parametrize("bias", ["no bias", "bias", "bias twice"])
@@ -79,12 +76,12 @@ def prepare_attention(model, layout):
 def test_eager_is_the_definition(layout, variant, numbered, bias):
     settings = {"text": {"attention_bias": bias != "no bias"}, "image_number_key_bias": bias == "bias twice"}
     model = make_model("eager", multimodal_attention=variant, image_number_keys=numbered, **settings).double()
-    attention, is_image, is_padding, rotary, numbers, mask = prepare_attention(model, layout)
+    attention, is_image, is_padding, rotary, plan = prepare_attention(model, layout)
     batch, length = is_image.shape
     torch.manual_seed(1)
     hidden_states = torch.randn(batch, length, 64, dtype=torch.float64)
     number_states = torch.randn(12, 64, dtype=torch.float64) if numbered else None
-    output, weights = attention(hidden_states, rotary, mask, number_states_NC=number_states, image_numbers_BQ=numbers)
+    output, weights = attention(hidden_states, rotary, plan, number_states_NC=number_states)
 
     def heads(states):
         return states.view(batch, length, -1, attention.head_dim).transpose(1, 2)
@@ -282,10 +279,10 @@ def test_text_before_the_first_image_gets_exactly_nothing_from_images(implementa
     model = make_model({"text_config": implementation, "vision_config": "sdpa"})
 
     def with_image_rows(value):
-        attention, is_image, _, rotary, _, mask = prepare_attention(model, ["ttitit", "tti"])
+        attention, is_image, _, rotary, plan = prepare_attention(model, ["ttitit", "tti"])
         torch.manual_seed(0)
         hidden_states = torch.randn(*is_image.shape, 64).masked_fill(is_image[..., None], value)
-        return attention(hidden_states, rotary, mask)[0]
+        return attention(hidden_states, rotary, plan)[0]
 
     nothing, huge = with_image_rows(0.0), with_image_rows(1e18)
     padding = nothing.shape[1] - 4 - model.config.image_seq_length

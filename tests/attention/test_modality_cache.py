@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from helpers.modality import DOUBLE, MODELS, SIDES, Conversations, drawn, forward, layouts_of, make_pair
 from helpers.tiny import TOKENS_PER_IMAGE, make_inputs
-from modeling_visualchat.cache_visualchat import ModalitiesLayer, get_places
+from modeling_visualchat.modality_cache_visualchat import ModalityLayer, get_modality_positions
 
 
 class TestCache:
@@ -25,7 +25,7 @@ class TestCache:
         def lengths():
             return [(layer.text.keys.shape[2], layer.images.keys.shape[2]) for layer in cache.layers]
 
-        assert [type(layer) for layer in cache.layers] == [ModalitiesLayer] * layers
+        assert [type(layer) for layer in cache.layers] == [ModalityLayer] * layers
         assert lengths() == [(6, tokens)] * layers
         assert all(cache.get_seq_length(k) == length for k in range(layers))
         of_images = cache.layers[0].images.keys.data_ptr()
@@ -36,7 +36,7 @@ class TestCache:
             assert lengths() == [(6 + step, tokens)] * layers
             assert cache.get_seq_length() == length + step
             assert cache.layers[0].images.keys.data_ptr() == of_images  # not even copied
-        places = get_places(cache)
+        places = get_modality_positions(cache)
         assert places.of_text[0].tolist() == [0, 1, 7, 8, 14, 15, 16, 17, 18]
         assert places.of_text[1, :3].tolist() == [13, 14, 15]
         assert places.of_images[0].tolist() == [*range(2, 7), *range(9, 14)]
@@ -165,7 +165,7 @@ class TestCache:
             conversations.say(["ts", "s"])
             assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * layers
             conversations.say(["sit", "tt"])
-            assert [type(layer).__name__ for layer in cache.layers] == ["ModalitiesLayer"] * layers
+            assert [type(layer).__name__ for layer in cache.layers] == ["ModalityLayer"] * layers
             outputs = forward(fast, {"input_ids": torch.tensor([[5], [6]])}, past_key_values=cache)
             assert outputs.past_key_values is cache
 

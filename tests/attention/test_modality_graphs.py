@@ -8,7 +8,7 @@ from transformers import StaticCache
 from helpers.modality import DOUBLE, forward, make_pair
 from helpers.tiny import make_inputs
 from modeling_visualchat import decoder_visualchat
-from modeling_visualchat.cache_visualchat import StaticModalitiesLayer
+from modeling_visualchat.modality_cache_visualchat import StaticModalityLayer
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def without_the_dense_path(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("computed in the order of the sequence")
 
-    monkeypatch.setattr(decoder_visualchat, "create_multimodal_mask", refuse)
+    monkeypatch.setattr(decoder_visualchat, "SequencePlan", refuse)
 
 
 @pytest.mark.usefixtures("without_the_dense_path")
@@ -107,7 +107,7 @@ class TestGraphs:
         for layout, more in ((["titit"], 0), (["titit", "tit"], 0), (["titit", "tttttt"], 6)):
             cache = StaticCache(config=model.config.text_config, max_cache_len=40)
             forward(model, make_inputs(layout, model), past_key_values=cache)
-            assert [type(layer) for layer in cache.layers] == [StaticModalitiesLayer] * layers
+            assert [type(layer) for layer in cache.layers] == [StaticModalityLayer] * layers
             # The longest text and the most images may be of different rows
             assert cache.layers[0].buffer.keys.shape[2] == 40 + more
             assert cache.is_compileable and cache.get_max_length() == 40

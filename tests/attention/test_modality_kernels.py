@@ -17,24 +17,29 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from helpers.modality import DOUBLE, EDGES, Conversations, assert_equal_where_kept, drawn, forward, make_pair
 from helpers.tiny import make_inputs, make_model
-from modeling_visualchat import decoder_visualchat, kernels_visualchat, layout_visualchat, visibility_visualchat
+from modeling_visualchat import (
+    decoder_visualchat,
+    modality_attention_visualchat,
+    modality_kernels_visualchat,
+    modality_masks_visualchat,
+)
 
 
 def compute_all_by_flex(monkeypatch):
     """On a CPU too, and however few the queries."""
     monkeypatch.setattr(decoder_visualchat, "computes_by_flex", lambda device: True)
-    monkeypatch.setattr(visibility_visualchat, "BLOCK_SIZE", 1)
-    monkeypatch.setattr(visibility_visualchat, "MIN_FLEX_SCORES", 1)
+    monkeypatch.setattr(modality_masks_visualchat, "BLOCK_SIZE", 1)
+    monkeypatch.setattr(modality_masks_visualchat, "MIN_FLEX_SCORES", 1)
 
 
 @pytest.fixture(params=["sdpa", "flex_attention"])
 def on_a_gpu(request, monkeypatch):
     """What a GPU computes: a masked call for every few queries, or one by flex attention, whose masks are here applied."""
-    monkeypatch.setattr(visibility_visualchat, "runs_by_images", lambda device: False)
-    monkeypatch.setattr(visibility_visualchat, "QUERIES_PER_CALL", 3)
+    monkeypatch.setattr(modality_masks_visualchat, "runs_by_images", lambda device: False)
+    monkeypatch.setattr(modality_masks_visualchat, "QUERIES_PER_CALL", 3)
     if request.param == "flex_attention":
         compute_all_by_flex(monkeypatch)
-        monkeypatch.setattr(kernels_visualchat, "_flex", apply_block_mask)
+        monkeypatch.setattr(modality_kernels_visualchat, "_flex", apply_block_mask)
     return request.param
 
 
@@ -96,7 +101,7 @@ class TestFlexAttention:
             first = (torch.arange(batch_size) * places.shape[1])[:, None].expand_as(last)
             keys, last = (torch.where(part < 0, -1, part + first).reshape(1, -1) for part in (keys, last))
             first = first.reshape(1, -1)
-        mask = kernels_visualchat.make_block_mask(keys, first, last)
+        mask = modality_kernels_visualchat.make_block_mask(keys, first, last)
         exact = create_block_mask(mask.mask_mod, len(keys), None, last.shape[1], keys.shape[1], device="cpu")
         assert (mask.shape, mask.BLOCK_SIZE) == (exact.shape, exact.BLOCK_SIZE)
         assert torch.equal(mask.full_kv_num_blocks, exact.full_kv_num_blocks)
@@ -110,9 +115,9 @@ class TestFlexAttention:
     def test_the_kernel_itself_equals_eager(self, monkeypatch):
         """As compiled for a CPU, which has no backward pass of it: training is tested on a GPU."""
         compute_all_by_flex(monkeypatch)
-        calls, attend = [], kernels_visualchat._flex
+        calls, attend = [], modality_kernels_visualchat._flex
         monkeypatch.setattr(
-            kernels_visualchat, "_flex", lambda *args, **kwargs: calls.append(args) or attend(*args, **kwargs)
+            modality_kernels_visualchat, "_flex", lambda *args, **kwargs: calls.append(args) or attend(*args, **kwargs)
         )
         flex, eager = make_pair(attention="flex_attention")
         inputs = make_inputs(["titit", "ts", "iit"], flex)
@@ -150,7 +155,7 @@ class TestFlexAttention:
         def takes_blocks(images, text_tokens, batch_size=1):
             is_image = torch.tensor([([True] * 257 + [False] * text_tokens) * images]).expand(batch_size, -1)
             rotary = (torch.ones(1, is_image.shape[1], 2),) * 2
-            layout = layout_visualchat.ModalityLayout(is_image, None, rotary, is_image.shape, 257, uses_flex=True)
+            layout = modality_attention_visualchat.ModalityPlan(is_image, None, rotary, is_image.shape, 257, uses_flex=True)
             return isinstance(layout.image_calls[0][1][0].mask, BlockMask)
 
         assert not takes_blocks(8, 32) and takes_blocks(8, 32, batch_size=4) and takes_blocks(16, 32)
@@ -162,7 +167,7 @@ class TestFlexAttention:
         torch._dynamo.reset()
         counter, limit = CompileCounter(), torch._dynamo.config.recompile_limit
         compiled = torch.compile(flex_attention, backend=counter, fullgraph=True)
-        monkeypatch.setattr(kernels_visualchat, "_compile_flex", lambda: compiled)
+        monkeypatch.setattr(modality_kernels_visualchat, "_compile_flex", lambda: compiled)
         flex, eager = make_pair(attention="flex_attention")
         generator = random.Random(0)
         for _ in range(24):
@@ -203,21 +208,24 @@ def _full_blocks(mask):
 
 
 def _move_layouts(module, args, kwargs, device):
-    moved = kwargs["attention_mask"]._moved(torch.device(device))
-    assert kwargs["attention_mask"].to(device) is kwargs["attention_mask"]
-    return args, {**kwargs, "attention_mask": moved}
+    moved = kwargs["plan"].move_to(torch.device(device))
+    assert kwargs["plan"].to(device) is kwargs["plan"]
+    return args, {**kwargs, "plan": moved}
 
 
 def test_cudnn_is_left_out_and_let_in_again_as_the_user_has_it():
     cuda = torch.backends.cuda
     assert cuda.cudnn_sdp_enabled()
-    with pytest.raises(ZeroDivisionError), kernels_visualchat.without_cudnn():
+    with pytest.raises(ZeroDivisionError), modality_kernels_visualchat.without_cudnn():
         assert not cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled()
         _ = 1 / 0
     assert cuda.cudnn_sdp_enabled()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), kernels_visualchat.without_cudnn():
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION),
+        modality_kernels_visualchat.without_cudnn(),
+    ):
         assert cuda.cudnn_sdp_enabled()  # the user allows nothing else
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        with kernels_visualchat.without_cudnn():
+        with modality_kernels_visualchat.without_cudnn():
             assert not cuda.cudnn_sdp_enabled()
         assert not cuda.cudnn_sdp_enabled()

@@ -16,8 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from helpers.released import make_released
 from helpers.tiny import copy_llama_weights, make_config, make_inputs, make_model
-from modeling_visualchat.attention_visualchat import create_multimodal_mask, update_image_numbers
-from modeling_visualchat.released_visualchat import create_released_mask, place_in_reverse
+from modeling_visualchat.released_attention_visualchat import ReleasedPlan, create_released_masks, place_in_reverse
 
 
 LAYOUTS = ["itt", "tti", "tiit", "titittit", "i", "ttt"]
@@ -36,11 +35,10 @@ class TestVariant:
         length, config, text_model = len(is_image), model.config.text_config, model.model.language_model
         torch.manual_seed(0)
         hidden_states = torch.randn(1, length, 64, dtype=torch.float64)
-        numbers = update_image_numbers(None, is_image[None], 5, (1, length), is_image.device)
         positions = torch.arange(length)[None]
-        mask = create_multimodal_mask("mmca_released", config, hidden_states, None, positions, None, *numbers)
+        plan = ReleasedPlan("mmca_released", config, hidden_states, None, positions, None, is_image[None], 5)
         attention, rotary = text_model.layers[1].self_attn, text_model.rotary_emb(hidden_states, positions)
-        output, weights = attention(hidden_states, rotary, mask)
+        output, weights = attention(hidden_states, rotary, plan)
 
         q, k, v = (
             projection(hidden_states).view(1, length, -1, 16).transpose(1, 2)
@@ -200,7 +198,7 @@ class TestRefusals:
     def test_flex_attention(self):
         mask = create_block_mask(lambda batch, head, query, key: query >= key, 1, None, 8, 8, device="cpu")
         with pytest.raises(ValueError, match="'mmca_released' needs attn_implementation 'eager' or 'sdpa'"):
-            create_released_mask(mask, torch.ones(1, 8, dtype=torch.bool), 0, torch.float32, "flex_attention")
+            create_released_masks(mask, torch.ones(1, 8, dtype=torch.bool), 0, torch.float32)
 
 
 def warnings_of(caplog):

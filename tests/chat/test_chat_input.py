@@ -58,7 +58,7 @@ def test_bad_input_is_named_and_leaves_the_session_as_it_was(chat, tmp_path):
     for bad, error, message in (
         (tmp_path / "none.png", FileNotFoundError, r"image 2: .*none\.png"),
         (tmp_path / "text.png", ValueError, r"image 2: .*text\.png"),
-        (Image.open(tmp_path / "half.png"), ValueError, "image 2: the picture is broken"),
+        (Image.open(tmp_path / "half.png"), ValueError, "image 2: the image is broken"),
         ("http://127.0.0.1:9/a.png", ValueError, r"image 2: cannot fetch http://127\.0\.0\.1:9/a\.png"),
         (b"no picture", ValueError, "image 2: 10 bytes"),
         (7, TypeError, "image 2: .*int"),

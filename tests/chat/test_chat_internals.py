@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.chat import PROCESSOR, ROUNDS, hold
-from modeling_visualchat.chat_visualchat import _sure_part
+from modeling_visualchat.chat_streaming_visualchat import find_sure_part
 
 
 @pytest.mark.parametrize("variant", ["mmca", "causal"])
@@ -19,6 +19,6 @@ def test_forks_share_tensors(models, variant):
 def test_no_piece_shows_what_is_cut_later():
     text = "A cat.\n\n### Image 12:\n### Question:\nx"
     for end in range(len(text)):
-        assert "A cat.".startswith(_sure_part(text[:end]))
+        assert "A cat.".startswith(find_sure_part(text[:end]))
     for line in ("### Size\n", "### Image x", "### Answers", "#### ", "###Q"):
-        assert _sure_part(f"a\n{line}") == f"a\n{line.rstrip(chr(10))}"
+        assert find_sure_part(f"a\n{line}") == f"a\n{line.rstrip(chr(10))}"

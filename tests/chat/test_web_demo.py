@@ -136,9 +136,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "make", "message"),
         [
-            ("What?", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nbroken"), "new.png: 14 bytes is not a picture"),
+            ("What?", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\nbroken"), "new.png: 14 bytes is not an image"),
             ("What?", lambda path: None, "new.png: the server no longer has this file, add it again"),
-            ("What?", lambda path: path.write_bytes(b""), "image 1, new.png: 0 bytes: the picture is empty"),
+            ("What?", lambda path: path.write_bytes(b""), "image 1, new.png: 0 bytes: the image is empty"),
             ("What?", lambda path: Image.new("L", (101, 100)).save(path), "101 × 100 pixels: at most 10,000 are allowed"),
             ("  ", lambda path: Image.new("L", (9, 9)).save(path), "Type a question"),
             ("so long " * 400, lambda path: Image.new("L", (9, 9)).save(path), "but the model's context holds 1024"),

@@ -40,19 +40,19 @@ def test_splits_are_disjoint_scans(splits):
     assert {name: len(one) for name, one in scans.items()} == {"train": 1347, "validation": 150, "test": 300}
     assert len(set.union(*scans.values())) == 1797
     for split in splits.values():
-        assert len(split.pictures) == len(split.labels) == len(split.scans)
+        assert len(split.images) == len(split.labels) == len(split.scans)
         assert np.bincount(split.labels, minlength=10).min() > 0.09 * len(split.labels)
 
 
 def test_jitter_keeps_labels_and_scans(splits):
     validation = splits["validation"]
     more = digits.jitter(validation, copies=2, seed=0)
-    assert len(more.pictures) == len(more.labels) == len(more.scans) == 450
+    assert len(more.images) == len(more.labels) == len(more.scans) == 450
     assert set(more.scans) == set(validation.scans)
     label_of = dict(zip(validation.scans, validation.labels))
     assert all(label_of[scan] == label for scan, label in zip(more.scans, more.labels))
-    assert more.pictures[0] is validation.pictures[0]
-    assert np.any(np.asarray(more.pictures[150]) != np.asarray(validation.pictures[0]))
+    assert more.images[0] is validation.images[0]
+    assert np.any(np.asarray(more.images[150]) != np.asarray(validation.images[0]))
 
 
 def test_one_to_four_images_and_rounds_with_later_images_in_later_rounds(rows):
@@ -69,7 +69,7 @@ def test_one_to_four_images_and_rounds_with_later_images_in_later_rounds(rows):
 
 def test_answers_follow_from_the_labels(splits, rows):
     test = splits["test"]
-    label_of_picture = {id(picture): label for picture, label in zip(test.pictures, test.labels)}
+    label_of_picture = {id(picture): label for picture, label in zip(test.images, test.labels)}
     for row in rows:
         assert [label_of_picture[id(image)] for image in row["images"]] == row["labels"]
         for seen, _, question, answer in read_rounds(row):

@@ -273,7 +273,7 @@ class TestBroken:
         }
         where = f"{tmp_path}/eval.json"
         errors = {name: one["error"] for name, one in failures.items()}
-        assert errors["broken"].startswith(f"{where}, broken, round 2: {tmp_path}/broken.png is not a picture")
+        assert errors["broken"].startswith(f"{where}, broken, round 2: {tmp_path}/broken.png is not an image")
         assert errors["missing"] == f"{where}, missing, round 1: there is no file {tmp_path}/missing.png"
         assert errors["odd"].startswith(f"{where}, odd: round 2: expected")
         assert errors["empty"] == f"{where}, empty: expected a list of rounds, got []"
@@ -336,7 +336,7 @@ class TestBroken:
         assert run(root, tmp_path / "out", **paths) == 1
         (failure,) = results(tmp_path / "out", root, tmp_path / "model")["failures"]
         assert (failure["test_name"], failure["round"]) == ("thin", 2)
-        assert "thin, round 2: A picture of 400000×1 pixels is too thin" in failure["error"]
+        assert "thin, round 2: An image of 400000×1 pixels is too thin" in failure["error"]
 
     def test_pictures_of_the_home_directory_and_of_urls(self, root, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(root))
@@ -359,7 +359,7 @@ class TestBroken:
         assert found["exact"]["count"] == 2 and found["loss"]["conversations"] == 1
         errors = [one["error"] for one in found["failures"]]
         where = f"{tmp_path}/rows.parquet, example"
-        assert errors[0].startswith(f"{where} 1, round 1: 10 bytes is not a picture")
+        assert errors[0].startswith(f"{where} 1, round 1: 10 bytes is not an image")
         assert errors[1] == f"{where} 2: images: image count: 1 image parts need an image, but there are 0 images"
         assert errors[2] == f"{where} 3: task: missing field: 1 tasks for 2 answers"
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import QuantoQuantizedLayer
 
 from helpers.generation import LAYOUT, NEW
 from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_inputs, make_model
-from modeling_visualchat.cache_visualchat import get_image_numbers
+from modeling_visualchat.sequence_cache_visualchat import get_image_numbers
 
 
 def test_cached_decoding_equals_uncached(model):

@@ -1,6 +1,6 @@
 """The paper's prompt, to the letter."""
 
-# ../shared/DESIGN.md, section 3
+# The paper's prompt (arXiv 2309.14327, section 4.2)
 DESIGN_PROMPT = """\
 <s>You are a powerful vision-language assistant.
 

@@ -26,7 +26,7 @@ class TestRefusals:
             layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight + 0.5)
         else:
             own = make_model(seed=1, image_number_keys=True)
-        with pytest.raises(ValueError, match=r"made with other weights.*encode the pictures again"):
+        with pytest.raises(ValueError, match=r"made with other weights.*encode the images again"):
             own(**text, image_memory=memory)
         own(**text, image_memory=own.encode_images(pixel_values))
 
@@ -107,7 +107,7 @@ class TestRefusals:
     def test_variants_whose_image_rows_look_at_text(self, mmca):
         causal = make_model(multimodal_attention="causal")
         text, pixel_values = split(make_inputs(["tit"], causal))
-        message = r"'causal' cannot use image memory: its image rows look at the text"
+        message = r"'causal' cannot use image memory: its image tokens look at the text"
         with pytest.raises(ValueError, match=message):
             causal.encode_images(pixel_values)
         memory = mmca.encode_images(pixel_values)
@@ -149,11 +149,11 @@ class TestRefusals:
         text, pixel_values = split(make_inputs(["titit"], mmca))
         memory = mmca.encode_images(pixel_values)
         for call in (mmca, mmca.generate):
-            with pytest.raises(ValueError, match=r"no entry `None` for the 1 new pictures|0 entries `None`, but 1 new"):
+            with pytest.raises(ValueError, match=r"no entry `None` for the 1 new images|0 entries `None`, but 1 new"):
                 call(**text, image_memory=memory, pixel_values=pixel_values[:1])
-            with pytest.raises(ValueError, match="1 entries `None`, but 2 new pictures"):
+            with pytest.raises(ValueError, match="1 entries `None`, but 2 new images"):
                 call(**text, image_memory=[memory[0], None], pixel_values=pixel_values)
-            with pytest.raises(ValueError, match="1 entries `None`, but 0 new pictures"):
+            with pytest.raises(ValueError, match="1 entries `None`, but 0 new images"):
                 call(**text, image_memory=[memory[0], None])
 
     def test_generation_that_cannot_start_from_a_memory(self, mmca):

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from helpers.image_memory import fill_by_counting, logits_of, pictures, split, text_rows
 from helpers.tiny import make_inputs, make_model
-from modeling_visualchat.image_memory_visualchat import ImageMemoryStore, ModelWeights, fingerprint_weights
+from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from modeling_visualchat.weight_fingerprint_visualchat import ModelWeights, fingerprint_weights
 
 
 class TestStore:

@@ -44,7 +44,9 @@ class TestInputs:
         model = make_model()
         inputs = make_inputs(["tit", "tiit"], model)
         del inputs["pixel_values"]
-        with pytest.raises(ValueError, match=r"15 image placeholder tokens \(5, 10 by row\).* 3 images of 5.*but 0 images"):
+        with pytest.raises(
+            ValueError, match=r"15 image placeholder tokens \(5, 10 by sequence\).* 3 images of 5.*but 0 images"
+        ):
             model(**inputs)
 
     @pytest.mark.parametrize("given", [1, 4])
@@ -64,7 +66,7 @@ class TestInputs:
         model = make_model()
         image = model.config.image_token_id
         input_ids = torch.tensor([[5, *[image] * 7], [5, *[image] * 3, 5, 5, 5, 5]])
-        with pytest.raises(ValueError, match=r"10 image placeholder tokens \(7, 3 by row\)"):
+        with pytest.raises(ValueError, match=r"10 image placeholder tokens \(7, 3 by sequence\)"):
             model(input_ids=input_ids, pixel_values=torch.randn(2, 3, 16, 16))
 
     def test_pixel_values_of_the_wrong_rank_or_size_raise(self):

@@ -134,7 +134,7 @@ class TestArrays:
         batch = torch.stack([self.CHW, 255 - self.CHW])
         expected = processor(images=list(batch), return_tensors="pt")["pixel_values"]
         assert torch.equal(processor(images=batch, return_tensors="pt")["pixel_values"], expected)
-        with pytest.raises(ValueError, match=r"got \(2, 3, 60, 80\); give the pictures of a batch one by one"):
+        with pytest.raises(ValueError, match=r"got \(2, 3, 60, 80\); give the images of a batch one by one"):
             load_image(batch)
         content = [{"type": "image", "image": batch[:1]}, text_part("What?")]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -234,13 +234,13 @@ class TestBadPictures:
         path.touch()
         with pytest.raises(ValueError, match=r"empty\.png is empty"):
             load_image(path)
-        with pytest.raises(ValueError, match="0 bytes: the picture is empty"):
+        with pytest.raises(ValueError, match="0 bytes: the image is empty"):
             load_image(b"")
 
     def test_not_a_picture(self, tmp_path):
         path = tmp_path / "text.png"
         path.write_text("hello")
-        with pytest.raises(ValueError, match=r"text\.png is not a picture that Pillow can read"):
+        with pytest.raises(ValueError, match=r"text\.png is not an image that Pillow can read"):
             load_image(path)
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -248,12 +248,12 @@ class TestBadPictures:
         path = tmp_path / "half"
         data = encode(PHOTOGRAPH, kind)
         path.write_bytes(data[: len(data) // 2])
-        with pytest.raises(ValueError, match="half is a broken picture"):
+        with pytest.raises(ValueError, match="half is a broken image"):
             load_image(path)
 
     @pytest.mark.parametrize("source", [Image.new("RGB", (0, 5)), np.zeros((0, 5, 3), dtype=np.uint8)], ids=["PIL", "array"])
     def test_no_pixels(self, source):
-        with pytest.raises(ValueError, match="the picture has no pixels"):
+        with pytest.raises(ValueError, match="the image has no pixels"):
             load_image(source)
 
     @pytest.mark.parametrize("limit", [4000, 2000])  # Pillow warns above the limit and raises above twice the limit
@@ -284,7 +284,7 @@ class TestBadPictures:
             {"type": "image", "path": str(tmp_path / "bad.png")},
             text_part("What?"),
         ]
-        with pytest.raises(ValueError, match=r"image 2: .*bad\.png is not a picture"):
+        with pytest.raises(ValueError, match=r"image 2: .*bad\.png is not an image"):
             processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 
 

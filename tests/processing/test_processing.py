@@ -246,7 +246,7 @@ class TestLabels:
     def test_a_template_that_forgets_images_is_reported(self, cats):
         processor = make_processor()
         processor.chat_template = processor.chat_template.replace("<image>", "")
-        with pytest.raises(ValueError, match="row 0: the chat template writes 0 image placeholders for 3 images"):
+        with pytest.raises(ValueError, match="example 0: the chat template writes 0 image placeholders for 3 images"):
             VisualChatDataCollator(processor)([{"messages": [*cats, assistant("No.")]}])
 
     def test_openais_form_of_an_image(self, processor, tmp_path):
@@ -306,12 +306,12 @@ class TestLabels:
         content = [{"type": "image"}, {"type": "image"}, text_part("What?")]
         row = {"messages": [{"role": "user", "content": content}, assistant("A.")], "images": [digit_image(0)] * given}
         good = {"messages": [{"role": "user", "content": "Hi"}, assistant("A.")]}
-        with pytest.raises(ValueError, match=rf"row 1: 2 image parts wait for a picture, but `images` holds {given}"):
+        with pytest.raises(ValueError, match=rf"example 1: 2 image parts wait for an image, but `images` holds {given}"):
             VisualChatDataCollator(processor)([good, row])
 
     def test_a_row_without_an_answer_is_reported(self, processor):
         good = {"messages": [{"role": "user", "content": "Hi"}, assistant("A.")]}
-        with pytest.raises(ValueError, match="row 1 holds no answer"):
+        with pytest.raises(ValueError, match="example 1 holds no answer"):
             VisualChatDataCollator(processor)([good, {"messages": [{"role": "user", "content": "Hi"}]}])
 
     def test_text_only_batches_have_no_pixel_values(self, processor):

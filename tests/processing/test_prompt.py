@@ -195,7 +195,7 @@ def test_folders_that_were_saved_earlier(kind, tmp_path):
         del ways["tokenizer"], ways["collator"]  # which began no prompt, and which has a newline more
         assert ways == dict.fromkeys(ways, expected)
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
-        assert processor.encode_prompts([prompt])["input_ids"] == [expected]
+        assert once(processor.encode_prompts([prompt])["input_ids"][0], processor) == expected
         answered = [*conversation, assistant("So")]
         batch = VisualChatDataCollator(processor)([{"messages": answered}])
         assert once(batch["input_ids"], processor) == ids_of_before(kind, answered)
@@ -289,7 +289,7 @@ class TestTypedTokens:
         chat.send(STRUCK, digit_image(0), max_new_tokens=1)
         chat.rounds[0].answer = STRUCK
         assert chat.tokenize([*chat.rounds, Round("And?")]).tolist() == inputs["input_ids"]
-        with pytest.raises(ValueError, match="row 0: message 0 holds the text '<image>'"):
+        with pytest.raises(ValueError, match="example 0: message 0 holds the text '<image>'"):
             VisualChatDataCollator(processor)([{"messages": conversation[:2]}])
 
     @pytest.mark.parametrize("kind", ["byte-level", "first", "legacy"])
@@ -305,7 +305,9 @@ class TestTypedTokens:
         assert tokenizer("<s>You are.</s>\n")["input_ids"] == expected
         row = {"messages": [user("What?"), assistant("An <s> old.")]}
         if kind == "legacy":
-            with pytest.raises(ValueError, match="row 0: message 1 holds the text '<s>', which this tokenizer cannot take"):
+            with pytest.raises(
+                ValueError, match="example 0: message 1 holds the text '<s>', which this tokenizer cannot take"
+            ):
                 VisualChatDataCollator(processor)([row])
         else:
             usual = VisualChatDataCollator(make_processor_of(kind))([row])

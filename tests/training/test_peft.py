@@ -114,7 +114,7 @@ class TestAdaptersByRow:
     def test_parts_that_see_no_rows_are_named(self, targets, settings, part):
         model = make_adapted(targets, **settings)
         inputs = make_inputs(["titit", "it", "t"], model)
-        with pytest.raises(ValueError, match=rf"`adapter_names` is for 3 rows .* change {part} too.*`set_adapter`"):
+        with pytest.raises(ValueError, match=rf"`adapter_names` is for 3 sequences .* change {part} too.*`set_adapter`"):
             model(**inputs, adapter_names=self.NAMES)
 
     def test_image_memory_is_refused_by_name(self):

@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from modeling_visualchat import VisualChatConfig
 from modeling_visualchat.image_loading_visualchat import shorter_edge
-from modeling_visualchat.modeling_visualchat import check_parts
+from modeling_visualchat.joining_visualchat import check_parts
 from visualchat.data.checks import ModelRequirements, Problem, summarize
 from visualchat.data.formats import Context, Sample
 from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_atomically

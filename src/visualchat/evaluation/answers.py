@@ -7,7 +7,7 @@ import string
 import torch
 
 from modeling_visualchat import VisualChatProcessor
-from modeling_visualchat.chat_visualchat import AnswerReader
+from modeling_visualchat.chat_streaming_visualchat import AnswerReader
 
 
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)

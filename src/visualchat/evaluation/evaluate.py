@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.image_memory_visualchat import ModelWeights, fingerprint_weights
+from modeling_visualchat.weight_fingerprint_visualchat import ModelWeights, fingerprint_weights
 from visualchat.errors import input_errors
 from visualchat.evaluation.answers import generate_answers
 from visualchat.evaluation.conversations import Dialogue, read_conversations, read_labelled

@@ -28,8 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from modeling_visualchat import attention_visualchat, kernels_visualchat, modeling_visualchat, visibility_visualchat
-from modeling_visualchat.layout_visualchat import ModalityLayout
+from modeling_visualchat import (
+    modality_kernels_visualchat,
+    modality_masks_visualchat,
+    sequence_attention_visualchat,
+)
+from modeling_visualchat.attention_visualchat import AttentionPlan
 
 
 PARTS = ("activations", "logits", "image features")
@@ -148,13 +152,13 @@ def device_kernels(device: str, gathers: bool) -> Iterator[None]:
         return (attend if query.device.type == "meta" else attend_as_torch)(query, *args, **kwargs)
 
     with ExitStack() as stack:
-        for module in (functional, kernels_visualchat):
+        for module in (functional, modality_kernels_visualchat):
             stack.enter_context(patch.object(module, "scaled_dot_product_attention", attend_on_device))
         if gathers:
             stack.enter_context(patch.object(functional, "linear", GatheredLinear.apply))
         if device != "cpu":
             # Layouts are made on the host, as for the device
-            stack.enter_context(patch.object(visibility_visualchat, "runs_by_images", lambda device: False))
+            stack.enter_context(patch.object(modality_masks_visualchat, "runs_by_images", lambda device: False))
             stack.enter_context(patch.object(functional, "rms_norm", norm_on_gpu))
         yield
 
@@ -269,8 +273,7 @@ def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", g
     with ExitStack() as stack:
         for hook in _watch(model, log, gradients, uses, device):
             stack.callback(hook.remove)
-        stack.enter_context(patch.object(modeling_visualchat, "find_equal_pictures", _all_different))
-        stack.enter_context(patch.object(attention_visualchat, "create_causal_mask", _mask_without_padding))
+        stack.enter_context(patch.object(sequence_attention_visualchat, "create_causal_mask", _mask_without_padding))
         stack.enter_context(device_kernels(device, gathers))
         stack.enter_context(log)
         batch = make_tokens(config, shape)
@@ -286,10 +289,6 @@ def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", g
     for parameter in model.parameters():
         parameter.grad = None
     return Trace(np.cumsum(log.events, axis=0), gradients, uses, log.flops)
-
-
-def _all_different(pixel_values: torch.Tensor) -> tuple[list[int], list[int]]:
-    return list(range(len(pixel_values))), list(range(len(pixel_values)))
 
 
 def _mask_without_padding(inputs_embeds, allow_is_causal_skip, **kwargs) -> torch.Tensor | None:
@@ -310,7 +309,7 @@ def _watch(model: torch.nn.Module, log: AllocationLog, gradients: list, uses: li
         return tuple(torch.zeros(part.shape, dtype=part.dtype) for part in angles)
 
     def bring_layout(module, args, kwargs):
-        for name, move in (("attention_mask", _layout_to_meta), ("position_embeddings", _angles_to_meta)):
+        for name, move in (("plan", _plan_to_meta), ("position_embeddings", _angles_to_meta)):
             ours = kwargs[name]
             if id(ours) not in on_meta:
                 on_meta[id(ours)] = ours, move(ours)  # kept, so that ids stay apart
@@ -357,5 +356,5 @@ def _angles_to_meta(angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Te
     return tuple(part.to("meta") for part in angles)
 
 
-def _layout_to_meta(layout):
-    return layout.to("meta") if isinstance(layout, ModalityLayout) else layout  # masks are there already
+def _plan_to_meta(plan: AttentionPlan) -> AttentionPlan:
+    return plan.to("meta")

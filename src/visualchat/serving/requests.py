@@ -12,7 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from modeling_visualchat.chat_visualchat import Round, cut_section
+from modeling_visualchat.chat_streaming_visualchat import cut_section
+from modeling_visualchat.chat_visualchat import Round
 from modeling_visualchat.image_loading_visualchat import DATA_URL, crop_for_clip, decode_base64, load_image
 from visualchat.serving.limits import Limits
 

@@ -184,7 +184,7 @@ def count_tokens(
         messages, add_generation_prompt=add_generation_prompt, sanitize_control_tokens=sanitize_control_tokens
     )
     ids = processor.encode_prompts([prompt])["input_ids"][0]
-    return len(ids) + count_images(messages) * (processor.image_seq_length - 1)
+    return len(ids)
 
 
 def count_images(messages: list[dict]) -> int:

@@ -20,8 +20,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.generation_visualchat import drop_unused_flags
-from modeling_visualchat.kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
-from modeling_visualchat.modeling_visualchat import check_parts
+from modeling_visualchat.joining_visualchat import check_parts
+from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, is_hub_id, push
 from visualchat.loading import check_model_type, check_name, load_model, load_processor

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import make_model, make_processor
 
+from helpers.tiny import make_model, make_processor
 from visualchat import cli
 from visualchat.cli import chat
 

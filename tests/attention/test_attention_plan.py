@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from tiny import make_inputs, make_model
 
+from helpers.tiny import make_inputs, make_model
 from modeling_visualchat import modality_kernels_visualchat
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import make_model, make_processor
+
+from helpers.tiny import make_model, make_processor
 
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "setup.cfg").exists())
