@@ -369,10 +369,11 @@ class TestWheel:
         venv.create(tmp_path / "env", with_pip=False, symlinks=True)
         python = tmp_path / "env/bin/python"
         (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        install = ["-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+        run_python(*install, check=True, env=environment)
         # The dependencies alone: a .pth file in a folder that a .pth file names is not read, and so no editable install
         (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        run_python("-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel, check=True)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
         def run(*words, **settings) -> str:
             settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, **settings}
