@@ -316,3 +316,13 @@ def test_files_that_are_missing_or_no_json_are_named(tmp_path):
         read("minigpt4", tmp_path)
     with pytest.raises(ValueError, match="no source 'lava': use one of llava, "):
         sources.open_source("lava", tmp_path)
+
+
+def test_the_digest_of_prepared_data_stays_that_of_version_0_1():
+    """`prepared.json` keeps a digest of these texts: if they change, finished data is taken for that of other settings."""
+    image = checks.ImageReference("/data/1.jpg", "image", (3, 9))
+    sample = formats.Sample("llava/x.json", "0", "x:1", (formats.Round("Q?", "A.", (image,)),))
+    assert repr([sample]) == (
+        "[Sample(file='llava/x.json', row='0', id='x:1', rounds=(Round(question='Q?', answer='A.', pictures=("
+        "Picture(path='/data/1.jpg', field='image', span=(3, 9)),)),))]"
+    )
