@@ -45,6 +45,11 @@ class PlacedImages:
 class VisualChatImageInputsMixin:
     """How [`VisualChatModel`] places images."""
 
+    def check_adapters_of_images(self, num_images: int) -> None:
+        """Raises a `ValueError` if the sequences of a batch have adapters of their own in the tower or the projector."""
+        for name in ("vision_tower", "multi_modal_projector"):
+            refuse_adapters_by_sequence(name, getattr(self, name), num_images)
+
     def place_images(
         self,
         image_outputs: BaseModelOutputWithPooling | None,
@@ -192,6 +197,45 @@ class VisualChatImageInputsMixin:
             return embedding(token_ids[None])[0]
         finally:
             embedding.training = was_training
+
+
+def find_different_images(pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """
+    TRL's GRPO puts several copies of a conversation into a batch: an image then passes tower, projector and decoder once.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): The images.
+
+    Returns:
+        The different images; and for each image, which of these it is.
+    """
+    if len(pixel_values) < 2 or is_tracing() or pixel_values.requires_grad:
+        return pixel_values, list(range(len(pixel_values)))
+    sums = pixel_values.flatten(1).sum(1, dtype=torch.float64).tolist()
+    first_of, image_of = [], []
+    for index, total in enumerate(sums):
+        known = (k for k, first in enumerate(first_of) if sums[first] == total)
+        same = next((k for k in known if torch.equal(pixel_values[first_of[k]], pixel_values[index])), None)
+        if same is None:
+            same = len(first_of)
+            first_of.append(index)
+        image_of.append(same)
+    return pixel_values if len(first_of) == len(pixel_values) else pixel_values[first_of], image_of
+
+
+def repeat_images(outputs: BaseModelOutputWithPooling, image_of: list[int]) -> BaseModelOutputWithPooling:
+    """The outputs for all images, from those for the different ones. Equal images share one tensor in `pooler_output`."""
+
+    def repeat(states: torch.Tensor | tuple | None):
+        if isinstance(states, tuple):
+            return tuple(map(repeat, states))
+        return None if states is None else states[image_of]
+
+    features = outputs.pooler_output
+    if len(features) < len(image_of):
+        for name, states in outputs.items():
+            outputs[name] = [features[k] for k in image_of] if name == "pooler_output" else repeat(states)
+    return outputs
 
 
 def stack_different(features: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:

@@ -24,7 +24,7 @@ from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel
 from .distributed_visualchat import VisualChatDistributedMixin, VisualChatDummyImageMixin
 from .generation_visualchat import VisualChatGenerationMixin
-from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, refuse_adapters_by_sequence
+from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, find_different_images, repeat_images
 from .image_memory_visualchat import ImageMemory, VisualChatImageMemoryMixin
 from .joining_visualchat import VisualChatJoiningMixin
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
@@ -128,25 +128,25 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
 
         Returns:
             The vision tower's outputs, with `pooler_output` a `list` of one `torch.Tensor` of shape
-            `(image_seq_length, hidden_size)` for each image.
+            `(image_seq_length, hidden_size)` for each image; equal images share one.
         """
         if pixel_values.dim() != 4:
             raise ValueError(
                 "`pixel_values` must have the shape (images in the batch, channels, height, width), got"
                 f" {tuple(pixel_values.shape)}"
             )
-        for name in ("vision_tower", "multi_modal_projector"):
-            refuse_adapters_by_sequence(name, getattr(self, name), len(pixel_values))
+        self.check_adapters_of_images(len(pixel_values))
         layer = self.config.vision_feature_layer
         is_last_layer = layer in (-1, self.config.vision_config.num_hidden_layers)
         if not is_last_layer and not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = [layer]  # only this one is kept
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        different, image_of = find_different_images(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+            outputs = self.vision_tower(different, return_dict=True, **kwargs)
         features = outputs.last_hidden_state if is_last_layer else outputs.hidden_states[layer]
         outputs.pooler_output = list(self.multi_modal_projector(features))
-        return outputs
+        return repeat_images(outputs, image_of)
 
     @can_return_tuple
     def forward(

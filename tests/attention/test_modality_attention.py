@@ -184,6 +184,46 @@ class TestCost:
                 model(**inputs, labels=inputs["input_ids"], use_cache=decoder == "sdpa").loss.backward()
         assert largest["sdpa"].numel < length**2 <= largest["eager"].numel
 
+    def test_equal_images_go_through_the_tower_once_and_have_the_gradients_of_copies(self):
+        fast, eager = make_pair(dtype=DOUBLE, trains=True)
+        inputs = make_inputs(["tiit", "it"], fast)
+        labels = inputs["input_ids"].clone()
+        labels[1, : -TOKENS_PER_IMAGE - 1] = -100  # padding, and what it predicts
+        images = inputs["pixel_values"].double()
+        images[2] = images[0]
+        # Copies that differ by less than any result shows are encoded one by one
+        apart = images + 1e-13 * torch.arange(3)[:, None, None, None]
+        encoded, results = [], []
+        for model, pixel_values in ((fast, images), (eager, apart)):
+            hook = model.model.vision_tower.register_forward_hook(
+                lambda module, args, output: encoded.append(len(output.last_hidden_state))
+            )
+            model.zero_grad()
+            outputs = model(**{**inputs, "pixel_values": pixel_values}, labels=labels)
+            outputs.loss.backward()
+            hook.remove()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            results.append((outputs, gradients))
+        assert encoded == [2, 3]
+        (ours, our_gradients), (theirs, their_gradients) = results
+        assert_equal_where_kept(ours.logits, theirs.logits, inputs)
+        torch.testing.assert_close(ours.image_hidden_states, theirs.image_hidden_states, atol=1e-6, rtol=1e-6)
+        assert torch.equal(ours.image_hidden_states[0], ours.image_hidden_states[2])
+        for name, expected in their_gradients.items():
+            torch.testing.assert_close(our_gradients[name], expected, atol=2e-5, rtol=1e-4, msg=name)
+
+    def test_images_that_differ_in_one_pixel_are_two(self):
+        model = make_pair()[0]
+        inputs = make_inputs(["itit"], model)
+        inputs["pixel_values"][1] = inputs["pixel_values"][0]
+        same = forward(model, inputs).logits
+        # The sum of all pixels stays
+        inputs["pixel_values"][1, 0, 0, 0], inputs["pixel_values"][1, 0, 0, 1] = 3.0, -3.0
+        inputs["pixel_values"][0, 0, 0, 0], inputs["pixel_values"][0, 0, 0, 1] = -3.0, 3.0
+        assert not torch.allclose(same, forward(model, inputs).logits, atol=1e-3)
+        pair = make_pair()[1]
+        torch.testing.assert_close(forward(model, inputs).logits, forward(pair, inputs).logits, atol=1e-5, rtol=1e-5)
+
     def test_one_tensor_for_two_images_is_computed_once_and_has_the_gradients_of_copies(self):
         fast, eager = make_pair(dtype=DOUBLE, trains=True)
         inputs = make_inputs(["tiit", "it"], fast)

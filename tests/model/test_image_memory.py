@@ -210,10 +210,12 @@ class TestMemory:
         memory = mmca.encode_images(pictures(0))
         assert len(memory) == memory.nbytes == 0
 
-    def test_alone_is_as_in_company(self, mmca):
+    def test_equal_images_are_encoded_once_and_alone_is_as_in_company(self, mmca, tower_rows):
         album = pictures(3)
         memory = mmca.encode_images(album[[0, 1, 0, 2]])
+        assert tower_rows == [3]
         assert len(memory) == 4
+        assert torch.equal(memory.keys[:, 0], memory.keys[:, 2])
         torch.testing.assert_close(mmca.encode_images(album[2:]).keys, memory.keys[:, 3:], atol=1e-5, rtol=1e-5)
 
     def test_half_precision_memories_are_used_in_the_models_dtype(self, mmca):

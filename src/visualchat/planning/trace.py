@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from modeling_visualchat import (
     modality_kernels_visualchat,
     modality_masks_visualchat,
+    modeling_visualchat,
     sequence_attention_visualchat,
 )
 from modeling_visualchat.attention_visualchat import AttentionPlan
@@ -273,6 +274,7 @@ def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", g
     with ExitStack() as stack:
         for hook in _watch(model, log, gradients, uses, device):
             stack.callback(hook.remove)
+        stack.enter_context(patch.object(modeling_visualchat, "find_different_images", _all_different))
         stack.enter_context(patch.object(sequence_attention_visualchat, "create_causal_mask", _mask_without_padding))
         stack.enter_context(device_kernels(device, gathers))
         stack.enter_context(log)
@@ -289,6 +291,10 @@ def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", g
     for parameter in model.parameters():
         parameter.grad = None
     return Trace(np.cumsum(log.events, axis=0), gradients, uses, log.flops)
+
+
+def _all_different(pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    return pixel_values, list(range(len(pixel_values)))
 
 
 def _mask_without_padding(inputs_embeds, allow_is_causal_skip, **kwargs) -> torch.Tensor | None:
