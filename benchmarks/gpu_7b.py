@@ -35,7 +35,7 @@ from benchmarks.prefill import compare_prefill
 from benchmarks.report import HEAD, save_results, table_row
 from benchmarks.sides import assert_near, build_sides, encoder_outputs, leave_out_tower, make_inputs, prefill, without
 from benchmarks.training_step import freeze, keep_labelled, make_step, make_steps, make_training_inputs, to_results
-from modeling_visualchat import modality_masks_visualchat
+from modeling_visualchat import modality_kernels_visualchat
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from modeling_visualchat.modality_kernels_visualchat import without_cudnn
 
@@ -290,7 +290,7 @@ def main():
     show(compare_training(ours, llava, TRAINING_IMAGES, TRAINING_REPEATS))
     with synchronizing(ours, llava):
         show(compare_growth(ours, llava, GROWTH, GROWTH_REPEATS))
-    with patch.object(modality_masks_visualchat, "MIN_FLEX_SCORES", 0):
+    with patch.object(modality_kernels_visualchat, "MIN_FLEX_SCORES", 0):
         show(compare_flex(ours, FLEX_IMAGES, GROWTH_REPEATS))
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.measure import compare, graph_of
 from benchmarks.report import save_results
-from modeling_visualchat import modality_masks_visualchat
+from modeling_visualchat import modality_kernels_visualchat
 from modeling_visualchat.modality_attention_visualchat import ModalityPlan
 
 
@@ -46,10 +46,10 @@ def prefill_sides(images: int, sizes: tuple[int, ...]) -> dict:
     def make_layout(queries: int | None, uses_flex: bool = False) -> ModalityPlan:
         by_runs, size = (lambda device: queries is None), queries or text
         with (
-            patch.object(modality_masks_visualchat, "runs_by_images", by_runs),
-            patch.object(modality_masks_visualchat, "QUERIES_PER_CALL", size),
-            patch.object(modality_masks_visualchat, "BLOCK_SIZE", 0),
-            patch.object(modality_masks_visualchat, "MIN_FLEX_SCORES", 1),
+            patch.object(modality_kernels_visualchat, "runs_by_images", by_runs),
+            patch.object(modality_kernels_visualchat, "QUERIES_PER_CALL", size),
+            patch.object(modality_kernels_visualchat, "MIN_FLEX_QUERIES", 1),
+            patch.object(modality_kernels_visualchat, "MIN_FLEX_SCORES", 1),
         ):
             return ModalityPlan(is_image, None, rotary, is_image.shape, IMAGE_TOKENS, uses_flex=uses_flex)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.tiny import make_inputs, make_model
-from modeling_visualchat import modality_masks_visualchat
+from modeling_visualchat import modality_kernels_visualchat
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,8 +42,8 @@ def to_gpu(inputs, dtype=torch.float32):
 @pytest.fixture
 def in_blocks(monkeypatch):
     """Flex attention for the little that a tiny model computes."""
-    monkeypatch.setattr(modality_masks_visualchat, "BLOCK_SIZE", 1)
-    monkeypatch.setattr(modality_masks_visualchat, "MIN_FLEX_SCORES", 1)
+    monkeypatch.setattr(modality_kernels_visualchat, "MIN_FLEX_QUERIES", 2)
+    monkeypatch.setattr(modality_kernels_visualchat, "MIN_FLEX_SCORES", 1)
 
 
 def assert_logits_and_gradients_equal(pair, layout, side, compiled=None):

@@ -27,8 +27,16 @@ from transformers.cache_utils import Cache
 from transformers.utils import is_tracing
 
 from .attention_visualchat import AttentionPlan, VisualChatAttention
-from .modality_kernels_visualchat import attend_to_images, join, merged_softmax, rotate, softmax, without_cudnn
-from .modality_masks_visualchat import PackedTokens, Visibility
+from .modality_kernels_visualchat import (
+    PackedTokens,
+    Visibility,
+    attend_to_images,
+    join,
+    merged_softmax,
+    rotate,
+    softmax,
+    without_cudnn,
+)
 from .modality_positions_visualchat import NO_KEY, ModalityPositions
 
 

@@ -21,22 +21,21 @@ from modeling_visualchat import (
     decoder_visualchat,
     modality_attention_visualchat,
     modality_kernels_visualchat,
-    modality_masks_visualchat,
 )
 
 
 def compute_all_by_flex(monkeypatch):
     """On a CPU too, and however few the queries."""
     monkeypatch.setattr(decoder_visualchat, "computes_by_flex", lambda device: True)
-    monkeypatch.setattr(modality_masks_visualchat, "BLOCK_SIZE", 1)
-    monkeypatch.setattr(modality_masks_visualchat, "MIN_FLEX_SCORES", 1)
+    monkeypatch.setattr(modality_kernels_visualchat, "MIN_FLEX_QUERIES", 2)
+    monkeypatch.setattr(modality_kernels_visualchat, "MIN_FLEX_SCORES", 1)
 
 
 @pytest.fixture(params=["sdpa", "flex_attention"])
 def on_a_gpu(request, monkeypatch):
     """What a GPU computes: a masked call for every few queries, or one by flex attention, whose masks are here applied."""
-    monkeypatch.setattr(modality_masks_visualchat, "runs_by_images", lambda device: False)
-    monkeypatch.setattr(modality_masks_visualchat, "QUERIES_PER_CALL", 3)
+    monkeypatch.setattr(modality_kernels_visualchat, "runs_by_images", lambda device: False)
+    monkeypatch.setattr(modality_kernels_visualchat, "QUERIES_PER_CALL", 3)
     if request.param == "flex_attention":
         compute_all_by_flex(monkeypatch)
         monkeypatch.setattr(modality_kernels_visualchat, "_flex", apply_block_mask)

@@ -20,7 +20,6 @@ CODE_FILES = {
     "modality_attention_visualchat.py",
     "modality_cache_visualchat.py",
     "modality_kernels_visualchat.py",
-    "modality_masks_visualchat.py",
     "modality_positions_visualchat.py",
     "modeling_visualchat.py",
     "processing_visualchat.py",

@@ -30,7 +30,6 @@ from torch.utils.flop_counter import flop_registry
 
 from modeling_visualchat import (
     modality_kernels_visualchat,
-    modality_masks_visualchat,
     modeling_visualchat,
     sequence_attention_visualchat,
 )
@@ -159,7 +158,7 @@ def device_kernels(device: str, gathers: bool) -> Iterator[None]:
             stack.enter_context(patch.object(functional, "linear", GatheredLinear.apply))
         if device != "cpu":
             # Layouts are made on the host, as for the device
-            stack.enter_context(patch.object(modality_masks_visualchat, "runs_by_images", lambda device: False))
+            stack.enter_context(patch.object(modality_kernels_visualchat, "runs_by_images", lambda device: False))
             stack.enter_context(patch.object(functional, "rms_norm", norm_on_gpu))
         yield
 
