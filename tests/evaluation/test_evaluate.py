@@ -317,7 +317,7 @@ class TestBroken:
         assert run(root, tmp_path, data=("--labelled", "nothing.parquet")) == 2
         assert "nothing.parquet" in capsys.readouterr().err
         assert run(root, tmp_path, model=("nothing",)) == 2
-        assert f"{root}/nothing is neither a folder nor a Hub id" in capsys.readouterr().err
+        assert f"there is no folder {root}/nothing" in capsys.readouterr().err
         (tmp_path / "bad.jsonl").write_text('{"messages": [\n')
         assert run(root, tmp_path, data=("--labelled", tmp_path / "bad.jsonl")) == 2
         assert "bad.jsonl" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from helpers.commands import run_command
 from helpers.tiny import make_model, make_tokenizer
-from visualchat.cli import main as visualchat
 
 
 def make_released(attn_implementation="sdpa", **overrides):
@@ -123,5 +123,5 @@ class ReleasedCheckpoint:
         (self.folder / "config.json").write_text(json.dumps(self.config))
         paths = ["pytorch_model.bin", "--config", "config.json", "--output", "converted"]
         given = [word if word.startswith("--") else str(self.folder / word) for word in paths]
-        visualchat(["convert", "released", *given, *map(str, arguments)])
+        run_command("convert released", *given, *arguments)
         return AutoModel.from_pretrained(self.folder / "converted").eval()

@@ -14,9 +14,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from helpers.commands import run_command
 from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
-from visualchat.cli import main as visualchat
 from visualchat.conversion.llava import check_config
+from visualchat.errors import InputError
 
 
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -45,7 +46,7 @@ def make_llava(folder, **overrides):
 
 
 def convert(folder, *arguments):
-    visualchat(["convert", "llava", str(folder / "llava"), "--output", str(folder / "ours"), *arguments])
+    run_command("convert llava", folder / "llava", "--output", folder / "ours", *arguments)
     return AutoModel.from_pretrained(folder / "ours").eval()
 
 
@@ -134,5 +135,5 @@ def test_what_cannot_be_taken_over_is_named(overrides, message):
 
 def test_another_tokenizer_is_refused(tmp_path):
     make_llava(tmp_path / "llava", image_token_index=3)
-    with pytest.raises(ValueError, match=r"The tokenizer's id of <image> is .*, but the model's image token is 3"):
+    with pytest.raises(InputError, match=r"The tokenizer's id of <image> is .*, but the model's image token is 3"):
         convert(tmp_path)

@@ -14,6 +14,7 @@ from helpers.elsewhere import run_elsewhere
 from helpers.released import ReleasedCheckpoint, ReleasedPerceiver
 from helpers.tiny import digit_image, make_tokenizer, user
 from visualchat.cli import main as visualchat
+from visualchat.errors import InputError
 
 
 PARITY = Path(__file__).parents[3] / "shared" / "released_parity"
@@ -102,14 +103,14 @@ class TestConverter:
             r"2 are missing in the checkpoint \(lang_embed.weight, projection.1.bias\), and it has 1 unexpected ones"
             r" \(vis_encoder.conv1.weight\)"
         )
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             checkpoint.convert()
         assert not (checkpoint.folder / "converted").exists()
 
     def test_another_shape_is_named_with_both(self, checkpoint):
         checkpoint.config["text_config"]["vocab_size"] += 1
         rows = checkpoint.config["text_config"]["vocab_size"]
-        with pytest.raises(ValueError, match=rf"lang_embed.weight has the shape \({rows - 1}, 64\), but .* \({rows}, 64\)"):
+        with pytest.raises(InputError, match=rf"lang_embed.weight has the shape \({rows - 1}, 64\), but .* \({rows}, 64\)"):
             checkpoint.convert()
 
     @pytest.mark.parametrize("distance", [1e-3, 1.0], ids=["near the table", "far from it"])
@@ -130,7 +131,7 @@ class TestConverter:
     def test_a_table_of_another_grid_is_named_with_both_shapes(self, tmp_path):
         released = ReleasedCheckpoint(tmp_path, "perceiver", hidden_size=128)
         released.weights["projection.pos_embed"] = torch.zeros(64, 128)
-        with pytest.raises(ValueError, match=r"projection.pos_embed has the shape \(64, 128\), but .* \(256, 128\)"):
+        with pytest.raises(InputError, match=r"projection.pos_embed has the shape \(64, 128\), but .* \(256, 128\)"):
             released.convert()
 
     @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ class TestConverter:
         checkpoint.config |= changes
         for number in ("322", "320 ", "321"):
             message = message.replace(number, str(base + int(number) - 320) + " " * number.endswith(" "))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message):
             checkpoint.convert()
 
     def test_lora_factors_are_added_or_left_out_as_told(self, checkpoint):
@@ -155,7 +156,7 @@ class TestConverter:
         right, left = torch.randn(64, 4), torch.randn(4, 48)
         weight = checkpoint.weights[f"{layer}.weight"].clone()
         checkpoint.weights |= {f"{layer}.lora_right_weight": right, f"{layer}.lora_left_weight": left}
-        with pytest.raises(ValueError, match=rf"2 LoRA factors \({layer}.lora_right_weight, .*--lora fused.*--lora unfused"):
+        with pytest.raises(InputError, match=rf"2 LoRA factors \({layer}.lora_right_weight, .*--lora fused.*--lora unfused"):
             checkpoint.convert()
 
         def converted(lora):
@@ -166,10 +167,10 @@ class TestConverter:
         expected = states @ weight.T + (states @ right @ left) / 4
         torch.testing.assert_close(converted("unfused")(states), expected, atol=1e-5, rtol=1e-5)
         del checkpoint.weights[f"{layer}.lora_left_weight"]
-        with pytest.raises(ValueError, match=f"The LoRA of {layer} lacks {layer}.lora_left_weight"):
+        with pytest.raises(InputError, match=f"The LoRA of {layer} lacks {layer}.lora_left_weight"):
             checkpoint.convert("--lora", "fused")
         del checkpoint.weights[f"{layer}.lora_right_weight"]
-        with pytest.raises(ValueError, match="--lora fused was given, but the checkpoint holds no LoRA factors"):
+        with pytest.raises(InputError, match="--lora fused was given, but the checkpoint holds no LoRA factors"):
             checkpoint.convert("--lora", "fused")
 
     @pytest.mark.parametrize("extended", [False, True], ids=["the decoder's own", "as saved"])
@@ -214,5 +215,5 @@ class TestConverter:
         tokenizer.add_tokens(["<image>"], special_tokens=True)
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         base = len(make_tokenizer())
-        with pytest.raises(ValueError, match=rf"id of <image> is {base}, but `image_token_id` is {base + 1}"):
+        with pytest.raises(InputError, match=rf"id of <image> is {base}, but `image_token_id` is {base + 1}"):
             checkpoint.convert("--tokenizer", tmp_path / "tokenizer")
