@@ -6,10 +6,12 @@ VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow test-browser conformance bench study lint format clean
+.PHONY: help install demo test test-slow test-browser conformance bench study lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(VENV)/installed  ## the environment, .venv
 
 demo: $(VENV)/installed  ## build, train, save and talk to a small VisualChat (outputs/demo)
 	python -m examples.digits_demo.demo

@@ -72,7 +72,7 @@ class ChatSession:
 
     ```python
     >>> chat = model.start_chat(processor)
-    >>> chat.send("What is in this picture?", images=["harbour.jpg"])
+    >>> chat.send("What is in this image?", images=["harbour.jpg"])
     >>> for piece in chat.send("And in this one?", images=["https://…/b.png"], stream=True):
     ...     print(piece, end="", flush=True)
     >>> chat.undo()

@@ -128,7 +128,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        rows_to_keep: torch.BoolTensor | None = None,
+        tokens_to_keep: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -144,7 +144,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             image_memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
                 Without images they have no effect.
-            rows_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
+            tokens_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
                 hidden state is read. The others may be zero.
         """
         check_attention_implementation(self.config)
@@ -174,8 +174,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         check_image_numbers(plan.image_numbers, number_embeds)
         plans = [plan] * len(self.layers)
         records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if rows_to_keep is not None and not records and not is_tracing():
-            plans[-1] = plan.for_last_layer(rows_to_keep)
+        if tokens_to_keep is not None and not records and not is_tracing():
+            plans[-1] = plan.for_last_layer(tokens_to_keep)
 
         hidden_states = plan.arrange(inputs_embeds, image_states)
         in_order = plan.restore(hidden_states) if records else None
@@ -282,8 +282,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         if image_memory:
             raise ValueError(
                 "image_memory needs attn_implementation 'sdpa' or 'flex_attention', a dynamic or static cache or none, a"
-                " 2-dimensional attention_mask, and one PEFT adapter for all rows (no `adapter_names`). Under torch.compile,"
-                " it needs to be without a cache"
+                " 2-dimensional attention_mask, and one PEFT adapter for all sequences (no `adapter_names`). Under"
+                " torch.compile, it needs to be without a cache"
             )
         variant, make = self.multimodal_attention, SequencePlan
         if variant == "mmca_released" and is_image is None:
@@ -292,8 +292,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
             make = ReleasedPlan
             if is_packed(starts, attention_mask):
                 raise ValueError(
-                    "multimodal_attention='mmca_released' takes one conversation in each row of a batch, but"
-                    " `position_ids` begin again within a row: pad the conversations instead of packing them"
+                    "multimodal_attention='mmca_released' takes one conversation in each sequence of a batch, but"
+                    " `position_ids` begin again within a sequence: pad the conversations instead of packing them"
                 )
         return make(
             variant,
@@ -333,7 +333,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         if is_tracing():
             # A graph is not made to change what a cache consists of
             return past_key_values is None and num_placeholders is not None
-        if find_row_arguments(self):  # the stream is one sequence, whatever adapters the sequences of the batch have
+        if find_sequence_arguments(self):  # the stream is one sequence, whatever adapters the sequences of the batch have
             return False
         return past_key_values is None or can_split_by_modality(past_key_values, self.config.num_hidden_layers)
 
@@ -382,7 +382,7 @@ def check_values(holds: torch.BoolTensor, describe: Callable[[], str], summary: 
         torch_compilable_check(holds, describe)
 
 
-def find_row_arguments(module: nn.Module) -> dict[str, Sequence]:
+def find_sequence_arguments(module: nn.Module) -> dict[str, Sequence]:
     """
     What PEFT tells its layers inside a module of each sequence of the batch: `adapter_names`, which adapter it has, or
     `alora_offsets`, from which token on. Its hooks put them among the layers' arguments.

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_tracing
 
-from .decoder_visualchat import check_values, find_row_arguments
+from .decoder_visualchat import check_values, find_sequence_arguments
 from .image_memory_visualchat import ImageMemory
 
 
@@ -257,7 +257,7 @@ def refuse_adapters_by_sequence(name: str, part: nn.Module, num_inputs: int) -> 
     """
     if is_tracing():
         return
-    for argument, of_sequences in find_row_arguments(part).items():
+    for argument, of_sequences in find_sequence_arguments(part).items():
         if max(len(of_sequences), num_inputs) > 1:
             raise ValueError(
                 f"PEFT's `{argument}` is for {len(of_sequences)} sequences of a batch, but the adapters change {name} too,"

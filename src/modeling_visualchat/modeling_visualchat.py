@@ -163,7 +163,7 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisualChatModelOutputWithPast:
         """
-        See [`VisualChatForCausalLM.forward`] for the inputs, and [`VisualChatTextModel.forward`] for `rows_to_keep`.
+        See [`VisualChatForCausalLM.forward`] for the inputs, and [`VisualChatTextModel.forward`] for `tokens_to_keep`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`")
@@ -319,7 +319,7 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatJoiningMixin, V
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             image_memory=image_memory,
-            rows_to_keep=_find_kept(logits_to_keep, input_ids if input_ids is not None else inputs_embeds),
+            tokens_to_keep=_find_kept(logits_to_keep, input_ids if input_ids is not None else inputs_embeds),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 WARNING = (
     "multimodal_attention='mmca_released' repeats the released DeepSpeed-VisualChat code with its defects: text before the"
     " first image reads images that come after it, a sample's images are placed in reverse order, and image tokens attend to"
-    " the text before them. Pictures cannot be added to a conversation that is cached. To leave this behind, load the folder"
+    " the text before them. Images cannot be added to a conversation that is cached. To leave this behind, load the folder"
     " with from_pretrained(..., multimodal_attention='mmca') and fine-tune projector and token embedding"
     " (freeze_for_alignment()); the weights are the same."
 )
@@ -114,8 +114,8 @@ def create_released_masks(
     torch_compilable_check(
         past_length == 0,
         lambda: (
-            f"With multimodal_attention='mmca_released' pictures change what the {int(past_length)} tokens before them"
-            " compute, but these are cached: pass the whole conversation with all its pictures, without past_key_values and"
+            f"With multimodal_attention='mmca_released' images change what the {int(past_length)} tokens before them"
+            " compute, but these are cached: pass the whole conversation with all its images, without past_key_values and"
             " prefill_chunk_size"
         ),
     )

@@ -93,5 +93,7 @@ def test_a_cached_conversation_counts_on_though_positions_are_given():
 def test_the_released_variant_refuses_them():
     model = make_model(multimodal_attention="mmca_released")
     conversations = [make_inputs([layout], model, seed) for seed, layout in enumerate(["titit", "iitt"])]
-    with pytest.raises(ValueError, match="takes one conversation in each row of a batch, but `position_ids` begin again"):
+    with pytest.raises(
+        ValueError, match="takes one conversation in each sequence of a batch, but `position_ids` begin again"
+    ):
         model(**pack(conversations))
