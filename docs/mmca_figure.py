@@ -33,7 +33,7 @@ NAMES = {
 
 
 def visible(variant: str) -> torch.Tensor:
-    """A matrix of shape `(rows, keys)` of the codes above."""
+    """A matrix of shape `(queries, keys)` of the codes above."""
     is_image = torch.tensor([[token.startswith("img") for token in TOKENS]])
     length = len(TOKENS)
     config = LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa")

@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-The study's results as `study_results.json`, and from it, and nothing else, `study.md` and its pictures.
+The study's results as `study_results.json`, and from it, and nothing else, `study.md` and its figures.
 
     python -m benchmarks.study.report docs  # writes them again from the JSON
 """
@@ -71,7 +71,7 @@ def write_report(grid: str, results: list[dict], folder: Path) -> None:
 
 
 def write_document(folder: Path) -> None:
-    """Writes `study.md` and its pictures from `study_results.json`, which is in the same folder."""
+    """Writes `study.md` and its figures from `study_results.json`, which is in the same folder."""
     study = Study(json.loads((folder / "study_results.json").read_text()))
     draw_curves(study, folder / "study_curves.png")
     draw_differences(study, folder / "study_differences.png")

@@ -47,7 +47,7 @@ CHANGES = {
     "lora": "half as many steps again, with LoRA on the decoder",
     "special prefixes": "prefixes as special tokens",
     "single samples": "trained on one image and one question a conversation",
-    "concatenated samples": "the same samples, one to four of them a conversation",
+    "concatenated samples": "the same examples, one to four of them a conversation",
 }
 BATCH_SIZE = 32
 # The learning rate is constant after the warm-up, so that a run after N conversations equals a run of N conversations

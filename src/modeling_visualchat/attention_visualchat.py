@@ -10,7 +10,7 @@ The decoder chooses an [`AttentionPlan`] once per forward pass, for all of its l
 | `ReleasedPlan` | `released_attention_visualchat.py` | what the code released with the paper computes, in that order    |
 | `ModalityPlan` | `modality_attention_visualchat.py` | the same as the definition, much faster: tokens by modality      |
 
-The definition and the fast path know nothing of each other. The tests compare them.
+The definition and the fast path import nothing of each other. The tests compare them.
 
 Shape letters: N image numbers, C hidden size.
 """
@@ -124,8 +124,8 @@ class AttentionPlan(Movable):
         The hidden states that the first layer takes.
 
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings; where an
-                image stands, anything.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings. Those at
+                image placeholders are not read.
             image_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*): Projected image features.
         """
         raise NotImplementedError

@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""An answer while it is made: its settings, its text so far, and where a section of the prompt cuts it off."""
+"""An answer while it is generated: its settings, its text so far, and where a new section of the prompt ends it."""
 
 import queue
 import re

@@ -85,7 +85,7 @@ class ChatSession:
         processor (`VisualChatProcessor`): The model's.
         store (`ImageMemoryStore`, *optional*): Remembers images, also across sessions that share it. By default the
             session has one of its own, of up to `max_store_bytes`. Without image memory, which needs `mmca` or
-            `mmca_merged`, `sdpa` and all weights in memory in a form that can be read, it is not used.
+            `mmca_merged`, `sdpa` or `flex_attention`, and all weights in memory in a form that can be read, it is not used.
         system (`str`, *optional*): In place of the prompt's first line.
         drop_oldest (`bool`, *optional*, defaults to `False`): What to do when the conversation and the answer do not fit the
             model's context: drop the oldest rounds with their images, or raise. The images that stay are numbered anew.

@@ -133,8 +133,8 @@ class VisualChatTextModel(LlamaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings; where an
-                image stands, anything.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings. Those at
+                image placeholders are not read.
             is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens that belong to an
                 image. `None`: all of them are text.
             image_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*): Projected features, of each
@@ -149,7 +149,7 @@ class VisualChatTextModel(LlamaPreTrainedModel):
         """
         check_attention_implementation(self.config)
         starts = find_conversation_starts(position_ids, attention_mask, past_key_values)
-        # A cache does not keep packed conversations apart, so that none of them could be gone on with
+        # A cache does not keep packed conversations apart, so none of them could be continued from it
         if use_cache and past_key_values is None and not is_packed(starts, attention_mask):
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0

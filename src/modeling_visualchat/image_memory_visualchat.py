@@ -2,7 +2,7 @@
 """
 Image memory: what the decoder knows of an image, kept for the next time.
 
-Under `mmca` and `mmca_merged` an image token looks at nothing but itself, so its keys (before numbering and rotation) and
+Under `mmca` and `mmca_merged` an image token attends to nothing but itself, so its keys (before numbering and rotation) and
 values in every layer depend on the image alone: not on the prompt, not on other images, not on its position. Computed once,
 they are exact in any later round and any other conversation. Prefix caches need the same prefix, and approximate
 position-independent caches recompute some tokens.
@@ -42,7 +42,7 @@ class ImageMemory:
         keys (`torch.Tensor` of shape `(layers, images, image_seq_length, key-value heads, head_size)`): Before numbering and
             rotation.
         values (`torch.Tensor`): Of the same shape.
-        fingerprint (`str`): Of the weights they were computed with. Others refuse them.
+        fingerprint (`str`): Of the weights that they were computed with. A model with other weights refuses them.
     """
 
     keys: torch.Tensor
@@ -219,7 +219,7 @@ class VisualChatImageMemoryMixin:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
 
         Raises:
-            ValueError: If `config.multimodal_attention` lets image tokens look at text.
+            ValueError: If `config.multimodal_attention` lets image tokens attend to text.
         """
         model = self.base_model
         model._check_memory([])

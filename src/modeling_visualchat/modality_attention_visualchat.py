@@ -2,17 +2,17 @@
 """
 The fast path of multi-modal causal attention: tokens by modality.
 
-An image token looks at nothing but itself. So it needs no query and no score, its output is its value, and equal images have
-equal hidden states: an image is computed once, wherever and however often it stands in the batch. The layers therefore carry
-one stream without padding: the text tokens of the batch, then the tokens of its different images. Where an image stands (its
-position, its number) matters only for the keys that text tokens look at.
+An image token attends to nothing but itself. So it needs no query and no score, its output is its value, and equal images
+have equal hidden states: an image is computed once, wherever and however often it stands in the batch. The layers therefore
+carry one stream without padding: the text tokens of the batch, then the tokens of its different images. Where an image stands
+(its position, its number) matters only for the keys that text tokens attend to.
 
-The queries are those of text tokens alone. They look at text keys and at image keys in separate calls, so nothing of size
-n×n is made.
+The queries are those of text tokens alone. They attend to text keys and to image keys in separate calls, so no matrix of all
+tokens by all tokens is made.
 
 Where a graph is traced (`torch.compile`, `torch.export`, a CUDA graph), shapes must not depend on data. There, padding is
-kept among the text tokens, and the tokens of a batch that brings images are one sequence, in which no query sees beyond the
-sequence it came from.
+kept among the text tokens, and a batch that brings images is treated as one long sequence, in which no query sees beyond
+the sequence that it came from.
 
 Shape letters: B batch, Q new tokens, S sequences and N their new tokens (B and Q, or one sequence of all), P packed tokens,
 W tokens of the longest text, T text keys, I image keys, K all of both, H query heads, G key-value heads, D head size.
@@ -194,7 +194,7 @@ class ModalityPlan(AttentionPlan):
 
     def _look(self, kept_text: torch.Tensor | None, keeps_images: bool) -> None:
         """
-        What the text tokens `kept_text` (`None`: all) look at.
+        What the text tokens `kept_text` (`None`: all) attend to.
 
         `mask`, of shape `(batch_size, 1, W, T or K)` or a `BlockMask`, is for the scores of text keys, and in `mmca_merged`
         of image keys behind them: `None` is all of them, or with `is_causal` those up to the query's own. `image_calls` are

@@ -4,7 +4,7 @@ The fast path's cache: keys and values of text and of images apart, so that deco
 
 [`split_cache_by_modality`] turns the layers of a plain `DynamicCache` or `StaticCache` into such layers. All of them share
 the positions of the cached keys. What `generate` does to a cache (reordering, repeating, selecting, cropping, resetting,
-copying) it does to every layer, and the last layer, when all others have read the positions, does it to these too.
+copying) it does to every layer. The last layer then does it to the positions too: all other layers have read them by then.
 
 Shape letters: B batch, G key-value heads, T cached text, I cached image tokens, D head size.
 """

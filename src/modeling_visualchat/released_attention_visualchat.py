@@ -15,12 +15,12 @@ output of token i is the sum of
 |          | image keys ≤ i and all text, which is after it |                                                        |
 
 Moreover the images of an example stand in reverse: the first one's features are at the last placeholder. The released code
-drops examples without images; here they are LLaMA's, as in every variant. Padding is never looked at.
+drops examples without images; here they are LLaMA's, as in every variant. No token attends to padding.
 
 A text token before the first image depends on the images after it, and where an image stands depends on how many there are.
 So all images come in one call, before anything is cached. The text that follows them, decoded from the cache, is computed as
 without a cache, with one exception, which is the released code's too: where no text stands before the first image, not even
-a start token, the tokens of that image look at all text there is, and the cache keeps what they saw of the prompt.
+a start token, the tokens of that image attend to all text there is, and the cache keeps what they saw of the prompt.
 
 Shape letters: B batch, Q new tokens, K all tokens that are seen, H query heads, G key-value heads, D head size, N images.
 """
@@ -56,7 +56,7 @@ def warn_of_defects() -> None:
 
 class ReleasedMasks(NamedTuple):
     """
-    What the tokens of one forward pass look at.
+    What the tokens of one forward pass attend to.
 
     Args:
         text_keys, image_keys (`torch.Tensor` of shape `(batch_size, 1, sequence_length, keys)`): The keys of the two

@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 r"""
-Multi-modal causal attention (MMCA), its definition: what a token may look at, and how the two modalities are put together.
+Multi-modal causal attention (MMCA), its definition: what a token attends to, and how text and images are combined.
 
 For the query of token i and a key j ≤ i that is not padding:
 
@@ -14,7 +14,7 @@ A text token before the first image gets exactly nothing from the second softmax
 token sum to 2: the paper's definition (arXiv 2309.14327, section 4.1). `released_attention_visualchat.py` defines a fourth
 variant, what the released code computes.
 
-An image token never looks beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
+An image token never attends beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
 numbering) and values are a function of that image alone, in every layer.
 
 Here all tokens stand in the order of the sequence, under masks. The fast path computes the same many times faster; what it

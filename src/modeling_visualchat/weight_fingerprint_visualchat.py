@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""What a model computes with, as a hash, and whether it has changed since it was last looked at."""
+"""A hash of the weights that a model computes with, and a quick check whether they have changed since the last look."""
 
 import hashlib
 import json

@@ -4,8 +4,9 @@ Start a VisualChat model from a LLaVA 1.5 folder, whose CLIP tower and LLaMA dec
 
     visualchat convert llava llava-hf/llava-1.5-7b-hf --output outputs/from_llava
 
-The tower, the decoder, the vocabulary and the choice of features are taken over. The projector is only a start: train it
-before use (`visualchat train --model_name_or_path outputs/from_llava …`), as the attention is another one.
+The tower, the decoder, the vocabulary and the choice of features are LLaVA's. Of its projector, the first layer is
+used at most, and the attention is different: train the projector before use
+(`visualchat train --model_name_or_path outputs/from_llava …`).
 """
 
 import argparse

@@ -23,7 +23,7 @@ def make_parser(command: str, description: str, epilog: str | None = None) -> ar
 def add_model(
     parser: argparse.ArgumentParser, help: str = "folder or Hub id of a VisualChat model, or of an adapter of one", **kwargs
 ) -> None:
-    """Adds the argument MODEL, and the flag that lets code run which lies beside the weights."""
+    """Adds the argument MODEL, and the flag that allows code beside the weights to run."""
     parser.add_argument("model", metavar="MODEL", help=help, **kwargs)
     add_trust_remote_code(parser)
 

@@ -5,12 +5,13 @@ machine. The model is built without weights, so a laptop plans 70B:
 
     visualchat plan hub_configs/13b --gpus 8 --gpu-memory 80 --mode full --batch 4 --images 3
 
-Each row is one DeepSpeed JSON of examples/deepspeed, with or without gradient checkpointing. It shows what is on a GPU at
-the largest moment of forward and backward, then at the largest moment of the optimizer's step. GB are 10⁹ bytes.
+Each row of the table is one DeepSpeed JSON of examples/deepspeed, with or without gradient checkpointing. It shows the
+memory of a GPU at the peak of forward and backward, then at the peak of the optimizer's step. GB are 10⁹ bytes.
 
---reserve is what no formula knows: the CUDA context, NCCL's buffers, fragments. Tokens/s count matrix products and attention
-at --matrix-rate, the rate that your GPU reaches (not the one of its data sheet); communication, offload and data come on
-top. ZeRO-1 with offload is not listed: ZeRO-2 with offload needs no more memory and communicates the same.
+--reserve is kept free for what is not computed: the CUDA context, NCCL's buffers, fragmentation. Tokens/s count matrix
+products and attention at --matrix-rate, the rate that your GPU reaches (not the one of its data sheet). They leave out the
+time for communication, offload and data. ZeRO-1 with offload is not listed: ZeRO-2 with offload needs no more memory and
+communicates the same.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def make_plan_parser() -> argparse.ArgumentParser:
         "--lora-target", choices=("decoder", "tower", "both"), default="decoder", help="as for train (default %(default)s)"
     )
     parser.add_argument("--lora-rank", type=int, default=16, help="as for train (default %(default)s)")
-    parser.add_argument("--matrix-rate", type=float, help="TFLOP/s that a GPU reaches, for tokens/s")
+    parser.add_argument("--matrix-rate", type=float, help="TFLOP/s that a GPU reaches; prints tokens/s")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, in bytes")
     return parser
 

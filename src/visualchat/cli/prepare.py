@@ -18,9 +18,9 @@ to resume a run that was killed: it keeps all finished shards.
 --model names what is to be trained, a VisualChat model or its vision tower. It decides which images are too thin and how
 many images a conversation may hold. By default it is a CLIP tower for 224 pixels.
 
-If an example is bad, the run ends with exit status 1 and OUTPUT/NAME does not appear. Mend the data and run the command
-again: only the shards with problems are made anew. Or pass --skip-bad: bad examples are dropped and counted. With one seed
-the result is the same, whatever the number of processes.
+If an example is bad, the run ends with exit status 1 and OUTPUT/NAME does not appear. Correct the data and run the
+command again: only the shards with problems are made anew. Or pass --skip-bad: bad examples are dropped and counted. With
+one seed the result is the same, whatever the number of processes.
 """
 
 import argparse

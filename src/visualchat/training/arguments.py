@@ -14,9 +14,9 @@ class ModelArguments:
     vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a CLIP vision tower to join …"})
     text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
-    image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: keys hold their image's number."})
+    image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
     projector: str = field(default="linear", metadata={"help": "Of a joined model: linear, vit or perceiver."})
-    dtype: str = field(default="auto", metadata={"help": "What the weights are loaded in."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}
     )
@@ -28,8 +28,8 @@ class ModelArguments:
     )
     lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA is added."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA's matrices."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, times rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA's input."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA is scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's matrices."})
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the decoder in 4 bits (needs bitsandbytes)."})
 
 
@@ -41,11 +41,11 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Folders of parquet files, .parquet, .json or .jsonl files, save_to_disk folders, Hub ids."},
     )
-    weights: list[float] | None = field(default=None, metadata={"help": "Share of each dataset in the mixture."})
+    weights: list[float] | None = field(default=None, metadata={"help": "How often each dataset is drawn from."})
     eval_fraction: float = field(default=0.1, metadata={"help": "Fraction of the examples that is held out."})
-    max_length: int = field(default=4096, metadata={"help": "Tokens of a conversation; oldest rounds are dropped first."})
+    max_length: int = field(default=4096, metadata={"help": "Most tokens of a conversation; oldest rounds are dropped."})
     streaming: bool = field(default=False, metadata={"help": "Read examples when they are needed; set --max_steps."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that measure examples."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that check and measure the examples."})
     skip_broken_images: bool = field(default=False, metadata={"help": "Leave out broken examples and images; count them."})
     resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
 
@@ -54,9 +54,9 @@ class DataArguments:
 class LoopArguments:
     """How it is trained and measured, beside transformers' own fields. `learning_rate` is for what has none of its own."""
 
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector."})
-    embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of the token embedding."})
-    lora_learning_rate: float | None = field(default=None, metadata={"help": "Of LoRA's matrices."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    embedding_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the token embedding."})
+    lora_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of LoRA's matrices."})
     generation_samples: int = field(
         default=0, metadata={"help": "Held-out examples whose last answer is generated, and counted if it is exact."}
     )

@@ -197,8 +197,8 @@ def prepare_model(model_args: ModelArguments, training_args: VisualChatTrainingA
 
 def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
     """
-    On a GPU flex attention, which leaves small batches to SDPA and large ones to a kernel that it compiles (README, "On a
-    GPU"): if it can compute this model, and if it compiles here. SDPA otherwise.
+    On a GPU flex attention, if it can compute this model and compiles here: small batches then go to SDPA, and large ones to
+    a compiled kernel (docs/performance.md, "Flex attention"). SDPA otherwise.
     """
     can_compute = config.multimodal_attention in ("mmca", "mmca_merged") and config.text_config.attention_dropout == 0
     if not can_compute or device.type != "cuda":
