@@ -6,7 +6,7 @@ embeddings, which all sides have, are excluded, as are masks and the layout, whi
 - causal SDPA: one call with `is_causal` over all tokens, and the transposition of its output, as in transformers' LLaMA;
 - dense, as released (DeepSpeed-VisualChat, modeling_llama.py): the scores of all queries with all keys, two additive masks,
   two softmaxes, and their sum times the values;
-- two masked SDPA calls: what `attention_visualchat.py` does where tokens cannot be sorted by modality.
+- two masked SDPA calls: what `sequence_attention_visualchat.py` does where tokens cannot be sorted by modality.
 
     python -m benchmarks.attention_op
 """

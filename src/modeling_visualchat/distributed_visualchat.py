@@ -19,7 +19,7 @@ if torch.distributed.is_available():
 
 
 class VisualChatDistributedMixin:
-    """Hooks of the base class, which comes after it."""
+    """Overrides hooks of transformers' base class, which a model class must list after this one."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

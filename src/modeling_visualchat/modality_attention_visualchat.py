@@ -4,8 +4,8 @@ The fast path of multi-modal causal attention: tokens by modality.
 
 An image token attends to nothing but itself. So it needs no query and no score, its output is its value, and equal images
 have equal hidden states: an image is computed once, wherever and however often it stands in the batch. The layers therefore
-carry one stream without padding: the text tokens of the batch, then the tokens of its different images. Where an image stands
-(its position, its number) matters only for the keys that text tokens attend to.
+carry one stream without padding: the text tokens of the batch, then the tokens of its different images. Where an image
+stands (its position, its number) matters only for the keys that text tokens attend to.
 
 The queries are those of text tokens alone. They attend to text keys and to image keys in separate calls, so no matrix of all
 tokens by all tokens is made.

@@ -22,7 +22,7 @@ class Unreadable:
     Weights whose content cannot be read.
 
     Args:
-        reason (`str`): What they are, to stand behind the name of what needs them.
+        reason (`str`): Why: the rest of a sentence that begins with what needs them.
         holders (`Iterable`): The objects that hold them. Two are equal if these are the very same.
     """
 
