@@ -7,9 +7,10 @@ Answer questions with one model or several, and score the answers where the true
     visualchat evaluate outputs/demo/model outputs/lora/model --labelled examples.parquet
 
 MODEL is a folder or Hub id of a VisualChat model, or of a PEFT adapter of one. Several models are compared in one report.
-The folder --output then holds report.html, with the images inside, and results.json. It holds a folder for each model with
-answers.jsonl; with answers.csv (test_name, image_path, question, answer) for conversations; with losses.jsonl for labelled
-datasets. Run the command again to resume an evaluation that was killed: it keeps all answers and tries again what failed.
+The folder --output then holds report.html, with the images inside, results.json, and a folder for each model. That has
+answers.jsonl; for conversations also answers.csv (test_name, image_path, question, answer), and for labelled datasets
+losses.jsonl. Run the command again to resume an evaluation that was killed: it keeps all answers and tries again what
+failed.
 
 The exit status is 0 if every question was answered, 1 if some were not (each such dialogue is named), and 2 if nothing
 could be done.

@@ -42,12 +42,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-samples", type=int, metavar="N", help="at most N examples, drawn at random; all texts are read"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
     parser.add_argument(
         "--num-proc", type=int, default=os.cpu_count(), metavar="N", help="processes (default: the number of cores)"
     )
     parser.add_argument(
-        "--rows-per-shard", type=int, default=1000, metavar="N", help="examples of a file (default %(default)s)"
+        "--rows-per-shard", type=int, default=1000, metavar="N", help="examples in one parquet file (default %(default)s)"
     )
     parser.add_argument("--embed-images", action="store_true", help="store the bytes of image files, not their paths")
     parser.add_argument("--overwrite", action="store_true", help="replace what a run with other settings left")

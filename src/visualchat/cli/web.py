@@ -23,7 +23,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--examples",
         choices=("photographs", "digits", "none"),
         default="photographs",
-        help="conversations to begin with (default %(default)s)",
+        help="example conversations that the page offers (default %(default)s)",
     )
     add_image_memory(parser)
     parser.add_argument(
