@@ -14,7 +14,8 @@ from helpers.tiny import assistant, digit_image, make_model, make_processor, tex
 from helpers.training import arguments
 from visualchat.cli import main as visualchat
 from visualchat.data.checks import ModelRequirements
-from visualchat.training.dataset import TrainingCollator, load_examples, prepare_dataset
+from visualchat.training.collator import TrainingCollator
+from visualchat.training.dataset import load_examples, prepare_dataset
 from visualchat.training.train import main
 
 

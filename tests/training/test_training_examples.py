@@ -11,7 +11,8 @@ import torch
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from helpers.training import FEATURES, TEXT, arguments, losses, make_row
 from modeling_visualchat.data_collator_visualchat import fill_images
-from visualchat.training.dataset import TrainingCollator, drop_rounds, load_examples, measure, prepare_dataset
+from visualchat.training.collator import TrainingCollator
+from visualchat.training.dataset import drop_rounds, load_examples, measure, prepare_dataset
 from visualchat.training.train import main
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModel
 
 from helpers.training import ALIGNMENT, arguments, losses, moved
 from visualchat.training import trainer as training_loop
-from visualchat.training.dataset import TrainingCollator, prepare_dataset
+from visualchat.training.collator import TrainingCollator
+from visualchat.training.dataset import prepare_dataset
 from visualchat.training.train import main, parse_arguments, prepare_model, prepare_processor
 from visualchat.training.trainer import VisualChatTrainer, VisualChatTrainingArguments, group_parameters
 

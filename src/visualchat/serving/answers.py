@@ -21,8 +21,9 @@ from transformers import LogitsProcessor, StoppingCriteria
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from visualchat.serving.errors import RequestError
 from visualchat.serving.limits import Limits
-from visualchat.serving.requests import ChatRequest, RequestError
+from visualchat.serving.requests import ChatRequest
 from visualchat.serving.sampling import DECODE_KWARGS, LogprobsRecorder, PenaltyProcessor, SamplingProcessor, make_warpers
 
 

@@ -28,18 +28,10 @@ from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.errors import input_errors
 from visualchat.loading import choose_device, load_model, load_processor
 from visualchat.serving.answers import Answer, AnswerChunk, AnswerService, Conversation, DisconnectedError
+from visualchat.serving.errors import RequestError
+from visualchat.serving.images import decode_data_url, fetch_image, open_image
 from visualchat.serving.limits import Limits
-from visualchat.serving.requests import (
-    ChatRequest,
-    RequestError,
-    decode_data_url,
-    fetch_image,
-    open_image,
-    parse_request,
-    read_body,
-    read_rounds,
-    receive_body,
-)
+from visualchat.serving.requests import ChatRequest, parse_request, read_body, read_rounds, receive_body
 
 
 logger = logging.getLogger("uvicorn.error")

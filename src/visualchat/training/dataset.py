@@ -1,6 +1,6 @@
 """
-The training dataset. Before the first step, examples are loaded, checked, measured, cut to length and mixed. Then they are
-batched.
+The training dataset. Before the first step, examples are loaded, checked, measured, cut to length and mixed.
+`collator.py` makes batches of them.
 
 All examples have the columns of transformers and TRL: `messages` with text and image parts, and `images` for the image
 parts, in reading order. `visualchat prepare` makes such examples of the paper's sources. Any dataset with these columns can
@@ -8,9 +8,7 @@ be used.
 """
 
 import logging
-import multiprocessing
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,16 +18,12 @@ import matplotlib.pyplot as plt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
-from modeling_visualchat.image_loading_visualchat import crop_for_clip, shorter_edge
+from modeling_visualchat import VisualChatProcessor
 from visualchat.data.checks import (
     IMAGE_TYPES,
     InvalidExample,
-    ModelRequirements,
     Problem,
     check_conversation,
-    check_example,
-    decode_image,
 )
 
 
@@ -348,79 +342,3 @@ def report_statistics(dataset: datasets.Dataset, output_dir: Path) -> str:
     figure.savefig(output_dir / "data.png", dpi=110)
     plt.close(figure)
     return table
-
-
-class TrainingCollator:
-    """
-    Makes batches of prepared examples. It opens the images. A broken image or example stops the run by default. With
-    `skip_broken_images` it is named in the log and left out, and `broken_rows` counts it across all workers, each time that
-    it is read.
-
-    Args:
-        processor (`VisualChatProcessor`): The model's.
-        skip_broken_images (`bool`): Whether broken examples are left out.
-        requirements ([`ModelRequirements`], *optional*): What the model requires. By default the processor says it.
-        broken_rows (`int`): How many examples were left out before.
-        fallback_examples (`Iterable[dict]`): If all examples of a batch are broken, the first valid one of these is used:
-            a process without a batch would leave the others waiting.
-    """
-
-    def __init__(
-        self,
-        processor: VisualChatProcessor,
-        skip_broken_images: bool = False,
-        requirements: ModelRequirements | None = None,
-        broken_rows: int = 0,
-        fallback_examples: Iterable[dict] = (),
-    ):
-        self.collate = VisualChatDataCollator(processor, pad_to_multiple_of=8, supervised_logits_only=True)
-        self.requirements = requirements or ModelRequirements(processor.image_token, shorter_edge(processor.image_processor))
-        self.skip_broken_images = skip_broken_images
-        self.broken_rows = multiprocessing.Value("l", broken_rows)
-        self.fallback_examples = fallback_examples
-        self.last_valid = None
-
-    def __call__(self, examples: list[dict]) -> dict:
-        """See [`VisualChatDataCollator`]."""
-        valid = []
-        for example in examples:
-            try:
-                valid.append({"messages": self.read(example)})
-            except ValueError as error:
-                if not self.skip_broken_images:
-                    raise
-                with self.broken_rows.get_lock():
-                    self.broken_rows.value += 1
-                logger.warning("Left out of the batch: %s", error)
-        if not valid:
-            valid = [self.last_valid or self._find_fallback()]
-        self.last_valid = valid[0]
-        return self.collate(valid)
-
-    def read(self, example: dict) -> list[dict]:
-        """
-        The conversation of an example. Its image parts contain the images, cropped as the model sees them.
-
-        Raises:
-            ValueError: If the example has faults: all of them, each with the file, example and field.
-        """
-        images, faults = check_example(example, self.requirements, decode_image, skip=example.get("dropped_images", 0))
-        if faults:
-            raise ValueError("; ".join(describe_problem(example, fault) for fault in faults))
-        image_processor = self.collate.processor.image_processor
-        parts = iter([{"type": "image", "image": crop_for_clip(image, image_processor)} for image in images])
-        messages = []
-        for message in drop_rounds(example["messages"], example.get("dropped_rounds", 0)):
-            content = message["content"]
-            if not isinstance(content, str):
-                content = [next(parts) if part["type"] in IMAGE_TYPES else part for part in content]
-            messages.append({**message, "content": content})
-        return messages
-
-    def _find_fallback(self) -> dict:
-        for example in self.fallback_examples:
-            try:
-                return {"messages": self.read(example)}
-            except ValueError:  # it is named and counted when a batch contains it
-                continue
-        raise ValueError("No example can be used: run visualchat prepare --check")

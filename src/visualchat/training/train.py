@@ -27,7 +27,8 @@ from visualchat.hub.push import check_access, is_hub_id, push
 from visualchat.loading import check_model_type, check_name, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
-from visualchat.training.dataset import TrainingCollator, prepare_dataset, report_statistics
+from visualchat.training.collator import TrainingCollator
+from visualchat.training.dataset import prepare_dataset, report_statistics
 from visualchat.training.trainer import (
     SetEpochCallback,
     VisualChatTrainer,

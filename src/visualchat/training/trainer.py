@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from visualchat.evaluation.answers import generate_answers, is_exact, text_of
 from visualchat.training.arguments import LoopArguments
-from visualchat.training.dataset import TrainingCollator
+from visualchat.training.collator import TrainingCollator
 
 
 logger = logging.getLogger(__name__)
