@@ -20,6 +20,7 @@ from PIL import Image
 from helpers.tiny import make_model, make_processor
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.serving.answers import AnswerService
+from visualchat.serving.hosts import find_allowed_hosts
 from visualchat.serving.limits import Limits
 from visualchat.serving.server import build_app
 
@@ -45,7 +46,8 @@ class Server:
         )
         self.store = ImageMemoryStore(self.model, 2**30)
         self.service = AnswerService(self.model, self.processor, self.store, concurrency, queue)
-        app = build_app(self.service, "tiny", limits or Limits(images=12))
+        hosts = find_allowed_hosts("127.0.0.1", ["*.example.com"])
+        app = build_app(self.service, "tiny", limits or Limits(images=12), hosts)
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
@@ -149,10 +151,15 @@ def read_stream(stream):
     return "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason, chunks[-1].usage
 
 
+def raw_head(length):
+    """The head of a request with a body of `length` bytes."""
+    lines = (f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 def send_and_leave(server, request):
     """A socket on which a request was sent and nothing was read."""
     payload = json.dumps(request).encode()
     client = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-    client.sendall(head.encode() + payload)
+    client.sendall(raw_head(len(payload)) + payload)
     return client

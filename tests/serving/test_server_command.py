@@ -59,20 +59,22 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "build_app", lambda *arguments: built.extend(arguments))
     monkeypatch.setattr(program.uvicorn, "run", lambda app, **settings: run.append(settings))
     visualchat(["serve", folder])
-    service, name, limits = built
+    service, name, limits, hosts = built
     assert (name, limits, service.num_slots) == (folder, Limits(images=12), 33)
+    assert {"localhost", "127.0.0.1"} < hosts and not {"::1", "c.org"} & hosts
     assert run[0]["host"] == "127.0.0.1" and run[0]["port"] == 8000
     built.clear()
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
+    arguments += " --allowed-host C.org"
     arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
     visualchat(["serve", folder, *arguments.split()])
-    service, name, limits = built
+    service, name, limits, hosts = built
     assert (name, service.num_slots, service.model.dtype) == ("m", 5, torch.bfloat16)
     assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
-    hosts = frozenset({"a.org", "b.org:81"})
-    expected = Limits(1_000_000, images=3, choices=4, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=hosts)
-    assert limits == expected
+    urls = frozenset({"a.org", "b.org:81"})
+    expected = Limits(1_000_000, images=3, choices=4, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=urls)
+    assert limits == expected and {"localhost", "::1", "c.org"} < hosts
     assert run[1]["host"] == "::1" and run[1]["port"] == 7
 
 
@@ -92,5 +94,7 @@ def test_help_and_wrong_arguments(capsys, tmp_path):
     make_model().model.language_model.config.save_pretrained(tmp_path)
     assert visualchat(["serve", str(tmp_path)]) == 2
     assert f"{tmp_path} holds a model of the type 'llama', not 'visualchat'" in capsys.readouterr().err
+    assert visualchat(["serve", str(tmp_path), "--allowed-host", "http://a.org"]) == 2
+    assert "--allowed-host 'http://a.org': give a host without scheme and port" in capsys.readouterr().err
     assert visualchat(["serve", str(tmp_path / "nothing")]) == 2
     assert f"there is no folder {tmp_path}/nothing" in capsys.readouterr().err

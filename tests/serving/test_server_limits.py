@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from helpers.server import PATH, Server, body, encode, picture, send_and_leave, text, wait_until
+from helpers.server import PATH, Server, body, encode, picture, raw_head, send_and_leave, text, wait_until
 from helpers.tiny import digit_image
 from visualchat.serving.limits import Limits
 
@@ -44,8 +44,7 @@ class TestLimits:
 
     def test_slow_body(self, strict):
         with socket.create_connection(("127.0.0.1", strict.port)) as client:
-            head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
-            client.sendall(head.encode())
+            client.sendall(raw_head(100) + b"{")
             client.settimeout(10)
             assert client.recv(100).startswith(b"HTTP/1.1 408")
         assert strict.service.used_slots == 0

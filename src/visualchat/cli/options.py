@@ -51,6 +51,17 @@ def add_image_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_allowed_host(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="answer to this name as well, such as example.com, *.example.com, or * for all; repeat for several (default:"
+        " localhost, the name of this machine, what --host says, and IP addresses)",
+    )
+
+
 def natural(text: str) -> int:
     """An argument that is 0, 1, 2, …"""
     if not text.isdecimal():

@@ -15,6 +15,7 @@ The server remembers an image that was sent before, in whatever conversation. It
 import argparse
 
 from visualchat.cli.options import (
+    add_allowed_host,
     add_device,
     add_dtype,
     add_image_memory,
@@ -35,6 +36,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s); there is no authentication"
     )
+    add_allowed_host(parser)
     parser.add_argument("--port", type=port, default=8000, help="default %(default)s")
     add_device(parser)
     add_dtype(parser)

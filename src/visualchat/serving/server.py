@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import uvicorn
@@ -29,6 +29,7 @@ from visualchat.errors import input_errors
 from visualchat.loading import choose_device, load_model, load_processor
 from visualchat.serving.answers import Answer, AnswerChunk, AnswerService, Conversation, DisconnectedError
 from visualchat.serving.errors import RequestError
+from visualchat.serving.hosts import HostMiddleware, find_allowed_hosts
 from visualchat.serving.images import decode_data_url, fetch_image, open_image
 from visualchat.serving.limits import Limits
 from visualchat.serving.requests import ChatRequest, parse_request, read_body, read_rounds, receive_body
@@ -40,12 +41,13 @@ logger = logging.getLogger("uvicorn.error")
 CLIENT_CLOSED_REQUEST = 499
 
 
-def build_app(service: AnswerService, name: str, limits: Limits) -> FastAPI:
+def build_app(service: AnswerService, name: str, limits: Limits, hosts: Collection[str]) -> FastAPI:
     """
     Args:
         service (`AnswerService`): It generates the answers.
         name (`str`): The name of the model in requests.
         limits (`Limits`): The limits of requests.
+        hosts (`Collection[str]`): The hosts under which the server is known: see [`HostMiddleware`].
     """
 
     @asynccontextmanager
@@ -54,6 +56,7 @@ def build_app(service: AnswerService, name: str, limits: Limits) -> FastAPI:
         await run_sync(service.close)
 
     app = FastAPI(title="VisualChat", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(HostMiddleware, hosts=hosts, open_paths=("/health",))
     model_card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "visualchat"}
 
     @app.post("/v1/chat/completions")
@@ -207,6 +210,7 @@ def internal_server_error() -> RequestError:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `visualchat serve` with these options, until the process is stopped."""
+    hosts = find_allowed_hosts(args.host, args.allowed_host)
     with input_errors(f"cannot load {args.model}: "):
         model = load_model(args.model, args.trust_remote_code, dtype=args.dtype)
         model = model.to(choose_device(args.device)).eval()
@@ -225,6 +229,6 @@ def run(args: argparse.Namespace) -> None:
     store = ImageMemoryStore(model, int(args.image_memory_gb * 2**30), args.image_memory_folder)
     with input_errors(f"cannot serve {args.model}: "):
         service = AnswerService(model, processor, store, args.concurrency, args.queue)
-    app = build_app(service, args.model_name or args.model, limits)
+    app = build_app(service, args.model_name or args.model, limits, hosts)
     # After Ctrl-C, the server waits this many seconds for open connections before it closes them
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)
