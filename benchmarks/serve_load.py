@@ -215,7 +215,8 @@ def measure_load(model_dir: str, count: int = 500, clients: int = 16, invalid: f
     conversations = make_conversations(min(CONVERSATIONS, count))
     requests = mix(conversations, answer_directly(model_dir, conversations), count, invalid)
     warm = count // 5
-    with serving(model_dir, "--queue", str(clients), "--image-memory-gb", str(IMAGE_MEMORY_GB)) as (port, pid):
+    options = ("--queue", str(clients), "--max-per-client", str(clients), "--image-memory-gb", str(IMAGE_MEMORY_GB))
+    with serving(model_dir, *options) as (port, pid):
 
         def send(sent: Request) -> Response:
             return ask(port, "POST", "/v1/chat/completions", sent.body)

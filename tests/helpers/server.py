@@ -34,7 +34,7 @@ KNOWN_FIELDS = inspect.signature(Completions.create).parameters
 class Server:
     """A server in a thread. While `slow` is set, each of its tokens takes 20 ms."""
 
-    def __init__(self, limits=None, concurrency=1, queue=8):
+    def __init__(self, limits=None, concurrency=1, queue=8, max_per_client=None):
         self.model, self.processor = make_model(image_number_keys=True), make_processor()
         # Random weights end an answer anywhere
         self.model.generation_config.eos_token_id = None
@@ -45,7 +45,9 @@ class Server:
             lambda module, args, output: self.tower_calls.append(len(output[0]))
         )
         self.store = ImageMemoryStore(self.model, 2**30)
-        self.service = AnswerService(self.model, self.processor, self.store, concurrency, queue)
+        self.service = AnswerService(
+            self.model, self.processor, self.store, concurrency, queue, max_per_client or concurrency + queue
+        )
         hosts = find_allowed_hosts("127.0.0.1", ["*.example.com"])
         app = build_app(self.service, "tiny", limits or Limits(images=12), hosts)
         self.socket = socket.socket()
@@ -91,8 +93,8 @@ class Server:
             response = connection.getresponse()
             return response.status, response.headers, json.loads(response.read())
 
-    def get(self, path):
-        return curl(self.url + path)
+    def get(self, path, *options):
+        return curl(self.url + path, *options)
 
     def metrics(self):
         lines = self.get("/metrics").splitlines()
@@ -151,15 +153,15 @@ def read_stream(stream):
     return "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason, chunks[-1].usage
 
 
-def raw_head(length):
-    """The head of a request with a body of `length` bytes."""
-    lines = (f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}")
-    return "\r\n".join([*lines, "", ""]).encode()
+def raw_head(length, *lines):
+    """The head of a request with a body of `length` bytes; `lines` are further headers."""
+    first = (f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join([*first, *lines, "", ""]).encode()
 
 
-def send_and_leave(server, request):
+def send_and_leave(server, request, *headers):
     """A socket on which a request was sent and nothing was read."""
     payload = json.dumps(request).encode()
     client = socket.create_connection(("127.0.0.1", server.port))
-    client.sendall(raw_head(len(payload)) + payload)
+    client.sendall(raw_head(len(payload), *headers) + payload)
     return client

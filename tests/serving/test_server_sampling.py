@@ -15,7 +15,7 @@ from helpers.server import body, text
 from helpers.tiny import make_model, make_processor
 from visualchat.cli import main as visualchat
 from visualchat.serving import sampling
-from visualchat.serving.answers import cut_at_stop
+from visualchat.serving.choices import cut_at_stop
 from visualchat.serving.requests import ChatRequest, parse_request
 
 

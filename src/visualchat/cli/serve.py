@@ -50,6 +50,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="requests that may wait, others get a 503 (default %(default)s)",
     )
+    parser.add_argument(
+        "--max-per-client",
+        type=positive,
+        metavar="N",
+        help="requests from one address at a time, others get a 429 (default: half of --concurrency + --queue); raise it"
+        " behind a proxy that does not tell addresses",
+    )
     add_image_memory(parser)
     parser.add_argument(
         "--image-memory-folder",
@@ -70,6 +77,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=limits.body_bytes / 1e6,
         metavar="MB",
         help="of a request (default %(default)g)",
+    )
+    parser.add_argument(
+        "--max-text-mb",
+        type=not_negative,
+        default=limits.text_bytes / 1e6,
+        metavar="MB",
+        help="of a request without the data of its images (default %(default)g)",
+    )
+    parser.add_argument(
+        "--max-json-values",
+        type=positive,
+        default=limits.values,
+        metavar="N",
+        help="of a request: messages, parts, fields and the like (default %(default)s)",
     )
     parser.add_argument(
         "--max-images", type=natural, default=limits.images, metavar="N", help="of a conversation (default %(default)s)"

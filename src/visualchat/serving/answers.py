@@ -1,151 +1,65 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""Generates answers in worker threads, a bounded number at a time, and counts what the metrics report."""
+"""Generates answers in worker threads, a bounded number at a time."""
 
 import asyncio
 import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
 from anyio import CapacityLimiter
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.types import Receive
-from transformers import LogitsProcessor, StoppingCriteria
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.chat_visualchat import ChatSession, Round
+from modeling_visualchat.chat_visualchat import Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.serving.errors import RequestError
+from visualchat.serving.choices import AnswerChunk, Choice, Conversation
+from visualchat.serving.errors import RequestError, panics_as_errors
 from visualchat.serving.limits import Limits
+from visualchat.serving.metrics import TokenCounter
 from visualchat.serving.requests import ChatRequest
-from visualchat.serving.sampling import DECODE_KWARGS, LogprobsRecorder, PenaltyProcessor, SamplingProcessor, make_warpers
-
-
-RATE_SECONDS = 10
+from visualchat.serving.sampling import make_warpers
+from visualchat.serving.turns import FairQueue
 
 
 class DisconnectedError(Exception):
     """The client has disconnected."""
 
 
-@dataclass
-class Conversation:
-    """
-    A conversation that was checked and is ready to be answered.
-
-    Args:
-        session (`ChatSession`): A new session, without rounds.
-        rounds (`list[Round]`): The last round is the one to answer. If it has an answer, the model continues it.
-        start (`int`): The number of prompt tokens before the last round's answer.
-        prompt_tokens (`int`): The number of tokens of the prompt, which includes images and the given part of the answer.
-        max_new_tokens (`int`): The most tokens to generate.
-    """
-
-    session: ChatSession
-    rounds: list[Round]
-    start: int
-    prompt_tokens: int
-    max_new_tokens: int
-
-
-class AnswerChunk(NamedTuple):
-    """
-    A part of a choice, as it is streamed.
-
-    Args:
-        index (`int`): The index of the choice.
-        text (`str`): The new text. It may be empty.
-        logprobs (`list[dict]`): The log-probabilities of the tokens whose text is complete. Those of a token that is not
-            come with a later chunk.
-        finish_reason (`str`, *optional*): Why the generation ended, in the last chunk of the choice.
-    """
-
-    index: int
-    text: str
-    logprobs: list[dict]
-    finish_reason: str | None = None
-
-
-class Choice(StoppingCriteria):
-    """
-    One of the `n` answers to a request. It is also the stopping criterion that `generate` calls after each token.
-
-    Attributes:
-        completion_tokens (`int`): The number of tokens generated so far, including the end token.
-        is_complete (`bool`): Whether the answer ended with an end token or a stop string, not at the limit of tokens.
-        processors (`list[LogitsProcessor]`): The logits processors of its generation.
-    """
-
-    def __init__(self, answer: "Answer", index: int, warpers: list[LogitsProcessor] | None):
-        self.answer, self.index, self.conversation = answer, index, answer.conversation
-        request, prompt_length = answer.request, self.conversation.prompt_tokens
-        # The most tokens that the longest stop string may have, and some more, since the tokenizer may strip leading spaces
-        self._stop_tokens = 8 + max((len(one.encode()) for one in request.stop), default=0)
-        self.completion_tokens, self.is_complete = 0, False
-        self._logprobs = None
-        self.processors: list[LogitsProcessor] = []
-        if request.logprobs:
-            tokenizer = answer.service.processor.tokenizer
-            self._logprobs = LogprobsRecorder(tokenizer, self.conversation.start, prompt_length, request.top_logprobs)
-            self.processors.append(self._logprobs)
-        if request.presence_penalty or request.frequency_penalty or request.logit_bias:
-            self.processors.append(PenaltyProcessor(request, prompt_length))
-        if warpers is not None:
-            self.processors.append(SamplingProcessor(answer.service.model.device, warpers, request.seed, index))
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> bool:
-        service, request = self.answer.service, self.answer.request
-        service.count_token()
-        self.completion_tokens = input_ids.shape[1] - self.conversation.prompt_tokens
-        if self._logprobs is not None:
-            self._logprobs.record(input_ids[0].tolist())
-        new = input_ids[0, self.conversation.prompt_tokens :][-self._stop_tokens :].tolist()
-        ending = service.processor.tokenizer.decode(new, **DECODE_KWARGS)
-        self.is_complete = new[-1] in service.end_tokens or any(one in ending for one in request.stop)
-        return self.is_complete or self.answer.is_cancelled
-
-    @property
-    def finish_reason(self) -> str:
-        return "length" if self.completion_tokens >= self.conversation.max_new_tokens and not self.is_complete else "stop"
-
-    def chunks(self) -> Iterator[AnswerChunk]:
-        length = 0
-        for text in cut_at_stop(self.answer.service.generate(self), self.answer.request.stop):
-            length += len(text)
-            yield AnswerChunk(self.index, text, self._take_logprobs(length))
-        yield AnswerChunk(self.index, "", self._take_logprobs(length), self.finish_reason)
-
-    def _take_logprobs(self, length: int) -> list[dict]:
-        return self._logprobs.take(length) if self._logprobs is not None else []
-
-
 class Answer:
     """The generation for one request. Its choices are generated one after another, because they share one cached prompt."""
 
-    def __init__(self, request: ChatRequest, conversation: Conversation, service: "AnswerService"):
-        self.request, self.conversation, self.service = request, conversation, service
+    def __init__(self, request: ChatRequest, conversation: Conversation, service: "AnswerService", client: str):
+        self.request, self.conversation, self.service, self.client = request, conversation, service, client
         warpers = make_warpers(request, service.model.generation_config, service.model.device)
         self.choices = [Choice(self, index, warpers) for index in range(request.n)]
         self._cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[AnswerChunk | BaseException | None] = asyncio.Queue()
-
-    def submit(self, pool: ThreadPoolExecutor, receive: Receive) -> None:
-        """Puts the answer into the queue. It is cancelled when `receive` reports that the client has disconnected."""
-        self._watch = asyncio.create_task(self._cancel_when_disconnected(receive))
-        self._future = pool.submit(self._run)
+        self._future: Future[None] = Future()
         self._future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._end, future))
+
+    def watch(self, receive: Receive) -> None:
+        """Cancels the answer when `receive` reports that the client has disconnected."""
+        self._watch = asyncio.create_task(self._cancel_when_disconnected(receive))
+
+    def run(self) -> None:
+        """Generates the answer, unless it was cancelled."""
+        if not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            self._generate()
+        except Exception as error:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(None)
 
     def cancel(self) -> None:
         """Stops the generation after the next token, or removes the answer from the queue."""
         self._cancelled.set()
-        self._future.cancel()
+        if self._future.cancel():
+            self.service.queue.remove(self.client, self)
 
     @property
     def is_cancelled(self) -> bool:
@@ -169,7 +83,8 @@ class Answer:
                 raise event
             yield event
 
-    def _run(self) -> None:
+    @panics_as_errors()
+    def _generate(self) -> None:
         with self.service.count_running():
             for choice in self.choices:
                 if self.is_cancelled:
@@ -191,23 +106,6 @@ class Answer:
             self._events.put_nowait(future.exception())
 
 
-def cut_at_stop(pieces: Iterator[str], stop: list[str]) -> Iterator[str]:
-    """Yields the text before the first stop string. Text that may be the start of one is held back until that is decided."""
-    text, shown, found = "", 0, []
-    for piece in pieces:
-        if found:  # the stopping criterion may let one more piece through
-            continue
-        text += piece
-        found = [position for one in stop if (position := text.find(one)) >= 0]
-        beginnings = [len(text) - k for one in stop for k in range(1, len(one)) if text.endswith(one[:k])]
-        end = min(found or beginnings, default=len(text))
-        if end > shown:
-            yield text[shown:end]
-            shown = end
-    if not found and len(text) > shown:
-        yield text[shown:]
-
-
 class AnswerService:
     """
     Generates answers with one model and one image memory, in a pool of threads with a bounded queue.
@@ -218,11 +116,14 @@ class AnswerService:
         store (`ImageMemoryStore`): The image memory, which all conversations share.
         concurrency (`int`): The number of answers that are generated at the same time.
         queue (`int`): The number of requests that may wait beyond these.
+        max_per_client (`int`, *optional*): The number of requests that one client may have in work or in the queue. By
+            default, half of the number for all clients.
 
     Raises:
         ValueError: If the model's `generation_config` asks for beam search, which cannot be streamed.
 
     Attributes:
+        queue (`FairQueue[Answer]`): The answers that wait. Clients take turns.
         requests (`Counter`): The number of requests by HTTP status.
         disconnects (`int`): The number of answers that were cancelled because the client had disconnected.
         image_limiter (`CapacityLimiter`): Limits the number of threads that open images.
@@ -235,6 +136,7 @@ class AnswerService:
         store: ImageMemoryStore,
         concurrency: int,
         queue: int,
+        max_per_client: int | None = None,
     ):
         if (model.generation_config.num_beams or 1) > 1:
             raise ValueError(
@@ -242,32 +144,47 @@ class AnswerService:
                 " answers token by token, which beam search does not allow: set num_beams to 1 in its generation_config.json"
             )
         self.model, self.processor, self.store = model, processor, store
-        self.num_slots, self.used_slots, self.running = concurrency + queue, 0, 0
+        self.num_slots, self.running = concurrency + queue, 0
+        self.max_per_client = max_per_client or (self.num_slots + 1) // 2
         self.requests, self.disconnects = Counter(), 0
-        self.prompt_tokens = self.generated_tokens = 0
-        self._recent: deque[float] = deque()
+        self.prompt_tokens, self.tokens = 0, TokenCounter()
+        self.queue: FairQueue[Answer] = FairQueue()
+        self._slots: Counter[str] = Counter()  # by client
         self._lock = threading.Lock()
         self._answers: set[Answer] = set()
         # Opening an image may take some hundred megabytes
         self.image_limiter = CapacityLimiter(2)
         self._longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self._pool = ThreadPoolExecutor(concurrency, "answer")
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
 
     @property
     def end_tokens(self) -> list[int]:
         end = self.model.generation_config.eos_token_id
         return end if isinstance(end, list) else [end]
 
-    def take_slot(self) -> None:
+    @property
+    def used_slots(self) -> int:
+        return self._slots.total()
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.tokens.total
+
+    def take_slot(self, client: str) -> None:
         """
         Takes a slot for a request. This happens before its body is read, so that the memory of all requests is bounded.
 
         Raises:
-            RequestError: If no slot is free.
+            RequestError: If no slot is free, or the client has as many as one client may have.
         """
+        if self._slots[client] >= self.max_per_client:
+            raise RequestError(
+                f"{self._slots[client]} requests from your address are not answered yet, and this server takes up to"
+                f" {self.max_per_client} at a time: try again later (the operator can change this with --max-per-client)",
+                code="rate_limit_exceeded",
+                status=429,
+                headers={"Retry-After": "1"},
+            )
         if self.used_slots >= self.num_slots:
             raise RequestError(
                 f"All {self.num_slots} slots are in use: try again later",
@@ -275,18 +192,20 @@ class AnswerService:
                 status=503,
                 headers={"Retry-After": "1"},
             )
-        self.used_slots += 1
+        self._slots[client] += 1
 
-    def release_slot(self) -> None:
-        self.used_slots -= 1
+    def release_slot(self, client: str) -> None:
+        self._slots[client] -= 1
+        self._slots += Counter()  # drops clients without slots
 
+    @panics_as_errors()
     def prepare(self, request: ChatRequest, system: str | None, rounds: list[Round], limits: Limits) -> Conversation:
         """
         Tokenizes a conversation, and decides how many tokens its answer may have: the number that the request asks for, else
         as many as the model's `generation_config`, the server's limit and the model's context allow.
 
         Raises:
-            RequestError: If prompt and answer do not fit into the model's context.
+            RequestError: If the tokenizer or the model's context cannot take the conversation.
         """
         context = self.model.config.text_config.max_position_embeddings
         characters = len(system or "") + sum(len(one.text) + len(one.answer) + 1 for one in rounds)
@@ -299,8 +218,11 @@ class AnswerService:
             message = f"logit_bias: there is no token {unknown[0]!s:.40}, the model has {vocabulary}"
             raise RequestError(message, "logit_bias", "invalid_value")
         session = self.model.start_chat(self.processor, store=self.store, system=system)
-        input_ids = session.tokenize(rounds)
-        start, prompt_tokens = session.find_answer(rounds, input_ids), input_ids.shape[1]
+        try:
+            input_ids = session.tokenize(rounds)
+            start, prompt_tokens = session.find_answer(rounds, input_ids), input_ids.shape[1]
+        except ValueError as error:
+            raise RequestError(f"messages: {error}", "messages", "invalid_value") from error
         name, requested = request.new_tokens
         if requested is not None and requested > limits.new_tokens:
             message = f"{name}: this server answers with up to {limits.new_tokens} tokens, got {requested}"
@@ -311,18 +233,28 @@ class AnswerService:
         fitting = min(default, limits.new_tokens, context - prompt_tokens)
         return Conversation(session, rounds, start, prompt_tokens, requested or fitting)
 
-    def submit(self, request: ChatRequest, conversation: Conversation, receive: Receive) -> Answer:
-        """Puts an answer into the queue. The answer releases the request's slot when it ends."""
-        answer = Answer(request, conversation, self)
+    def submit(self, request: ChatRequest, conversation: Conversation, receive: Receive, client: str) -> Answer:
+        """
+        Puts an answer into the queue. It releases the request's slot when it ends, and is cancelled when `receive` reports
+        that the client has disconnected.
+        """
+        answer = Answer(request, conversation, self, client)
         self.prompt_tokens += conversation.prompt_tokens
         self._answers.add(answer)
-        answer.submit(self._pool, receive)
+        answer.watch(receive)
+        self.queue.put(client, answer)
+        self._pool.submit(self._answer_next)
         return answer
+
+    def _answer_next(self) -> None:
+        answer = self.queue.take()
+        if answer is not None:
+            answer.run()
 
     def end(self, answer: Answer) -> None:
         self._answers.discard(answer)
         self.disconnects += answer.is_cancelled
-        self.release_slot()
+        self.release_slot(answer.client)
 
     def close(self) -> None:
         """Cancels all answers, and waits until their threads have stopped."""
@@ -360,48 +292,6 @@ class AnswerService:
         finally:
             with self._lock:
                 self.running -= 1
-
-    def count_token(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self.generated_tokens += 1
-            self._recent.append(now)
-            self._drop_times_before(now - RATE_SECONDS)
-
-    def _drop_times_before(self, moment: float) -> None:
-        while self._recent and self._recent[0] < moment:
-            self._recent.popleft()
-
-    def metrics(self) -> bytes:
-        """The metrics in the text format of Prometheus."""
-        return generate_latest(self._registry)
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """Yields the metrics. `prometheus_client` calls this method of a collector."""
-        with self._lock:
-            self._drop_times_before(time.monotonic() - RATE_SECONDS)
-            rate = len(self._recent) / RATE_SECONDS
-        requests = CounterMetricFamily("visualchat_requests", "Chat completion requests by HTTP status", labels=["status"])
-        for status, count in self.requests.items():
-            requests.add_metric([str(status)], count)
-        yield requests
-        store = self.store
-        for name, text, value in (
-            ("disconnects", "Answers cancelled because the client had disconnected", self.disconnects),
-            ("prompt_tokens", "Prompt tokens, including those of images", self.prompt_tokens),
-            ("generated_tokens", "Generated tokens", self.generated_tokens),
-            ("image_memory_hits", "Images found in the image memory", store.hits),
-            ("image_memory_misses", "Images not found in the image memory, which were encoded", store.misses),
-            ("image_memory_evictions", "Images removed from the image memory to make room", store.evictions),
-        ):
-            yield CounterMetricFamily(f"visualchat_{name}", text, value)
-        for name, text, value in (
-            ("tokens_per_second", f"Generated tokens per second, over the last {RATE_SECONDS} seconds", rate),
-            ("running", "Answers being generated", self.running),
-            ("queue_length", "Requests that wait for a thread", self.used_slots - self.running),
-            ("image_memory_bytes", "Size of the image memory in RAM", store.nbytes),
-        ):
-            yield GaugeMetricFamily(f"visualchat_{name}", text, value)
 
 
 def context_length_error(what: str, context: str) -> RequestError:

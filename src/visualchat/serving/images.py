@@ -8,7 +8,7 @@ from huggingface_hub.utils import httpx
 from PIL import Image, UnidentifiedImageError
 
 from modeling_visualchat.image_loading_visualchat import DATA_URL, crop_for_clip, decode_base64, load_image
-from visualchat.serving.errors import RequestError
+from visualchat.serving.errors import RequestError, show
 from visualchat.serving.limits import Limits
 
 
@@ -32,14 +32,14 @@ def check_url(url: str, param: str, limits: Limits) -> None:
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https"):
         raise RequestError(
-            f"{param}: images must be data URLs (data:image/png;base64,…): this server reads no files, got {url!r:.80}",
+            f"{param}: images must be data URLs (data:image/png;base64,…): this server reads no files, got {show(url)}",
             param,
             "invalid_image_url",
         )
     # `netloc` omits the port if it is the default one of the scheme
     if parsed.netloc.decode().lower() not in limits.hosts or parsed.userinfo:
         raise RequestError(
-            f"{param}: this server does not fetch images from {parsed.host!r}: send the image as a data URL"
+            f"{param}: this server does not fetch images from {show(parsed.host)}: send the image as a data URL"
             " (the operator of the server can allow hosts with --allow-host)",
             param,
             "invalid_image_url",
@@ -87,7 +87,7 @@ def decode_data_url(url: str, param: str, limits: Limits) -> bytes:
     head, _, encoded = url.partition(",")
     if not head.lower().endswith(";base64"):
         raise RequestError(
-            f"{param}: a data URL must begin with data:image/png;base64, (or another image type), got {url!r:.80}",
+            f"{param}: a data URL must begin with data:image/png;base64, (or another image type), got {show(url)}",
             param,
             "invalid_base64",
         )

@@ -9,6 +9,8 @@ class Limits:
     """
     Args:
         body_bytes (`int`): The largest size of a request's body.
+        text_bytes (`int`): The largest size of a body without the data of its images.
+        values (`int`): The most values in the JSON of a body: messages, parts, fields and the like.
         body_seconds (`float`): The longest time in which the body must arrive.
         images (`int`): The most images in a conversation.
         choices (`int`): The most choices (`n`) of a request.
@@ -21,6 +23,8 @@ class Limits:
     """
 
     body_bytes: int = 32_000_000
+    text_bytes: int = 2_000_000
+    values: int = 20_000
     body_seconds: float = 60
     images: int = 16
     choices: int = 8

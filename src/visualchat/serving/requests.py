@@ -5,13 +5,14 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from modeling_visualchat.chat_streaming_visualchat import cut_section
 from modeling_visualchat.chat_visualchat import Round
-from visualchat.serving.errors import RequestError
+from visualchat.serving.errors import MAX_PARAM, RequestError, cut, show
 from visualchat.serving.images import check_url
+from visualchat.serving.json_limits import check_json
 from visualchat.serving.limits import Limits
 
 
@@ -95,6 +96,7 @@ class Message(StrictModel):
     # Last, so that errors of the other fields are reported before a missing `content`
     content: Annotated[
         list[Part],
+        FailFast(),
         BeforeValidator(lambda content: [Part(type="text", text=content)] if isinstance(content, str) else content),
     ]
 
@@ -116,7 +118,7 @@ class ChatRequest(StrictModel):
     """
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     max_completion_tokens: Integer | None = Field(None, ge=1)
     max_tokens: Integer | None = Field(None, ge=1)
     stop: Annotated[
@@ -224,11 +226,12 @@ async def receive_body(request: Request, limits: Limits, kept: int) -> tuple[byt
     return bytes(body), size
 
 
-def parse_request(body: bytes) -> ChatRequest:
+def parse_request(body: bytes, limits: Limits) -> ChatRequest:
     """
     Raises:
-        RequestError: If the request is not valid. The error names the field.
+        RequestError: If the request is not valid, or too large. The error names the field.
     """
+    check_json(body, limits)
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as invalid:
@@ -236,7 +239,8 @@ def parse_request(body: bytes) -> ChatRequest:
     else:
         check_consistency(request)
         return request
-    param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in error["loc"]).lstrip(".") or None
+    keys = (f"[{one}]" if isinstance(one, int) else f".{cut(one, MAX_PARAM // 2)}" for one in error["loc"])
+    param = "".join(keys).lstrip(".") or None
     if error["type"] == "json_invalid":
         raise RequestError(f"The body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
     if error["type"] == "extra_forbidden":
@@ -245,7 +249,7 @@ def parse_request(body: bytes) -> ChatRequest:
         raise RequestError(f"{param}: this field is required", param, "missing_required_parameter")
     problem = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     code = "unsupported_value" if error["type"] == "unsupported_value" else "invalid_value"
-    raise RequestError(f"{param or 'The body'}: {problem}, got {error['input']!r:.80}", param, code)
+    raise RequestError(f"{param or 'The body'}: {problem}, got {show(error['input'])}", param, code)
 
 
 def check_consistency(request: ChatRequest) -> None:

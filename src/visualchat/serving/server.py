@@ -27,12 +27,15 @@ from modeling_visualchat.image_loading_visualchat import DATA_URL
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.errors import input_errors
 from visualchat.loading import choose_device, load_model, load_processor
-from visualchat.serving.answers import Answer, AnswerChunk, AnswerService, Conversation, DisconnectedError
-from visualchat.serving.errors import RequestError
+from visualchat.serving.answers import Answer, AnswerService, DisconnectedError
+from visualchat.serving.choices import AnswerChunk, Conversation
+from visualchat.serving.errors import RequestError, cut, show
 from visualchat.serving.hosts import HostMiddleware, find_allowed_hosts
 from visualchat.serving.images import decode_data_url, fetch_image, open_image
 from visualchat.serving.limits import Limits
+from visualchat.serving.metrics import Metrics
 from visualchat.serving.requests import ChatRequest, parse_request, read_body, read_rounds, receive_body
+from visualchat.serving.turns import find_client
 
 
 logger = logging.getLogger("uvicorn.error")
@@ -55,11 +58,11 @@ def build_app(service: AnswerService, name: str, limits: Limits, hosts: Collecti
         yield
         await run_sync(service.close)
 
-    app = FastAPI(title="VisualChat", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(HostMiddleware, hosts=hosts, open_paths=("/health",))
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(HostMiddleware, hosts=hosts, open_paths=("/health", "/health/"))
+    metrics = Metrics(service)
     model_card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "visualchat"}
 
-    @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         try:
             response = await complete_chat(request, service, name, limits)
@@ -73,25 +76,31 @@ def build_app(service: AnswerService, name: str, limits: Limits, hosts: Collecti
         service.requests[response.status_code] += 1
         return response
 
-    @app.get("/v1/models")
     async def list_models() -> dict:
         return {"object": "list", "data": [model_card]}
 
-    @app.get("/v1/models/{model_id:path}")
     async def show_model(model_id: str) -> Response:
-        return JSONResponse(model_card) if model_id == name else unknown_model_error(model_id, name).to_response()
+        is_known = model_id.rstrip("/") == name.rstrip("/")
+        return JSONResponse(model_card) if is_known else unknown_model_error(model_id, name).to_response()
 
-    @app.get("/health")
     async def health() -> dict:
         return {"status": "ok"}
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
+    async def show_metrics() -> Response:
+        return Response(metrics.to_text(), media_type=CONTENT_TYPE_LATEST)
+
+    # Clients send a slash at the end as well, and load balancers send HEAD
+    reading = ["GET", "HEAD"]
+    for ending in ("", "/"):
+        app.add_api_route(f"/v1/chat/completions{ending}", complete, methods=["POST"])
+        app.add_api_route(f"/v1/models{ending}", list_models, methods=reading)
+        app.add_api_route(f"/health{ending}", health, methods=reading)
+        app.add_api_route(f"/metrics{ending}", show_metrics, methods=reading)
+    app.add_api_route("/v1/models/{model_id:path}", show_model, methods=reading)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {cut(request.url.path, 200)}: {error.detail}"
         return RequestError(message, status=error.status_code, headers=error.headers).to_response()
 
     return app
@@ -103,19 +112,20 @@ async def complete_chat(request: Request, service: AnswerService, name: str, lim
         RequestError: If the request is not valid or no slot is free.
         DisconnectedError: If the client disconnects before the response begins.
     """
+    client = find_client(request)
     try:
-        service.take_slot()
+        service.take_slot(client)
     except RequestError:
         await receive_body(request, limits, 0)
         raise
     try:
-        chat_request = await run_sync(parse_request, await read_body(request, limits))
+        chat_request = await run_sync(parse_request, await read_body(request, limits), limits)
         if chat_request.model != name:
             raise unknown_model_error(chat_request.model, name)
         conversation = await prepare_conversation(chat_request, service, limits)
-        answer = service.submit(chat_request, conversation, request.receive)
+        answer = service.submit(chat_request, conversation, request.receive, client)
     except BaseException:
-        service.release_slot()
+        service.release_slot(client)
         raise
     chunks = answer.chunks()
     # An error before the first chunk is still answered with its own HTTP status
@@ -142,7 +152,7 @@ def to_logprobs(chat_request: ChatRequest, tokens: list[dict]) -> dict | None:
 
 async def prepare_conversation(chat_request: ChatRequest, service: AnswerService, limits: Limits) -> Conversation:
     """Reads and opens the images, then tokenizes the conversation. Cheap checks come first."""
-    system, rounds, counts = read_rounds(chat_request, limits)
+    system, rounds, counts = await run_sync(read_rounds, chat_request, limits)
     images = []
     for param, url in chat_request.images:
         if DATA_URL.match(url):
@@ -199,7 +209,7 @@ def to_event(content: dict) -> str:
 
 def unknown_model_error(model: str, name: str) -> RequestError:
     return RequestError(
-        f"There is no model {model!r:.200} on this server: use {name!r}", "model", "model_not_found", status=404
+        f"There is no model {show(model)} on this server: use {name!r}", "model", "model_not_found", status=404
     )
 
 
@@ -219,6 +229,8 @@ def run(args: argparse.Namespace) -> None:
     numbered = len(config.image_number_token_ids) if config.image_number_keys else args.max_images
     limits = Limits(
         body_bytes=int(args.max_body_mb * 1e6),
+        text_bytes=int(args.max_text_mb * 1e6),
+        values=args.max_json_values,
         images=min(args.max_images, numbered),
         choices=args.max_choices,
         image_bytes=int(args.max_image_mb * 1e6),
@@ -228,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
     )
     store = ImageMemoryStore(model, int(args.image_memory_gb * 2**30), args.image_memory_folder)
     with input_errors(f"cannot serve {args.model}: "):
-        service = AnswerService(model, processor, store, args.concurrency, args.queue)
+        service = AnswerService(model, processor, store, args.concurrency, args.queue, args.max_per_client)
     app = build_app(service, args.model_name or args.model, limits, hosts)
     # After Ctrl-C, the server waits this many seconds for open connections before it closes them
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)
