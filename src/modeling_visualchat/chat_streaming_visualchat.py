@@ -11,8 +11,10 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 
-# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section
-SECTION = r"(?:\A|\n+)### (?:Image \d+|Question|Answer):"
+# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section.
+# The search begins at the first of several newlines only: else its time would grow with the square of their number
+NEWLINES = r"(?:\A|(?<!\n)\n+)"
+SECTION = NEWLINES + r"### (?:Image \d+|Question|Answer):"
 SECTION_START = re.compile(SECTION + r"(?=\n)")
 # … and an answer that was broken off may be broken off there
 SECTION_START_OR_END = re.compile(SECTION + r"(?=\n|\Z)")
@@ -27,7 +29,7 @@ def _beginning_of(text: str, rest: str = "") -> str:
 
 # The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
 NAMES = (_beginning_of("Image ", r"(?:\d+:?)?"), _beginning_of("Question:"), _beginning_of("Answer:"))
-UNSURE = re.compile(rf"(?:\A|\n+){_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|\uFFFD+\Z")
+UNSURE = re.compile(rf"{NEWLINES}{_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|(?<!\uFFFD)\uFFFD+\Z")
 MAX_NEW_TOKENS = 512
 
 

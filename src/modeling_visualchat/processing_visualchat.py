@@ -214,7 +214,7 @@ class VisualChatProcessor(ProcessorMixin):
                     f"{where} holds the text {token.content!r}, which this tokenizer cannot take as text: make the token one"
                     " with normalized=False, or leave it out"
                 )
-        return _starts_of(tuple(token.content for token in special)).sub(rf"\g<0>{MARK}", content)
+        return _starts_of(tuple(token.content for token in special)).sub(lambda start: start[0] + MARK, content)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.chat import GREEDY, PROCESSOR, ROUNDS, assert_as_from_scratch, hold, writes
 from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model
 from modeling_visualchat import VisualChatProcessor
+from modeling_visualchat.chat_streaming_visualchat import cut_section, find_sure_part
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 
 
@@ -250,3 +252,11 @@ class TestBegunAnswers:
         with pytest.raises(TypeError, match="begins with a string, got int"):
             chat.edit(0, "And?", begin_with=7)
         assert chat.rounds == before
+
+
+@pytest.mark.parametrize("text", ["\n" * 100_000 + "x", "\ufffd" * 100_000 + "x", "\n### Image 1" * 10_000 + "x"])
+def test_the_time_to_find_sections_grows_with_the_length(text):
+    """It took minutes where it grew with the square of the length."""
+    start = time.monotonic()
+    assert cut_section(text) == find_sure_part(text) == text
+    assert time.monotonic() - start < 5

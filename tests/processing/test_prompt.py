@@ -277,6 +277,28 @@ class TestTypedTokens:
         again = processor(text=text, images=[digit_image(0)])
         assert again["input_ids"] == [ids.tolist()]
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_chat_asks_what_training_shows(self, kind):
+        """The question is written as in training, and begins and ends with no token more."""
+        processor, model = make_processor_of(kind), make_model()
+        begins = kind not in ("no bos", "bos not added")
+        for question in (
+            "Hi",
+            "<s>",
+            "</s>",
+            "<unk>",
+            " </s>",
+            "</s> a <s>",
+            "<<s>s></s></s>",
+            "<image>",
+            "a <image>\n</s>",
+        ):
+            ids = model.start_chat(processor).tokenize([Round(question)])[0]
+            assert [(ids == token).sum() for token in (0, 1, 2, processor.image_token_id)] == [0, begins, 0, 0]
+            if "<image>" not in question:  # training refuses it
+                batch = VisualChatDataCollator(processor)([{"messages": [user(question), assistant("Yes")]}])
+                assert torch.equal(batch["input_ids"][0, : len(ids)], ids) and (batch["labels"][0, : len(ids)] == -100).all()
+
     def test_the_placeholder_is_text_where_it_is_allowed(self):
         processor = make_processor()
         conversation = [user(STRUCK, digit_image(0)), assistant(STRUCK), user("And?")]

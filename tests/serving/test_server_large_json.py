@@ -94,6 +94,9 @@ class TestLargeBodies:
         many = [{"role": role, "content": [text("")]} for _ in range(1600) for role in ("user", "assistant")]
         status, _, answer = tester.post({"model": "tiny", "messages": [*many, {"role": "user", "content": "a"}]})
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        lines = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n" * 1_000_000}]
+        status, _, answer = tester.post({"model": "tiny", "messages": lines})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
         for wrong, param in (
             (fill(MESSAGES, b"{},", 0.03).rstrip(b",") + b"]}", "messages[0].role"),
             (BEGINNING + b",".join(b'"%d": 1' % k for k in range(19_000)) + b"}", "0"),

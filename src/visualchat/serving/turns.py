@@ -18,8 +18,8 @@ def find_client(request: Request) -> str:
         address = ip_address(request.client.host) if request.client else None
     except ValueError:  # what a proxy calls its client
         return request.client.host
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is None:
-        return f"{IPv6Address(int(address) >> 64 << 64)}/64"
+    if isinstance(address, IPv6Address):
+        return str(address.ipv4_mapped or IPv6Address(int(address) >> 64 << 64))
     return str(address)
 
 
