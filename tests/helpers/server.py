@@ -13,14 +13,14 @@ import threading
 import time
 
 import openai
-import uvicorn
 from openai.resources.chat import Completions
 from PIL import Image
 
 from helpers.tiny import make_model, make_processor
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.serving.answers import AnswerService
-from visualchat.serving.limits import Limits
+from visualchat.serving.limits import ConnectionLimits, Limits
+from visualchat.serving.process import Server as HttpServer
 from visualchat.serving.server import build_app
 
 
@@ -33,7 +33,7 @@ KNOWN_FIELDS = inspect.signature(Completions.create).parameters
 class Server:
     """A server in a thread. While `slow` is set, each of its tokens takes 20 ms."""
 
-    def __init__(self, limits=None, concurrency=1, queue=8):
+    def __init__(self, limits=None, concurrency=1, queue=8, **connections):
         self.model, self.processor = make_model(image_number_keys=True), make_processor()
         # Random weights end an answer anywhere
         self.model.generation_config.eos_token_id = None
@@ -46,12 +46,10 @@ class Server:
         self.store = ImageMemoryStore(self.model, 2**30)
         self.service = AnswerService(self.model, self.processor, self.store, concurrency, queue)
         app = build_app(self.service, "tiny", limits or Limits(images=12))
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.server = HttpServer(app, self.service, ConnectionLimits(**{"shutdown_seconds": 1, **connections}), "critical")
+        listeners = self.server.listen("127.0.0.1", 0)
+        self.port = listeners[0].getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, args=[listeners], daemon=True)
 
     def __enter__(self):
         self.thread.start()
@@ -60,9 +58,10 @@ class Server:
 
     def __exit__(self, *_):
         self.slow.clear()
+        if "client" in vars(self):
+            self.client.close()  # the server would wait a second for its next request
         self.server.should_exit = True
         self.thread.join(20)
-        self.socket.close()
         assert not self.thread.is_alive()
 
     @property

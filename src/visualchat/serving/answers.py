@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, move_on_after
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.types import Receive
@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import ChatSession, Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from visualchat.serving.errors import RequestError
+from visualchat.serving.errors import RequestError, overloaded_error, stopping_error
 from visualchat.serving.limits import Limits
 from visualchat.serving.requests import ChatRequest
 from visualchat.serving.sampling import DECODE_KWARGS, LogprobsRecorder, PenaltyProcessor, SamplingProcessor, make_warpers
@@ -147,6 +147,11 @@ class Answer:
         self._cancelled.set()
         self._future.cancel()
 
+    def fail(self, error: Exception) -> None:
+        """Ends the answer with this error now, although its thread stops only after the next token."""
+        self._events.put_nowait(error)
+        self.cancel()
+
     @property
     def is_cancelled(self) -> bool:
         return self._cancelled.is_set()
@@ -180,6 +185,7 @@ class Answer:
     async def _cancel_when_disconnected(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        self.service.disconnects += 1
         self.cancel()
 
     def _end(self, future: Future) -> None:
@@ -225,6 +231,7 @@ class AnswerService:
     Attributes:
         requests (`Counter`): The number of requests by HTTP status.
         disconnects (`int`): The number of answers that were cancelled because the client had disconnected.
+        is_stopping (`bool`): Whether the server stops. No request gets a slot then.
         image_limiter (`CapacityLimiter`): Limits the number of threads that open images.
     """
 
@@ -243,7 +250,7 @@ class AnswerService:
             )
         self.model, self.processor, self.store = model, processor, store
         self.num_slots, self.used_slots, self.running = concurrency + queue, 0, 0
-        self.requests, self.disconnects = Counter(), 0
+        self.requests, self.disconnects, self.is_stopping = Counter(), 0, False
         self.prompt_tokens = self.generated_tokens = 0
         self._recent: deque[float] = deque()
         self._lock = threading.Lock()
@@ -263,18 +270,15 @@ class AnswerService:
 
     def take_slot(self) -> None:
         """
-        Takes a slot for a request. This happens before its body is read, so that the memory of all requests is bounded.
+        Takes a slot for a request whose body has arrived. A slow body holds none.
 
         Raises:
-            RequestError: If no slot is free.
+            RequestError: If no slot is free, or the server is stopping.
         """
+        if self.is_stopping:
+            raise stopping_error()
         if self.used_slots >= self.num_slots:
-            raise RequestError(
-                f"All {self.num_slots} slots are in use: try again later",
-                code="server_overloaded",
-                status=503,
-                headers={"Retry-After": "1"},
-            )
+            raise overloaded_error(f"All {self.num_slots} slots are in use")
         self.used_slots += 1
 
     def release_slot(self) -> None:
@@ -321,14 +325,20 @@ class AnswerService:
 
     def end(self, answer: Answer) -> None:
         self._answers.discard(answer)
-        self.disconnects += answer.is_cancelled
         self.release_slot()
 
-    def close(self) -> None:
-        """Cancels all answers, and waits until their threads have stopped."""
-        for answer in list(self._answers):
-            answer.cancel()
-        self._pool.shutdown()
+    def fail_all(self) -> None:
+        """Ends all answers, also those in the queue, because the server stops."""
+        for answer in self._answers:
+            answer.fail(stopping_error())
+
+    async def close(self) -> None:
+        """Ends all answers, and waits a second for their threads, no longer: the computation of a token may take long."""
+        self.fail_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with move_on_after(1):
+            while self._answers:
+                await asyncio.sleep(0.02)
 
     def generate(self, choice: Choice) -> Iterator[str]:
         """Yields the text of a choice. The model's `generation_config` decides what the request does not set."""

@@ -15,3 +15,13 @@ class RequestError(Exception):
 
     def to_response(self) -> JSONResponse:
         return JSONResponse({"error": self.error}, self.status, self.headers)
+
+
+def overloaded_error(reason: str) -> RequestError:
+    return RequestError(f"{reason}: try again later", code="server_overloaded", status=503, headers={"Retry-After": "1"})
+
+
+def stopping_error() -> RequestError:
+    return RequestError(
+        "The server is stopping: try again later", code="server_stopping", status=503, headers={"Retry-After": "1"}
+    )
