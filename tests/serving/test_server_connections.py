@@ -23,8 +23,8 @@ GET = "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 @pytest.fixture(scope="module")
 def hasty():
     """A server with one slot and short limits of time."""
-    limits = Limits(images=12, body_seconds=2, body_pause_seconds=0.7)
-    with Server(limits, queue=0, head_seconds=0.7, idle_seconds=0.7, send_seconds=0.7) as server:
+    limits = Limits(images=12, body_seconds=3, body_pause_seconds=1.5)
+    with Server(limits, queue=0, head_seconds=1.5, idle_seconds=1.5, send_seconds=1) as server:
         yield server
 
 
@@ -95,7 +95,7 @@ class TestSlowClients:
             for client in clients:
                 status, headers, answer = read_response(client)
                 assert (status, headers["Connection"]) == (408, "close")
-                assert "nothing of it did for 0.7 seconds" in json.loads(answer)["error"]["message"]
+                assert "nothing of it did for 1.5 seconds" in json.loads(answer)["error"]["message"]
 
     def test_a_body_that_comes_byte_by_byte(self, hasty):
         with connected(hasty, 1, HALF_A_BODY) as (client,):
@@ -106,7 +106,7 @@ class TestSlowClients:
                     assert client.recv(100).startswith(b"HTTP/1.1 408")
                     break
             else:
-                pytest.fail("the server waits for longer than 2 seconds")
+                pytest.fail("the server waits for longer than 3 seconds")
 
     def test_a_body_that_nobody_reads(self, hasty):
         """The route is answered before the rest of the body has come."""

@@ -149,6 +149,7 @@ class Answer:
 
     def fail(self, error: Exception) -> None:
         """Ends the answer with this error now, although its thread stops only after the next token."""
+        self._watch.cancel()
         self._events.put_nowait(error)
         self.cancel()
 

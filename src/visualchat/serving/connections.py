@@ -85,7 +85,7 @@ class Connections:
             to.setdefault(connection)
 
     def close_oldest(self) -> bool:
-        """Closes the connection that was silent for the longest time, else the oldest upload. Returns whether there was one."""
+        """Closes the connection that was silent for the longest time, else the oldest upload. False if there is none."""
         oldest = next(iter(self.silent or self.uploading), None)
         if oldest is None:
             return False
@@ -223,6 +223,8 @@ class ClientConnection(H11Protocol):
         super().on_response_complete()  # begins with the next request if that has arrived already
         self._stop_probing()
         if self.is_answering:
+            if self._is_half_closed:
+                self._probe(0.2)
             return
         if self._is_half_closed:
             self.transport.close()

@@ -26,7 +26,7 @@ from visualchat.serving.limits import ConnectionLimits
 
 logger = logging.getLogger("uvicorn.error")
 
-# For errors to be sent and threads to end, after `shutdown_seconds`
+# For errors to be sent, after `shutdown_seconds`
 CLOSING_SECONDS = 1.0
 
 
@@ -150,7 +150,7 @@ def serve(app: ASGIApp, service: AnswerService, host: str, port: int, limits: Co
         address, number = listener.getsockname()[:2]
         logger.info("Listening on http://%s:%d", f"[{address}]" if ":" in address else address, number)
     server.run(listeners)
-    if not threads_ended(CLOSING_SECONDS):
+    if not threads_ended(0.2):
         logger.warning("The process ends while the model still computes")
         sys.stdout.flush()
         sys.stderr.flush()
