@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -97,22 +98,30 @@ class Server(uvicorn.Server):
         Listens on all addresses of a host, as `asyncio` does. An empty host means all addresses of this machine.
 
         Raises:
-            InputError: If an address cannot be used.
+            InputError: If an address cannot be used. Those that the machine does not have (a container may know `localhost`
+                as `::1` without having IPv6) are left out, if it has another one.
         """
-        listeners = []
-        try:
-            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
-                listener = Listener(self.client_connections, family)
-                listeners.append(listener)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                listener.bind(address)
-        except OSError as error:
-            for listener in listeners:
-                listener.close()
-            raise InputError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        listeners, missing = [], None
+        with contextlib.ExitStack() as stack:
+            try:
+                found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+                for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+                    try:
+                        listener = stack.enter_context(Listener(self.client_connections, family))
+                        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                        if family == socket.AF_INET6:
+                            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                        listener.bind(address)
+                        listeners.append(listener)
+                    except OSError as error:
+                        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                            raise
+                        missing = error
+                if not listeners:
+                    raise missing
+            except OSError as error:
+                raise InputError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+            stack.pop_all()
         return listeners
 
     def capture_signals(self) -> contextlib.AbstractContextManager:
