@@ -11,7 +11,7 @@ import time
 import pytest
 
 from helpers.server import PATH, Server, body, send_and_leave, text, wait_until
-from visualchat.serving import connections
+from visualchat.serving import bodies, connections
 from visualchat.serving.connections import Connections, Listener, possible_connections
 from visualchat.serving.limits import ConnectionLimits, Limits
 
@@ -140,11 +140,13 @@ class TestSlowClients:
             client.shutdown(socket.SHUT_RDWR)
             sender.join()
 
-    def test_bodies_that_arrive_have_a_limit_of_memory(self):
+    def test_bodies_that_arrive_have_a_limit_of_memory(self, monkeypatch):
+        monkeypatch.setattr(bodies, "BEGINNING_BYTES", 1000)
         request = json.dumps(body(text("a" * 19_000), max_tokens=2)).encode()
         head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         sent = f"{head}Content-Length: {len(request)}\r\n\r\n".encode() + request[:-1]
-        with Server(Limits(body_bytes=20_000, images=12)) as server, connected(server, 9) as clients:
+        question = json.dumps(body(text("hello"), max_tokens=2)).encode()
+        with Server(Limits(body_bytes=20_000, images=12)) as server, connected(server, 10) as (*clients, asker):
             for client in clients[:-1]:
                 client.sendall(sent)
             wait_until(lambda: len(server.server.client_connections.uploading) == 8)
@@ -152,6 +154,8 @@ class TestSlowClients:
             clients[-1].sendall(sent + request[-1:])
             status, _, answer = read_response(clients[-1])
             assert status == 503 and "Too many large requests are arriving" in json.loads(answer)["error"]["message"]
+            asker.sendall(f"{head}Content-Length: {len(question)}\r\n\r\n".encode() + question)
+            assert read_response(asker)[0] == 200
             for client in clients[:-1]:
                 client.sendall(request[-1:])
             # Too long for the context, which is known only after it was read
