@@ -9,6 +9,7 @@ ever, and enough of them would take all open files that the process may have.
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import resource
@@ -32,6 +33,8 @@ READ_BYTES = 16_384
 # How long a connection without a request stays open after the server began to stop. A request that is on its way by then
 # gets an answer (503) this way, instead of a broken connection
 LAST_SECONDS = 1.0
+# New connections that are turned away at a time
+TURNED_AWAY = 50
 # Between two lines in the log about the same
 LOG_SECONDS = 60.0
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
@@ -85,13 +88,15 @@ class Connections:
             to.setdefault(connection)
 
     def close_oldest(self) -> bool:
-        """Closes the connection that was silent for the longest time, else the oldest upload. False if there is none."""
-        oldest = next(iter(self.silent or self.uploading), None)
-        if oldest is None:
-            return False
-        self.move(oldest, None)
-        oldest.transport.abort()
-        return True
+        """
+        Closes the connections that have been silent for the longest time, else the oldest uploads. It closes several, since
+        the event loop may turn more slowly than new connections come. Returns whether there were any.
+        """
+        oldest = list(itertools.islice(self.silent or self.uploading, 1 + self.limits.connections // 8))
+        for connection in oldest:
+            self.move(connection, None)
+            connection.transport.abort()
+        return bool(oldest)
 
     def log_shortage(self, problem: str) -> None:
         now = time.monotonic()
@@ -118,19 +123,20 @@ class Listener(socket.socket):
         Raises:
             BlockingIOError: If there is no connection to accept now. asyncio calls again while one is waiting.
         """
-        # asyncio calls this method until it raises. With one connection at a time, one is known to be waiting at each call
-        if self._has_accepted:
-            self._has_accepted = False
-            raise BlockingIOError
+        # asyncio calls this method when a connection is waiting, and then again until it raises
+        is_waiting, self._has_accepted = not self._has_accepted, False
         limit = self.connections.limits.connections
         if self.connections.count >= limit:
-            self._make_room(f"All {limit} connections are in use (--max-connections, ulimit -n)")
+            if is_waiting:
+                self._make_room(f"All {limit} connections are in use (--max-connections, ulimit -n)")
+            raise BlockingIOError
         try:
             accepted = super().accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             self._make_room(f"No more files can be opened ({error.strerror})")
+            raise BlockingIOError from error
         self.connections.count += 1
         self._has_accepted = True
         return accepted
@@ -142,16 +148,18 @@ class Listener(socket.socket):
         super().close()
 
     def _make_room(self, problem: str) -> None:
-        """Closes an old connection, which takes effect after this method, or turns away the new one. Always raises."""
+        """Closes old connections, which takes effect after this method, or turns away new ones."""
         self.connections.log_shortage(problem)
-        if not self.connections.close_oldest():
-            os.close(self._spare)
-            try:
-                with contextlib.suppress(OSError), super().accept()[0] as turned_away:
-                    turned_away.send(REFUSAL)
-            finally:
-                self._spare = os.open(os.devnull, os.O_RDONLY)
-        raise BlockingIOError
+        if self.connections.close_oldest():
+            return
+        os.close(self._spare)
+        try:
+            with contextlib.suppress(OSError):
+                for _ in range(TURNED_AWAY):
+                    with super().accept()[0] as turned_away:
+                        turned_away.send(REFUSAL)
+        finally:
+            self._spare = os.open(os.devnull, os.O_RDONLY)
 
 
 class ResponseWriter(h11.Connection):
