@@ -21,6 +21,7 @@ from PIL import Image
 
 from .chat_streaming_visualchat import check_characters
 from .image_loading_visualchat import load_own_image
+from .processing_visualchat import MAX_TEXT_LENGTH
 
 
 FILE_NAME = "conversation.json"
@@ -230,3 +231,5 @@ def _check(value, field: str, *kinds: type) -> None:
         raise ValueError(f"{field} must be {expected}, got {reprlib.repr(value)}")
     if isinstance(value, str):
         check_characters(value, field)
+        if len(value) > MAX_TEXT_LENGTH:
+            raise ValueError(f"{field} has {len(value)} characters, at most {MAX_TEXT_LENGTH} are read")

@@ -246,6 +246,9 @@ class TestLoading:
         write(folder, images=["image-1.png"] * 2000)
         with pytest.raises(ValueError, match="rounds has 2000 images, at most 1000 are read"):
             load(folder, model)
+        write(folder, text="a" * 400_001)
+        with pytest.raises(ValueError, match=r"rounds\[0\]\.text has 400001 characters, at most 400000 are read"):
+            load(folder, model)
         write(folder, text="a" * saving.MAX_BYTES)
         with pytest.raises(ValueError, match=r"it has 83\d{5} bytes, at most 8388608 are read"):
             load(folder, model)
