@@ -145,11 +145,23 @@ def choose_settings(model, generation: dict) -> dict:
 
 
 def check_texts(question: str, begin_with: str) -> None:
-    for what, text in (("A question is", question), ("An answer begins with", begin_with)):
+    for name, verb, text in (("A question", "is", question), ("An answer", "begins with", begin_with)):
         if not isinstance(text, str):
-            raise TypeError(f"{what} a string, got {type(text).__name__}")
+            raise TypeError(f"{name} {verb} a string, got {type(text).__name__}")
+        check_characters(text, name)
     if cut_section(begin_with) != begin_with:
         raise ValueError(f"`begin_with` holds a section line of the prompt, which would end the answer: {begin_with!r:.80}")
+
+
+def check_characters(text: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: If a text, which errors call `name`, holds half a character (a lone surrogate). No tokenizer takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character, {text[error.start]!r}, at position {error.start}") from error
 
 
 def cut_section(answer: str) -> str:

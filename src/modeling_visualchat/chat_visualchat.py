@@ -4,9 +4,9 @@
 import copy
 import inspect
 import itertools
-import json
 import os
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteriaList
 from transformers.utils import logging
 
+from .chat_saving_visualchat import SavedConversation, load_conversation, save_conversation
 from .chat_streaming_visualchat import (
     AnswerReader,
     AnswerThread,
@@ -31,7 +32,6 @@ from .weight_fingerprint_visualchat import ModelWeights, describe_state
 
 
 logger = logging.get_logger(__name__)
-FILE_NAME = "conversation.json"
 
 
 @dataclass
@@ -192,22 +192,20 @@ class ChatSession:
         return other
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `conversation.json` and the images, as PNG, into a folder."""
-        os.makedirs(folder, exist_ok=True)
-        rounds, numbers = [], itertools.count(1)
-        for one in self.rounds:
-            names = [f"image-{next(numbers)}.png" for _ in one.images]
-            for name, image in zip(names, one.images):
-                image.save(os.path.join(folder, name))
-            rounds.append({"text": one.text, "images": names, "answer": one.answer})
-        content = {"system": self.system, "dropped_rounds": self.dropped_rounds, "rounds": rounds}
-        with open(os.path.join(folder, FILE_NAME), "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
+        """
+        Writes `conversation.json` and the images, as PNG, into a folder, in place of an earlier conversation there.
+
+        Raises:
+            OSError: If it cannot be written. An earlier conversation is then still whole.
+            ValueError: If it is longer than [`~ChatSession.load`] reads: see there.
+        """
+        rounds = [(one.text, one.images, one.answer) for one in self.rounds]
+        save_conversation(folder, SavedConversation(self.system, self.dropped_rounds, rounds))
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model, processor, **settings) -> "ChatSession":
         """
-        A conversation that [`~ChatSession.save`] wrote, to go on with.
+        A conversation that [`~ChatSession.save`] wrote, to go on with. The images must lie in the folder.
 
         Args:
             folder (`str` or `os.PathLike`): Where it lies.
@@ -215,20 +213,12 @@ class ChatSession:
 
         Raises:
             FileNotFoundError: If there is no `conversation.json`, or one of its images is missing.
-            ValueError: If it holds something else.
+            ValueError: If it holds something else, or more than 10,000 rounds, 1,000 images or 8 MiB of text.
         """
-        path = os.path.join(folder, FILE_NAME)
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-            session = cls(model, processor, **{"system": content["system"], **settings})
-            session.dropped_rounds = content["dropped_rounds"]
-            saved = [(one["text"], one["images"], one["answer"]) for one in content["rounds"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a conversation that was saved here: {error!r}") from error
-        for text, names, answer in saved:
-            images = [load_own_image(os.path.join(folder, name), name) for name in names]
-            session.rounds.append(Round(text, images, answer))
+        saved = load_conversation(folder)
+        session = cls(model, processor, **{"system": saved.system, **settings})
+        session.dropped_rounds = saved.dropped_rounds
+        session.rounds = [Round(*one) for one in saved.rounds]
         return session
 
     @property
@@ -273,9 +263,17 @@ class ChatSession:
     def _make_room(self, rounds: list[Round], new_tokens: int) -> tuple[torch.LongTensor, int]:
         """The prompt that fits, with room for the answer, and how many rounds were dropped. The last one is always kept."""
         limit = self.model.config.text_config.max_position_embeddings
-        for dropped in range(len(rounds) if self.drop_oldest else 1):
-            input_ids = self.tokenize(rounds[dropped:])
-            if input_ids.shape[1] + new_tokens <= limit:
+
+        def fits(input_ids: torch.LongTensor) -> bool:
+            return input_ids.shape[1] + new_tokens <= limit
+
+        input_ids, last = self.tokenize(rounds), len(rounds) - 1
+        if fits(input_ids):
+            return input_ids, 0
+        if self.drop_oldest:  # the fewer rounds there are, the fewer tokens
+            dropped = bisect_left(range(last + 1), True, 1, key=lambda count: fits(self.tokenize(rounds[count:])))
+            input_ids = self.tokenize(rounds[min(dropped, last) :])
+            if dropped <= last:
                 return input_ids, dropped
         what = "last question" if self.drop_oldest else "conversation"
         advice = "ask less at once" if self.drop_oldest else "take back or clear rounds, begin it with drop_oldest=True"

@@ -74,6 +74,9 @@ FIRST_LINE = "You are a powerful vision-language assistant.\n"
 # Stands within a special token that people typed: the tokenizer finds none there, and its normalizer, which is asked later,
 # takes the mark out. A private character that no text holds; if one does, it is taken out as well.
 MARK = "\U000f0001"
+# Characters of one message. Where a regular expression cuts a text into words, tokenizers' engine gives up after 10,000,000
+# steps on a match, and panics: the demo's expression does at 2,000,000 characters without a digit or a line break
+MAX_TEXT_LENGTH = 400_000
 
 PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
 IMAGE_OPTIONS = ImagesKwargs.__annotations__.keys() - {"return_tensors"}
@@ -335,12 +338,7 @@ def _starts_of(tokens: tuple[str, ...]) -> re.Pattern:
 def check_conversation(conversation: list[dict], image_token: str | None = None, name: str = "") -> list[dict]:
     """
     Checks the messages of one conversation and returns a copy without entries that are `None`, which tables of messages
-    are full of.
-
-    Args:
-        conversation (`list[dict]`): The messages.
-        image_token (`str`, *optional*): Text that may not occur in a message, because it would be taken for an image.
-        name (`str`): What errors begin with.
+    are full of. No text may hold `image_token`, because it would be taken for an image. Errors begin with `name`.
     """
     if not conversation:
         raise ValueError(f"{name}the conversation is empty: it needs at least one message from the user")
@@ -365,6 +363,8 @@ def check_conversation(conversation: list[dict], image_token: str | None = None,
         elif not isinstance(content, str):
             raise ValueError(f"{where} has a content of type {type(content).__name__}: use a string or a list of parts")
         texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        if (length := sum(map(len, texts))) > MAX_TEXT_LENGTH:
+            raise ValueError(f"{where} holds {length} characters of text, but at most {MAX_TEXT_LENGTH} are tokenized")
         if image_token is not None and any(image_token in text for text in texts):
             raise ValueError(
                 f"{where} holds the text {image_token!r}, which stands for an image: give images as parts of the type"

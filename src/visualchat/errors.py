@@ -19,3 +19,11 @@ def input_errors(prefix: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise InputError(f"{prefix}{error}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """
+    Whether a library that is written in Rust, such as a tokenizer, panicked. What pyo3 raises then is no `Exception`, and
+    its class cannot be imported.
+    """
+    return type(error).__name__ == "PanicException"

@@ -1,17 +1,21 @@
 """The terminal chat, driven through a pseudo-terminal and through a pipe, as people and scripts do."""
 
 import io
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pexpect
 import pytest
 from transformers import LlamaConfig
 
+from helpers.chat import PROCESSOR, writes
 from helpers.commands import command
 from helpers.tiny import digit_image, make_model, make_processor
+from visualchat.chat.terminal import Terminal, printable
 from visualchat.cli import main as visualchat
 
 
@@ -117,6 +121,78 @@ def test_long_conversations(chat):
     status, answers, said = chat(question * 3, "model", "--max-new-tokens", "8", "--drop-oldest")
     assert (status, len(answers.splitlines())) == (0, 3)
     assert "the oldest rounds were dropped" in said
+
+
+def save(folder: Path, **fields) -> None:
+    one = {"text": "What?", "images": [], "answer": "This.", **fields}
+    folder.mkdir(exist_ok=True)
+    (folder / "conversation.json").write_text(json.dumps({"system": None, "dropped_rounds": 0, "rounds": [one]}))
+
+
+def test_a_conversation_that_cannot_be_loaded_leaves_the_one_that_there_is(chat, tmp_path):
+    digit_image(0).save(tmp_path / "private.png")
+    bad = ({"text": 3}, {"answer": "\ud800"}, {"images": ["../private.png"]}, {"images": ["\x1b[2J.png"]}, {"images": [[]]})
+    for k, fields in enumerate(bad):
+        save(tmp_path / f"bad {k}", **fields)
+    (tmp_path / "bad 5").mkdir()
+    (tmp_path / "bad 5" / "conversation.json").write_text("[" * 100_000)
+    loads = "".join(f"/load '{tmp_path}/bad {k}'\n" for k in range(6))
+    status, answers, said = chat(f"Hello.\n{loads}/show\nAnd?\n", "model", "--max-new-tokens", "8")
+    first, *others = answers.splitlines()
+    assert status == 1 and len(others) == 1
+    assert said.endswith(f"1: Hello.\n{first}\n") and "\x1b" not in said
+    for k, where in enumerate(("rounds[0].text", "rounds[0].answer", *["rounds[0].images[0]"] * 3, "nested too deeply")):
+        assert any(f"bad {k}/conversation.json" in line and where in line for line in said.splitlines())
+
+
+HOSTILE = "a\x1b[2J\x9b\x07\u202eb\r\ud800 \u3000c\u200dd\n\te"
+SHOWN = "a\ufffd[2J\ufffd\ufffd\ufffdb\ufffd\ufffd \u3000c\u200dd\n\te"
+
+
+def test_everything_that_is_printed_is_printable(chat, tmp_path):
+    assert printable(HOSTILE) == SHOWN
+    text, shown = (one.replace("\ud800", "") for one in (HOSTILE, SHOWN))
+    save(tmp_path / "saved", text=text, answer=text)
+    name = str(tmp_path / "\x1b[2J.png")
+    digit_image(0).save(name)
+    lines = f"/load '{tmp_path}/saved'\n/image '{name}'\n/image '{name}none'\n/undo\n\x1b[2J\n/\x1b[2J\n"
+    _, _, said = chat(lines, "model", "--max-new-tokens", "2")
+    assert "\x1b" not in said and "\u202e" not in said
+    shown = shown.replace("\ufffdb\ufffd\ufffd", "\ufffdb\ufffd")
+    assert f"1: {shown}\n{shown}\n[image 1: " in said and f"[removed: {shown}]" in said
+    assert "There is no command /\ufffd[2J" in said and "there is no file" in said
+
+
+def test_answers_are_printable_in_a_terminal_and_as_they_are_in_a_file(folder, capsys, monkeypatch):
+    model = make_model(image_number_keys=True)
+    for is_terminal, expected in ((True, "red \ufffd[31m\n"), (False, "red \x1b[31m\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with writes(model, "red \x1b[31m"):
+            assert Terminal(model.start_chat(PROCESSOR), {}, interactive=False).run(["What?"]) == 0
+        assert capsys.readouterr().out == expected
+
+
+def test_a_panic_of_the_tokenizer_fails_its_line_only(capsys, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3's."""
+
+    model = make_model(image_number_keys=True)
+    terminal = Terminal(model.start_chat(PROCESSOR), {"max_new_tokens": 2}, interactive=False)
+    assert terminal.run(["One?"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(type(PROCESSOR), "encode_prompts", lambda *_: (_ for _ in ()).throw(PanicException("out of bounds")))
+        assert terminal.run(["Two?"]) == 1
+    assert terminal.run(["Three?"]) == 0
+    assert "The tokenizer cannot read this: out of bounds" in capsys.readouterr().err
+    assert [one.text for one in terminal.session.rounds] == ["One?", "Three?"]
+
+
+def test_bytes_that_are_no_text_fail_nothing(folder):
+    words = command("chat", "model", "--max-new-tokens", "2")
+    run = subprocess.run(
+        words, input=b"What \xff is it?\nAnd?\n", cwd=folder, env=ENVIRONMENT, capture_output=True, timeout=120, check=False
+    )
+    assert run.returncode == 0 and len(run.stdout.decode().splitlines()) == 2
 
 
 def ask(terminal: pexpect.spawn, line: str) -> str:

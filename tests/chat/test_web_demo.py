@@ -171,6 +171,63 @@ class TestRefusals:
         shown = ask(page, "second", files[:1], conversation)[-1]
         assert len(warnings) == 1 and box_of(shown)["label"] == "The conversation has 4 images, which is the maximum"
 
+    def test_the_images_of_a_message_have_a_limit_together(self, page, files, warnings):
+        conversation = ask(page, "first", files[:1])[-1][0]
+        page.max_bytes = conversation.max_bytes = sum(os.path.getsize(path) for path in files[:2])
+        shown = ask(page, "second", files, conversation)[-1]
+        assert re.fullmatch(r"The 3 images have [\d,]+ bytes together: at most [\d,]+ are allowed", warnings[0])
+        assert box_of(shown)["value"] == {"text": "second", "files": files}
+        assert len(ask(page, "second", files[:2], conversation)[-1][0].rounds) == 2 and len(warnings) == 1
+
+    def test_a_long_text_is_refused_before_it_is_tokenized(self, page, warnings, monkeypatch):
+        conversation = ask(page, "first")[-1][0]
+        monkeypatch.setattr(page.processor, "encode_prompts", None)
+        shown = ask(page, "x" * 2_000_000, (), conversation)[-1]
+        assert box_of(shown)["interactive"] and len(box_of(shown)["value"]["text"]) == 2_000_000
+        list(page.edit(ANNA, SimpleNamespace(index=0, value="x" * 400_001), conversation, *SETTINGS))
+        assert warnings == [
+            f"The question has {count} characters: at most 400,000 are allowed" for count in ("2,000,000", "400,001")
+        ]
+
+    @pytest.mark.parametrize("seed", [2**53, 2**64, -2, 1e30])
+    def test_a_seed_that_is_none(self, page, warnings, seed):
+        shown = ask(page, "first", settings=(6, 0, 1, seed))[-1]
+        assert warnings == [f"The seed is {seed}: use 0 to 9007199254740991, or -1 for a different answer each time"]
+        assert box_of(shown)["value"]["text"] == "first" and shown[0].rounds == []
+
+    def test_the_largest_seed_and_an_empty_field(self, page, warnings):
+        for seed in (2**53 - 1, 0, None):
+            assert len(ask(page, "first", settings=(6, 1, 1, seed))[-1][0].rounds) == 1
+        assert not warnings
+
+    def test_a_panic_of_the_tokenizer(self, page, files, warnings, monkeypatch, caplog):
+        class PanicException(BaseException):
+            """As pyo3's."""
+
+        def panic(*_):
+            raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+        conversation = ask(page, "first")[-1][0]
+        with monkeypatch.context() as patch:
+            patch.setattr(page.processor, "encode_prompts", panic)
+            shown = ask(page, "second", files[:1], conversation)[-1]
+        assert warnings == ["The answer failed. The log of the page has the details"]
+        assert "called `Result::unwrap()`" in caplog.text
+        assert box_of(shown)["interactive"] and box_of(shown)["value"] == {"text": "second", "files": files[:1]}
+        assert [one.text for one in ask(page, "third", (), conversation)[-1][0].rounds] == ["first", "third"]
+
+    def test_calls_that_the_page_does_not_make(self, page, warnings):
+        conversation = ask(page, "first")[-1][0]
+        for event in (SimpleNamespace(index=[0], value="x"), SimpleNamespace(index=0, value=None)):
+            *_, shown = page.edit(ANNA, event, conversation, *SETTINGS)
+            assert box_of(shown)["interactive"]
+        *_, shown = page.ask_example(ANNA, SimpleNamespace(index=99), conversation, *SETTINGS)
+        assert box_of(shown)["interactive"] and len(shown[0].rounds) == 1 and len(warnings) == 3
+
+    def test_half_a_character(self, page, warnings):
+        ask(page, "a\ud800")
+        assert warnings == ["A question holds half a character, '\\ud800', at position 1"]
+
     def test_the_models_numbers_are_a_limit(self, model):
         assert ChatPage(model, make_processor(), max_images=99).max_images == 12
 

@@ -53,7 +53,8 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = command("web", folder, "--port", port, "--examples", "digits", "--max-images", 5, "--max-image-mb", "0.1")
+    limits = ("--max-images", 5, "--max-image-mb", 0.1, "--max-message-mb", 0.15)
+    words = command("web", folder, "--port", port, "--examples", "digits", *limits)
     with open(folder / "log", "w+") as log:
         server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
         try:
@@ -244,3 +245,19 @@ def test_messages(visit, pictures, tmp_path):
     page.set_input_files("#box input[type=file]", [str(tmp_path / "large.png")])
     page.get_by_text("exceed the maximum allowed size").wait_for()
     assert captions(page) == ["Image 1"]
+
+    for k in range(3):
+        (tmp_path / f"{k}.png").write_bytes(os.urandom(90_000))
+    page.set_input_files("#box input[type=file]", [str(tmp_path / f"{k}.png") for k in range(3)])
+    page.get_by_text("bytes, at most 150,000 are allowed").wait_for()
+
+    for length, message in ((500_000, "has 500,000 characters"), (5_000_000, "bytes, at most 3,200,000 are allowed")):
+        page.fill("#box textarea", "x" * length)
+        page.press("#box textarea", "Enter")
+        page.get_by_text(message).wait_for()
+    configure(page, Seed=str(2**70))
+    send(page, "And now?")
+    page.get_by_text("use 0 to 9007199254740991, or -1 for a different answer each time").wait_for()
+    configure(page, Seed="3")
+    send(page, "And now?")
+    wait_for_answer(page, rounds=2)

@@ -7,6 +7,7 @@ import textwrap
 
 CODE_FILES = {
     "attention_visualchat.py",
+    "chat_saving_visualchat.py",
     "chat_streaming_visualchat.py",
     "chat_visualchat.py",
     "configuration_visualchat.py",

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from helpers.prompts import DESIGN_PROMPT
 from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.image_loading_visualchat import load_image
+from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +347,10 @@ class TestBadMessages:
                 "message 1, part 0 is an image in a message of the role 'assistant'",
             ),
             ([{"role": "user", "content": "see <image>"}], "message 0 holds the text '<image>'"),
+            (
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": [text_part("x" * 200_001)] * 2}],
+                "message 1 holds 400002 characters of text, but at most 400000 are tokenized",
+            ),
         ],
     )
     def test_each_is_named(self, processor, conversation, message):
@@ -354,6 +359,17 @@ class TestBadMessages:
         good = [{"role": "user", "content": "Hi"}]
         with pytest.raises(ValueError, match="conversation 1: .*" + message):
             processor.apply_chat_template([good, conversation])
+
+    def test_the_longest_texts_are_tokenized(self):
+        """With the expression of the digits demo, which tokenizers gives up on at 2,000,000 characters."""
+        processor = make_processor()
+        pieces = Regex(r" ?\p{N}|:?\n+(?:### ?\p{L}+(?::\n)?)?|[^\p{N}\n]+?(?= ?\p{N}|:?\n|$)")
+        cut = [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
+        longest = "x" * MAX_TEXT_LENGTH
+        messages = [{"role": "system", "content": longest}, user(longest), assistant(longest)]
+        (ids,) = processor.encode_prompts([processor.apply_chat_template(messages)])["input_ids"]
+        assert len(ids) > 3 * MAX_TEXT_LENGTH
 
     def test_an_image_part_without_a_picture_raises_when_tokenized(self, processor):
         with pytest.raises(ValueError, match="no images were passed"):

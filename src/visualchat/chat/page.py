@@ -5,10 +5,12 @@ import argparse
 import base64
 import html
 import io
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
+from urllib.parse import urlsplit
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -17,14 +19,19 @@ import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
+from starlette.middleware import Middleware
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
 from visualchat.chat.page_conversation import EXAMPLES, Conversation, DisplayedRound, Example
+from visualchat.chat.page_routes import PageRoutes
 from visualchat.errors import input_errors
 from visualchat.loading import load_model, load_processor
+from visualchat.serving.hosts import HostMiddleware, find_allowed_hosts, normalize_host
 
 
+logger = logging.getLogger(__name__)
 CSS = """
 .images {display: flex; flex-wrap: wrap; gap: 12px}
 .images figure {margin: 0; text-align: center}
@@ -33,6 +40,7 @@ CSS = """
 """
 FONTS = ["system-ui", "sans-serif"]  # fonts of the visitor's machine, so that none is downloaded
 DELETE_FILES_AFTER_S = 3600
+MAX_SEED = 2**53 - 1  # a larger number does not leave a browser as it was typed
 
 
 class ChatPage:
@@ -44,6 +52,7 @@ class ChatPage:
         examples (`list[Example]`, *optional*): Conversations that the page offers to a visitor.
         max_images (`int`): The most images in a conversation. A model with numbered image keys may allow fewer.
         max_pixels (`int`): The most pixels of an image.
+        max_bytes (`int`): The largest size of the image files of a message, together.
         max_cached (`int`): The number of conversations whose key-value cache is kept. Those that were used least recently
             lose theirs.
         store_bytes (`int`): The size of the image memory, in bytes. All visitors share it.
@@ -56,13 +65,14 @@ class ChatPage:
         examples: list[Example] = (),
         max_images: int = 16,
         max_pixels: int = 20_000_000,
+        max_bytes: int = 32_000_000,
         max_cached: int = 8,
         store_bytes: int = 4 * 2**30,
     ):
         self.model, self.processor, self.examples, self.max_cached = model, processor, examples, max_cached
         config = model.config
         self.max_images = min(max_images, len(config.image_number_token_ids)) if config.image_number_keys else max_images
-        self.max_pixels = max_pixels
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
         self.store = ImageMemoryStore(model, store_bytes)
         self.cached: OrderedDict[str, Conversation] = OrderedDict()  # by Gradio's session hash, least recently used first
 
@@ -97,6 +107,7 @@ class ChatPage:
                 file_count="multiple",
                 file_types=["image"],
                 placeholder="Type a question, and drop images here",
+                max_plain_text_length=MAX_TEXT_LENGTH,  # Gradio makes a file of a longer text that is pasted
                 elem_id="box",
             )
             with gr.Row():
@@ -108,7 +119,7 @@ class ChatPage:
                 tokens = gr.Slider(1, context // 2, min(256, context // 4), step=1, label="Max new tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                 top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                seed = gr.Number(-1, precision=0, minimum=-1, label="Seed (-1: a different answer each time)")
+                seed = gr.Number(-1, precision=0, label="Seed (-1: a different answer each time)")
 
             settings = [tokens, temperature, top_p, seed]
             shown = [state, chatbot, box, stop, undo, retry, clear]
@@ -134,29 +145,36 @@ class ChatPage:
     def ask(self, request: gr.Request, conversation: Conversation | None, message: dict, *settings) -> Iterator[list]:
         """Sends the text and the files of the input box. If that fails, they are put back into the box."""
         conversation = self._mark_as_used(conversation, request)
-        updates = conversation.ask(message["text"], message["files"], **_generation(*settings))
-        yield from self._answer(conversation, updates, message)
+        yield from self._answer(
+            conversation,
+            lambda: conversation.ask(message["text"], message["files"], **_generation(*settings)),
+            message,
+        )
 
     def ask_example(
         self, request: gr.Request, event: gr.SelectData, conversation: Conversation | None, *settings
     ) -> Iterator[list]:
         """Asks the questions of an example conversation, one after another."""
         conversation = self._mark_as_used(conversation, request)
-        updates = conversation.ask_all(self.examples[event.index].rounds, **_generation(*settings))
-        yield from self._answer(conversation, updates)
+        yield from self._answer(
+            conversation, lambda: conversation.ask_all(self.examples[event.index].rounds, **_generation(*settings))
+        )
 
     def edit(self, request: gr.Request, event: gr.EditData, conversation: Conversation | None, *settings) -> Iterator[list]:
         """Replaces the question of the round that the edited message belongs to, and answers it."""
         conversation = self._mark_as_used(conversation, request)
-        ends = accumulate(len(_messages([one])) for one in conversation.rounds)
-        index = sum(end <= event.index for end in ends)
-        updates = conversation.edit(index, html.unescape(event.value), **_generation(*settings))
-        yield from self._answer(conversation, updates)
+
+        def answer_edited() -> Iterator[list[DisplayedRound]]:
+            ends = accumulate(len(_messages([one])) for one in conversation.rounds)
+            index = sum(end <= event.index for end in ends)
+            return conversation.edit(index, html.unescape(event.value), **_generation(*settings))
+
+        yield from self._answer(conversation, answer_edited)
 
     def retry(self, request: gr.Request, conversation: Conversation | None, *settings) -> Iterator[list]:
         """Asks the last question again."""
         conversation = self._mark_as_used(conversation, request)
-        yield from self._answer(conversation, conversation.retry(**_generation(*settings)))
+        yield from self._answer(conversation, lambda: conversation.retry(**_generation(*settings)))
 
     def undo(self, conversation: Conversation | None) -> list:
         """Removes the last round, and puts its question and images back into the input box."""
@@ -189,7 +207,7 @@ class ChatPage:
             conversation.release()
 
     def _start_conversation(self) -> Conversation:
-        return Conversation(self.model, self.processor, self.store, self.max_images, self.max_pixels)
+        return Conversation(self.model, self.processor, self.store, self.max_images, self.max_pixels, self.max_bytes)
 
     def _mark_as_used(self, conversation: Conversation | None, request: gr.Request) -> Conversation:
         """
@@ -205,21 +223,27 @@ class ChatPage:
         return conversation
 
     def _answer(
-        self, conversation: Conversation, updates: Iterator[list[DisplayedRound]], message: dict | None = None
+        self, conversation: Conversation, ask: Callable[[], Iterator[list[DisplayedRound]]], message: dict | None = None
     ) -> Iterator[list]:
-        """Streams the answer to the page. If it fails, `message` is put back into the input box."""
+        """Streams the answer to the page. If it fails, whatever the reason, `message` is put back into the input box."""
         controls = [gr.MultimodalTextbox(value=None, interactive=False), *_buttons(stop=True)]
         messages, num_rounds = [], 0
         try:
-            for rounds in updates:
+            for rounds in ask():
                 if len(rounds) == num_rounds:  # only the answer has grown, so the images need not be encoded again
                     messages = [*messages[:-1], _answer_message(rounds[-1])]
                 else:
                     messages, num_rounds = _messages(rounds), len(rounds)
                 yield [conversation, messages, *controls]
                 controls = [gr.skip()] * len(controls)
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):  # the tab was closed, or the page is stopped
+            raise
         except (ValueError, RuntimeError) as error:  # a wrong request; or out of memory, or another fault of the device
-            _warn(error)
+            _warn(str(error))
+            yield self._show(conversation, message)
+        except BaseException:  # a panic of the tokenizer is no Exception. Gradio would leave the visitor without controls
+            logger.exception("An answer failed")
+            _warn("The answer failed. The log of the page has the details")
             yield self._show(conversation, message)
         else:
             yield self._show(conversation)
@@ -273,8 +297,10 @@ def _buttons(stop: bool = False, undo: bool = False) -> list[gr.Button]:
     ]
 
 
-def _generation(max_new_tokens: float, temperature: float, top_p: float, seed: int) -> dict:
+def _generation(max_new_tokens: float, temperature: float, top_p: float, seed: int | None) -> dict:
     """The settings as arguments of [`Conversation.ask`]. A slider may give 2 for 2.0, and `generate` needs a float."""
+    if seed is not None and not -1 <= seed <= MAX_SEED:  # an empty field is None
+        raise ValueError(f"The seed is {seed!r:.40}: use 0 to {MAX_SEED}, or -1 for a different answer each time")
     sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
     return {
         "max_new_tokens": int(max_new_tokens),
@@ -284,12 +310,12 @@ def _generation(max_new_tokens: float, temperature: float, top_p: float, seed: i
 
 
 def _show_error(error: ValueError, conversation: Conversation) -> list:
-    _warn(error)
+    _warn(str(error))
     return [conversation, _messages(conversation.rounds), *[gr.skip()] * 5]
 
 
-def _warn(error: Exception) -> None:
-    gr.Warning(html.escape(str(error)), duration=30)
+def _warn(message: str) -> None:
+    gr.Warning(html.escape(message), duration=30)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -303,12 +329,19 @@ def run(options: argparse.Namespace) -> None:
         EXAMPLES[options.examples](),
         options.max_images,
         int(options.max_image_megapixels * 1e6),
+        int(options.max_message_mb * 1e6),
         options.max_cached,
         int(options.image_memory_gb * 2**30),
     )
-    app = page.build().queue(max_size=options.max_waiting, api_open=False)
+    launch(page, options).block_thread()
+
+
+def launch(page: ChatPage, options: argparse.Namespace) -> gr.Blocks:
+    """Serves a page with the options of `visualchat web`, in a thread. Its method `close` ends that."""
+    hosts = {*find_allowed_hosts(options.host, options.allowed_host)}
+    blocks = page.build().queue(max_size=options.max_waiting, api_open=False)
     with input_errors():  # the port may be in use
-        app.launch(
+        _, _, share_url = blocks.launch(
             server_name=options.host,
             server_port=options.port,
             share=options.share,
@@ -319,4 +352,11 @@ def run(options: argparse.Namespace) -> None:
             footer_links=[],
             run_history=False,
             ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(HostMiddleware, hosts), Middleware(PageRoutes, page.max_bytes)]},
+            prevent_thread_lock=True,
         )
+    if share_url:
+        hosts.add(normalize_host(urlsplit(share_url).hostname))
+    return blocks

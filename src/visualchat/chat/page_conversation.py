@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
+from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
 from visualchat.data.digits import split_digits
 
 
@@ -44,12 +45,19 @@ class Conversation:
         store (`ImageMemoryStore`): The image memory, which all visitors share: it finds an image by its content.
         max_images (`int`): The most images in the conversation.
         max_pixels (`int`): The most pixels of an image, before it is cropped.
+        max_bytes (`int`): The largest size of the files of a question, together.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, store: ImageMemoryStore, max_images: int, max_pixels: int
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        store: ImageMemoryStore,
+        max_images: int,
+        max_pixels: int,
+        max_bytes: int,
     ):
-        self.max_images, self.max_pixels = max_images, max_pixels
+        self.max_images, self.max_pixels, self.max_bytes = max_images, max_pixels, max_bytes
         self._start_chat = lambda: model.start_chat(processor, store=store)
         self._image_processor = processor.image_processor
         self._chat = self._start_chat()
@@ -81,12 +89,17 @@ class Conversation:
                 context, or an answer is being generated.
         """
         with self._exclusively():
-            if not text.strip():
-                raise ValueError("Type a question: images alone are not enough")
+            _check_text(text, "Type a question: images alone are not enough")
             if self.num_images + len(images) > self.max_images:
                 raise ValueError(
                     f"{len(images)} more images are too many: the conversation has {self.num_images} of at most"
                     f" {self.max_images}"
+                )
+            files = [image for image in images if not isinstance(image, Image.Image) and os.path.isfile(image)]
+            size = sum(map(os.path.getsize, files))
+            if size > self.max_bytes:
+                raise ValueError(
+                    f"The {len(files)} images have {size:,} bytes together: at most {self.max_bytes:,} are allowed"
                 )
             opened = [self._open_image(image, f"image {k}") for k, image in enumerate(images, 1)]
             pieces = self._chat.send(text, images=opened, stream=True, **self._stoppable(generation))
@@ -107,8 +120,7 @@ class Conversation:
         round stay, and later rounds are dropped. Yields and raises as [`~Conversation.ask`].
         """
         with self._exclusively():
-            if not text.strip():
-                raise ValueError("Type a new question in place of the one that you edit")
+            _check_text(text, "Type a new question in place of the one that you edit")
             if not 0 <= index < len(self.rounds):
                 raise ValueError(f"There is no question {index + 1}: {len(self.rounds)} have been asked")
             pieces = self._chat.edit(index, text, stream=True, **self._stoppable(generation))
@@ -191,6 +203,14 @@ def _stream_rounds(rounds: list[DisplayedRound], pieces: Iterator[str], seed: in
         for piece in pieces:
             rounds = [*rounds[:-1], rounds[-1]._replace(answer=rounds[-1].answer + piece)]
             yield rounds
+
+
+def _check_text(text: str, missing: str) -> None:
+    """Raises a `ValueError`, which is `missing` where there is no text, before anything is tokenized."""
+    if not text.strip():
+        raise ValueError(missing)
+    if len(text) > MAX_TEXT_LENGTH:
+        raise ValueError(f"The question has {len(text):,} characters: at most {MAX_TEXT_LENGTH:,} are allowed")
 
 
 def _check_pixels(data: bytes, name: str, max_pixels: int) -> None:

@@ -3,8 +3,10 @@
 
 import argparse
 import contextlib
+import io
 import shlex
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +15,14 @@ from transformers import set_seed
 from modeling_visualchat import ChatSession
 from modeling_visualchat.image_loading_visualchat import load_image
 from visualchat.chat.commands import COMMANDS
-from visualchat.errors import input_errors
+from visualchat.errors import input_errors, is_panic
 from visualchat.loading import load_model, load_processor
+
+
+# Unicode's control, format, surrogate, line separator and paragraph separator characters, but not those that texts need: a
+# new line, a tab, and what joins and parts letters of some scripts and emoji
+CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+HARMLESS = "\n\t\u200c\u200d"
 
 
 class Terminal:
@@ -46,6 +54,11 @@ class Terminal:
                 print_status("[stopped]")
             except (ValueError, OSError, IndexError, RuntimeError) as error:  # RuntimeError includes out of memory
                 print_status(f"{error}")
+                failed = True
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                print_status(f"The tokenizer cannot read this: {error}")
                 failed = True
         return int(failed and not self.interactive)
 
@@ -87,7 +100,7 @@ class Terminal:
         try:
             with contextlib.closing(pieces):  # Ctrl-C stops the generation
                 for piece in pieces:
-                    print(printable(piece) if self.interactive else piece, end="", flush=True)
+                    print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         finally:
             print(flush=True)
             if self.session.rounds[-1:] != before:  # after an error, the images stay attached for the next try
@@ -119,7 +132,7 @@ class Terminal:
             for _ in one.images:
                 image_number += 1
                 print_status(f"[image {image_number}]")
-            print_status(f"{number}: {one.text}\n{printable(one.answer)}")
+            print_status(f"{number}: {one.text}\n{one.answer}")
 
     def save(self, folder: str) -> None:
         self.session.save(Path(folder).expanduser())
@@ -137,12 +150,18 @@ class Terminal:
 
 
 def print_status(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which the terminal would interpret."""
-    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+    """
+    The text as it can be shown in a terminal: in place of each character that the terminal would obey, such as the first one
+    of an escape sequence, and of each invisible one, which may turn the direction of what follows, stands U+FFFD.
+    """
+    return "".join(
+        "\ufffd" if unicodedata.category(character) in CONTROL_CATEGORIES and character not in HARMLESS else character
+        for character in text
+    )
 
 
 def read_lines(history: Path) -> Iterator[str]:
@@ -181,6 +200,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seed is not None:
         set_seed(arguments.seed)
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text fails its line at most
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with input_errors(f"cannot chat with {arguments.model}: "):
         terminal = Terminal(start_session(arguments), generation, interactive)

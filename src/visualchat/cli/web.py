@@ -10,13 +10,23 @@ nothing from other machines and reports nothing to them.
 
 import argparse
 
-from visualchat.cli.options import add_image_memory, add_model, make_parser, natural, not_negative, port, positive
+from visualchat.cli.options import (
+    add_allowed_host,
+    add_image_memory,
+    add_model,
+    make_parser,
+    natural,
+    not_negative,
+    port,
+    positive,
+)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("web", __doc__)
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    add_allowed_host(parser)
     parser.add_argument("--port", type=port, default=7860, help="default %(default)s")
     parser.add_argument("--share", action="store_true", help="also make a public link through Gradio's servers")
     parser.add_argument(
@@ -28,6 +38,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_image_memory(parser)
     parser.add_argument(
         "--max-image-mb", type=not_negative, default=10, metavar="MB", help="of an image file (default %(default)g)"
+    )
+    parser.add_argument(
+        "--max-message-mb",
+        type=not_negative,
+        default=32,
+        metavar="MB",
+        help="of the image files of a message together (default %(default)g)",
     )
     parser.add_argument(
         "--max-image-megapixels", type=not_negative, default=20, metavar="N", help="of an image (default %(default)g)"
