@@ -15,6 +15,7 @@ CODE_FILES = {
     "generation_visualchat.py",
     "image_inputs_visualchat.py",
     "image_loading_visualchat.py",
+    "image_memory_folder_visualchat.py",
     "image_memory_visualchat.py",
     "joining_visualchat.py",
     "modality_attention_visualchat.py",

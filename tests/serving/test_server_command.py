@@ -65,11 +65,12 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     built.clear()
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
-    arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
+    arguments += " --image-memory-folder-gb 1.5 --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
     visualchat(["serve", folder, *arguments.split()])
     service, name, limits = built
     assert (name, service.num_slots, service.model.dtype) == ("m", 5, torch.bfloat16)
     assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
+    assert service.store.max_folder_bytes == 3 * 2**29
     hosts = frozenset({"a.org", "b.org:81"})
     expected = Limits(1_000_000, images=3, choices=4, image_bytes=500_000, image_pixels=2_000_000, new_tokens=9, hosts=hosts)
     assert limits == expected
