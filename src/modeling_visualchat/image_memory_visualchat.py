@@ -132,12 +132,12 @@ class ImageMemory:
                 checksum. The error names the file and the reason.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            # Not mapped into memory: it is opened once, and what was checked cannot change afterwards
+            with safe_open(path, framework="pt", backend="pread") as file:
                 stored, names = file.metadata() or {}, set(file.keys())
                 if names != {"keys", "values"} or "fingerprint" not in stored:
                     raise ValueError(f"{path} holds {', '.join(sorted(names))}, which is not an image memory")
-                # Copies: the file, which is mapped into memory, could change after it was checked
-                memory = cls(file.get_tensor("keys").clone(), file.get_tensor("values").clone(), stored["fingerprint"])
+                memory = cls(file.get_tensor("keys"), file.get_tensor("values"), stored["fingerprint"])
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         if "checksum" not in stored:

@@ -111,6 +111,15 @@ class TestChecks:
         assert (store.hits, store.misses) == (0, 3)
         assert caplog.text.count("does not match its own checksum") == 1
 
+    def test_a_file_that_vanishes_while_it_is_looked_for(self, mmca, path, monkeypatch, caplog):
+        """Another process has deleted it."""
+        load = ImageMemory.load
+        monkeypatch.setattr(ImageMemory, "load", lambda name, *arguments, **settings: (name.unlink(), load(name)))
+        store = ImageMemoryStore(mmca, 0, path.parent)
+        store.get(pictures(1))
+        assert (store.hits, store.misses) == (0, 1) and path.exists()
+        assert not caplog.text
+
     def test_what_is_loaded_does_not_change_with_the_file(self, path):
         memory = ImageMemory.load(path)
         keys = memory.keys.clone()

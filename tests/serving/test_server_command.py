@@ -65,7 +65,8 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     built.clear()
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
-    arguments += " --image-memory-folder-gb 1.5 --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
+    arguments += " --image-memory-folder-gb 1.5"
+    arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
     visualchat(["serve", folder, *arguments.split()])
     service, name, limits = built
     assert (name, service.num_slots, service.model.dtype) == ("m", 5, torch.bfloat16)
