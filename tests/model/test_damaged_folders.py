@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPVisionModel, LlamaForCausalLM
 
 from helpers.tiny import make_model, make_processor
+from helpers.training import arguments, save_parts
 from modeling_visualchat import VisualChatForCausalLM
 from modeling_visualchat.weight_checks_visualchat import find_not_finite
 from modeling_visualchat.weight_fingerprint_visualchat import ModelWeights
@@ -125,14 +126,15 @@ class TestWeights:
         adapter = get_peft_model(load_model(str(folder)), LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"))
         adapter.save_pretrained(tmp_path / "adapter")
         make_processor().save_pretrained(tmp_path / "adapter")
+        parts = save_parts(tmp_path / "parts")
         (tmp_path / "questions.json").write_text('{"one": [["Which digit?"]]}')
-        (tmp_path / "data.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
         change_tensors(folder / "model.safetensors", lambda tensors: tensors.pop(WEIGHT))
         for words in (
             f"web {folder}",
             f"serve {folder}",
             f"evaluate {folder} --conversations {tmp_path / 'questions.json'} --output {tmp_path / 'out'}",
             f"merge {tmp_path / 'adapter'} --output {tmp_path / 'out'}",
+            " ".join(["train", *arguments(parts, tmp_path / "run", model_name_or_path=folder)]),
         ):
             assert cli.main(words.split()) == 2, words
             assert f"model.safetensors: the tensor {WEIGHT} is missing" in capsys.readouterr().err.splitlines()[-1]
@@ -147,10 +149,10 @@ class TestWeights:
         make_processor().save_pretrained(adapter)
         assert load_model(str(adapter)).dtype == torch.float32
         name = max(load_file(adapter / "adapter_model.safetensors"))
-        change = (
-            (lambda tensors: tensors.pop(name)) if kind == "one missing" else lambda tensors: tensors[name].fill_(torch.nan)
-        )
-        change_tensors(adapter / "adapter_model.safetensors", change)
+        if kind == "NaN":
+            change_tensors(adapter / "adapter_model.safetensors", lambda tensors: tensors[name].fill_(torch.nan))
+        else:
+            change_tensors(adapter / "adapter_model.safetensors", lambda tensors: tensors.pop(name))
         reason = "is missing" if kind == "one missing" else "holds NaN or infinity"
         assert_refused(adapter, f"adapter_model.safetensors: the tensor {name} {reason}", capsys)
 
@@ -231,13 +233,10 @@ class TestJson:
     )
     def test_files(self, file, folder, capsys):
         path = folder / file
-        for content, message in (
-            ("{nope", "is not JSON"),
-            ("[1]", "holds a JSON list, not an object"),
-            (POINTER, "Git LFS"),
-        ):
+        contents = {"{nope": "is not JSON", "[1]": "holds a JSON list, not an object", POINTER: "is a pointer of Git LFS"}
+        for content, message in contents.items():
             path.write_text(content)
-            assert_refused(folder, f"{path} {message}" if content != POINTER else f"{path} is a pointer of Git LFS", capsys)
+            assert_refused(folder, f"{path} {message}", capsys)
         path.write_bytes(b'{"a": "\xff"}')
         assert_refused(folder, f"{path} is not JSON", capsys)
 
@@ -249,5 +248,7 @@ class TestJson:
 
     def test_plan_reads_the_config_as_well(self, folder, capsys):
         change_fields(folder / "config.json", "text_config", "hidden_size", value="abc")
-        assert cli.main(["plan", str(folder), "--gpus", "1"]) == 2
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["plan", str(folder), "--gpus", "1"])
+        assert stop.value.code == 2
         assert "'hidden_size' expected int, got str" in capsys.readouterr().err.splitlines()[-1]
