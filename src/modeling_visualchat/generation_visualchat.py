@@ -221,3 +221,15 @@ class VisualChatGenerationMixin(GenerationMixin):
         starts = [sum(counts[:k]) for k in range(len(counts))]
         new = [start + k for start, seen, count in zip(starts, cached_counts, counts) for k in range(seen, count)]
         return images[new] if isinstance(images, torch.Tensor) else [images[k] for k in new]
+
+    def start_chat(self, processor, **settings):
+        """
+        A conversation with this model, a [`ChatSession`], which says what `settings` there are.
+
+        Raises:
+            ValueError: If weights were missing when the model was loaded, or are not finite; see [`check_weights`].
+        """
+        from .chat_visualchat import ChatSession
+
+        self.check_weights()
+        return ChatSession(self, processor, **settings)

@@ -9,21 +9,29 @@ position-independent caches recompute some tokens.
 """
 
 import hashlib
+import json
 import operator
 import os
 import threading
+import uuid
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from .image_memory_folder_visualchat import ImageMemoryFolder
 from .weight_fingerprint_visualchat import ModelWeights, describe_state, fingerprint_weights
 
 
 logger = logging.get_logger(__name__)
+
+# What a file has beside the tensors, at most: safetensors' header
+HEADER_BYTES = 1024
 
 
 @dataclass(eq=False, repr=False)
@@ -88,26 +96,65 @@ class ImageMemory:
         """On another device or in another dtype, as `torch.Tensor.to`. What is computed with them has the model's dtype."""
         return ImageMemory(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs), self.fingerprint)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        tensors = {"keys": self.keys.contiguous(), "values": self.values.contiguous()}
-        unfinished = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.part"
-        save_file(tensors, unfinished, metadata={"fingerprint": self.fingerprint})
-        os.replace(unfinished, path)
+    def save(self, path: str | os.PathLike, image: str | None = None) -> None:
+        """
+        Writes a safetensors file, whole or not at all, with a checksum of all that it holds.
+
+        Args:
+            path (`str` or `os.PathLike`): The file.
+            image (`str`, *optional*): What tells the images from others, such as a hash. The file holds it.
+        """
+        kept = ImageMemory(self.keys.contiguous(), self.values.contiguous(), self.fingerprint)
+        metadata = {"fingerprint": self.fingerprint, "checksum": kept._checksum(image)}
+        if image is not None:
+            metadata["image"] = image
+        unfinished = f"{os.fspath(path)}.{uuid.uuid4()}.part"
+        try:
+            save_file({"keys": kept.keys, "values": kept.values}, unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+        except BaseException:
+            if os.path.exists(unfinished):
+                os.unlink(unfinished)
+            raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "ImageMemory":
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", image: str | None = None) -> "ImageMemory":
         """
         Reads what [`~ImageMemory.save`] wrote.
 
+        Args:
+            path (`str` or `os.PathLike`): The file.
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the memory will be.
+            image (`str`, *optional*): What the file must have been saved with.
+
         Raises:
-            ValueError: If the file holds something else.
+            ValueError: If the file holds something else, or is damaged, or was written by an earlier version, without a
+                checksum. The error names the file and the reason.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            fingerprint = (file.metadata() or {}).get("fingerprint")
-            if fingerprint is None or set(file.keys()) != {"keys", "values"}:
-                raise ValueError(f"{path} holds {', '.join(file.keys())}, which is not an image memory")
-            return cls(file.get_tensor("keys"), file.get_tensor("values"), fingerprint)
+        try:
+            # Not mapped into memory: it is opened once, and what was checked cannot change afterwards
+            with safe_open(path, framework="pt", backend="pread") as file:
+                stored, names = file.metadata() or {}, set(file.keys())
+                if names != {"keys", "values"} or "fingerprint" not in stored:
+                    raise ValueError(f"{path} holds {', '.join(sorted(names))}, which is not an image memory")
+                memory = cls(file.get_tensor("keys"), file.get_tensor("values"), stored["fingerprint"])
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        if "checksum" not in stored:
+            raise ValueError(f"{path} has no checksum, as earlier versions wrote it: encode the images again")
+        if stored["checksum"] != memory._checksum(stored.get("image")):
+            raise ValueError(f"{path} does not match its own checksum: it was damaged or changed after it was written")
+        if image not in (None, stored.get("image")):
+            raise ValueError(f"{path} is the memory of another image")
+        return memory.to(device)
+
+    def _checksum(self, image: str | None) -> str:
+        tensors = self.keys, self.values
+        described = [self.fingerprint, image, *([str(tensor.dtype), *tensor.shape] for tensor in tensors)]
+        total = zlib.crc32(json.dumps(described).encode())
+        for tensor in tensors:
+            total = zlib.crc32(_as_bytes(tensor), total)
+        return f"crc32:{total:08x}"
 
 
 class ImageMemoryStore:
@@ -125,17 +172,18 @@ class ImageMemoryStore:
         model (`VisualChatForCausalLM`): Encodes what is not known. If its weights change, all it remembered is forgotten.
         max_bytes (`int`): How much is kept in memory. What was used least recently goes first.
         folder (`str` or `os.PathLike`, *optional*): Where memories are also kept as files, beyond `max_bytes` and for the
-            next process. Files are never deleted.
+            next process. Several processes may share it. A file that does not hold what was written is encoded again.
+        max_folder_bytes (`int`, *optional*, defaults to 40 GiB): How much is kept in the folder, memories of other models
+            and processes included. What was used least recently is deleted; see [`ImageMemoryFolder`].
 
     Attributes:
         hits, misses, evictions (`int`): Images that were known, that were encoded, and that went for lack of room.
         nbytes (`int`): Bytes in memory.
     """
 
-    def __init__(self, model, max_bytes: int, folder: str | os.PathLike | None = None):
-        self.model, self.max_bytes, self.folder = model, max_bytes, folder
-        if folder is not None:
-            os.makedirs(folder, exist_ok=True)
+    def __init__(self, model, max_bytes: int, folder: str | os.PathLike | None = None, max_folder_bytes: int = 40 * 2**30):
+        self.model, self.max_bytes, self.folder, self.max_folder_bytes = model, max_bytes, folder, max_folder_bytes
+        self._files = ImageMemoryFolder(folder, max_folder_bytes) if folder is not None else None
         self.hits = self.misses = self.evictions = self.nbytes = 0
         self._memories: OrderedDict[str, ImageMemory] = OrderedDict()
         self._fingerprint = None
@@ -166,33 +214,41 @@ class ImageMemoryStore:
                 for index, key in enumerate(unknown):
                     # A copy: a slice would keep the memory of all of them
                     found[key] = encoded[[index]]
-                    if self.folder is not None:
+                    if self._files is not None:
                         self._write(key, found[key])
             # What was known moves to the end first, so that what is new does not push it out
             for key in sorted(found, key=lambda key: key in unknown):
                 self._keep(key, found[key])
+                if self._files is not None and key not in unknown:
+                    self._files.touch(key)
         return [found[key] for key in keys]
 
-    def _path(self, key: str) -> str:
-        return os.path.join(self.folder, f"{key}.safetensors")
-
     def _write(self, key: str, memory: ImageMemory) -> None:
+        path = self._files.locate(key)
         try:
-            memory.save(self._path(key))
+            if self._files.make_room(memory.nbytes + HEADER_BYTES):
+                memory.save(path, image=key)
+                self._files.add(key)
         except (SafetensorError, OSError) as error:  # a disk that is full: the answer need not wait for it
-            logger.warning("%s cannot be written, the image is known to this process alone: %s", self._path(key), error)
+            logger.warning("%s cannot be written, the image is known to this process alone: %s", path, error)
 
     def _find(self, key: str, fingerprint: str) -> ImageMemory | None:
         if key in self._memories:
             return self._memories[key]
-        if self.folder is None or not os.path.isfile(self._path(key)):
+        if self._files is None or not self._files.locate(key).is_file():
             return None
+        path = self._files.locate(key)
         try:
-            memory = ImageMemory.load(self._path(key), self.model.device)
-        except (SafetensorError, ValueError, OSError) as error:
-            logger.warning("%s is damaged and will be written again: %s", self._path(key), error)
+            memory = ImageMemory.load(path, self.model.device, image=key)
+            if memory.fingerprint != fingerprint:
+                raise ValueError(f"{path} was made with other weights (fingerprint {memory.fingerprint[:16]})")
+            self.model.check_memory_shape(memory, path)
+        except FileNotFoundError:  # another process has just deleted it
             return None
-        return memory if memory.fingerprint == fingerprint else None
+        except (ValueError, OSError) as error:
+            logger.warning_once(f"The image is encoded again, since a file cannot be used: {error}")
+            return None
+        return memory
 
     def _keep(self, key: str, memory: ImageMemory) -> None:
         if key not in self._memories:
@@ -265,6 +321,25 @@ class VisualChatImageMemoryMixin:
         text, tokens = self.config.text_config, self.config.image_seq_length
         return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
 
+    def check_memory_shape(self, memory: ImageMemory, name: str | os.PathLike = "The image memory") -> None:
+        """
+        Args:
+            memory ([`ImageMemory`]): Of any number of images.
+            name (`str` or `os.PathLike`, *optional*): What the error calls it.
+
+        Raises:
+            ValueError: If it has another shape than this model makes. Under tensor parallelism it has some of the heads.
+        """
+        text, given, of_values = self.config.text_config, tuple(memory.keys.shape), tuple(memory.values.shape)
+        images, heads = (given[1], given[3]) if len(given) == 5 else (1, 0)
+        if heads == 0 or text.num_key_value_heads % heads:
+            heads = text.num_key_value_heads
+        expected = (text.num_hidden_layers, images, self.config.image_seq_length, heads, text.head_dim)
+        if not given == of_values == expected:
+            raise ValueError(
+                f"{name} has keys of the shape {given} and values of the shape {of_values}, but this model's have {expected}"
+            )
+
     def _check_memory(self, memories: list[ImageMemory | None]) -> None:
         variant = self.config.multimodal_attention
         if variant not in ("mmca", "mmca_merged"):
@@ -279,11 +354,18 @@ class VisualChatImageMemoryMixin:
                 f"The image memory was made with other weights or another dtype (fingerprint {other[:16]}, this model has"
                 f" {ours[:16]}): encode the images again with this model"
             )
+        for memory in memories:
+            if memory is not None:
+                self.check_memory_shape(memory)
 
 
 def _hash_image(pixels: torch.Tensor) -> str:
     described = f"{pixels.dtype} {tuple(pixels.shape)}".encode()
-    return hashlib.sha256(described + pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(described + _as_bytes(pixels).tobytes()).hexdigest()
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 __all__ = ["ImageMemory", "ImageMemoryStore"]

@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .generation_visualchat import drop_unused_flags
+from .weight_checks_visualchat import find_weight_file
 
 
 # Of a CLIP the vision tower is taken
@@ -45,16 +46,17 @@ class VisualChatJoiningMixin:
         Raises:
             TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
                 weights are loaded; see [`check_parts`].
-            ValueError: If the decoder's `generation_config` cannot be saved. Sampling values without `do_sample`, as folders
-                of LLaMA-2 hold them, are left out; with it they are kept.
+            ValueError: If weights of a part are missing in its files, or if the decoder's `generation_config` cannot be
+                saved. Sampling values without `do_sample`, as folders of LLaMA-2 hold them, are left out; with it they are
+                kept.
         """
         check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
         if isinstance(vision, str):
-            vision = CLIPVisionModel.from_pretrained(vision, dtype=dtype)
+            vision = _load_part(CLIPVisionModel, vision, dtype)
         elif isinstance(vision, CLIPModel):
             vision = vision.vision_model
         if isinstance(text, str):
-            text = LlamaForCausalLM.from_pretrained(text, dtype=dtype)
+            text = _load_part(LlamaForCausalLM, text, dtype)
         for name, part, expected in (("vision", vision, CLIPVisionModel), ("text", text, LlamaForCausalLM)):
             if not isinstance(part, expected):
                 raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(part).__name__}")
@@ -94,6 +96,14 @@ class VisualChatJoiningMixin:
         self.requires_grad_(False)
         self.model.multi_modal_projector.requires_grad_(True)
         self.get_input_embeddings().requires_grad_(True)
+
+
+def _load_part(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        count = f"; {len(missing)} tensors are" if len(missing) > 1 else ""
+        raise ValueError(f"{find_weight_file(source, missing[0])}: the tensor {missing[0]} is missing{count}")
+    return part
 
 
 def check_parts(vision: str | None, text: str | None) -> None:

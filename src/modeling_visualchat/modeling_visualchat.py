@@ -30,6 +30,7 @@ from .joining_visualchat import VisualChatJoiningMixin
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 from .released_attention_visualchat import warn_of_defects
 from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
+from .weight_checks_visualchat import VisualChatWeightChecksMixin
 
 
 @dataclass
@@ -68,7 +69,9 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class VisualChatPreTrainedModel(VisualChatDistributedMixin, VisualChatImageMemoryMixin, PreTrainedModel):
+class VisualChatPreTrainedModel(
+    VisualChatDistributedMixin, VisualChatImageMemoryMixin, VisualChatWeightChecksMixin, PreTrainedModel
+):
     config_class = VisualChatConfig
     config: VisualChatConfig
     base_model_prefix = "model"
@@ -347,12 +350,6 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatJoiningMixin, V
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def start_chat(self, processor, **settings):
-        """A conversation with this model, a [`ChatSession`], which says what `settings` there are."""
-        from .chat_visualchat import ChatSession
-
-        return ChatSession(self, processor, **settings)
 
 
 def _is_mask(logits_to_keep: int | torch.Tensor) -> bool:

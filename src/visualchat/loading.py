@@ -4,11 +4,20 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 from visualchat.hub.push import is_hub_id
+from visualchat.model_files import (
+    check_finite,
+    check_tensors,
+    find_tensors,
+    load_described_processor,
+    make_empty_model,
+    read_config,
+    read_json,
+)
 
 
 def check_name(name: str) -> None:
@@ -20,10 +29,22 @@ def check_name(name: str) -> None:
         raise FileNotFoundError(f"there is no folder {name}")
 
 
+def check_part(name: str) -> None:
+    """
+    Checks that the weight files of a tower or a decoder, if it is a folder, are whole.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such folder, or a file is missing, cut off or something else.
+    """
+    check_name(name)
+    if Path(name).is_dir():
+        find_tensors(Path(name), "model")
+
+
 def check_model_type(name: str, trust_remote_code: bool = False) -> None:
     """
-    Refuses a model of another type before anything else of it is read. This package registers VisualChat's classes, so
-    transformers takes them instead of code in the folder.
+    Refuses a model of another type, or with a damaged config, before anything else of it is read. This package registers
+    VisualChat's classes, so transformers takes them instead of code in the folder.
 
     Args:
         name (`str`): Folder or Hub id.
@@ -31,14 +52,20 @@ def check_model_type(name: str, trust_remote_code: bool = False) -> None:
 
     Raises:
         OSError: If there is no config of that name.
-        ValueError: If the model is of another type.
+        ValueError: If the model is of another type, or its config is damaged. The error names the file.
     """
     check_name(name)
-    config, _ = PreTrainedConfig.get_config_dict(name)
+    if (Path(name) / "config.json").is_file():
+        config = read_json(Path(name) / "config.json")
+    else:
+        config, _ = PreTrainedConfig.get_config_dict(name)
     if not config:
         raise OSError(f"{name} is neither a folder with a config.json nor a model on the Hub that can be read")
     model_type = config.get("model_type")
-    if model_type == VisualChatConfig.model_type or trust_remote_code:
+    if model_type == VisualChatConfig.model_type:
+        read_config(name)
+        return
+    if trust_remote_code:
         return
     brings = " It brings code of its own, which runs only with --trust-remote-code." if "auto_map" in config else ""
     raise ValueError(f"{name} holds a model of the type {model_type!r}, not 'visualchat'.{brings}")
@@ -55,13 +82,28 @@ def load_model(name: str, trust_remote_code: bool = False, **kwargs) -> VisualCh
 
     Raises:
         OSError: If it cannot be loaded.
-        ValueError: If it is of another type.
+        ValueError: If it is of another type, or if its config or weights are damaged. The error names the file, and the
+            field or the tensor.
     """
     check_name(name)
     if find_adapter_config_file(name) is not None:
         return load_merged(name, trust_remote_code=trust_remote_code, **kwargs)
+    return _load_whole(name, trust_remote_code, **kwargs)
+
+
+def _load_whole(name: str, trust_remote_code: bool, **kwargs) -> VisualChatForCausalLM:
+    """A model that is no adapter, checked before and after it is loaded."""
     check_model_type(name, trust_remote_code)
-    return AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    if PreTrainedConfig.get_config_dict(name)[0]["model_type"] != VisualChatConfig.model_type:
+        return AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    empty = make_empty_model(name)
+    if Path(name).is_dir():
+        if (Path(name) / "generation_config.json").is_file():
+            read_json(Path(name) / "generation_config.json")
+        check_tensors(Path(name), empty)
+    model = AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    model.check_weights()
+    return model
 
 
 def load_merged(adapter: str, base: str | None = None, trust_remote_code: bool = False, **kwargs) -> VisualChatForCausalLM:
@@ -74,15 +116,21 @@ def load_merged(adapter: str, base: str | None = None, trust_remote_code: bool =
 
     Raises:
         OSError: If it cannot be loaded.
-        ValueError: If it is no adapter, or if its base is of another type.
+        ValueError: If it is no adapter, or if its base is of another type, or if the weights of one are damaged. The error
+            names file and tensor.
     """
-    from peft import PeftConfig, PeftModel  # of the extra `train`
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict  # of the extra `train`
 
     check_name(adapter)
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    check_model_type(base, trust_remote_code)
-    model = AutoModel.from_pretrained(base, trust_remote_code=trust_remote_code, **kwargs)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if Path(adapter).is_dir():
+        check_finite(Path(adapter), "adapter_model")
+    adapted = PeftModel.from_pretrained(_load_whole(base, trust_remote_code, **kwargs), adapter)
+    found = find_tensors(Path(adapter), "adapter_model")
+    if found is not None and (missing := sorted(set(get_peft_model_state_dict(adapted)) - set(found))):
+        count = f"; {len(missing)} tensors are" if len(missing) > 1 else ""
+        raise ValueError(f"{Path(adapter) / 'adapter_model.safetensors'}: the tensor {missing[0]} is missing{count}")
+    return adapted.merge_and_unload()
 
 
 def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProcessor:
@@ -93,7 +141,7 @@ def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProc
 
     Raises:
         OSError: If it cannot be loaded.
-        ValueError: If it is no processor of a VisualChat model.
+        ValueError: If it is no processor of a VisualChat model, or if one of its files is damaged. The error names the file.
     """
     check_name(name)
     if find_adapter_config_file(name) is None:
@@ -102,7 +150,7 @@ def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProc
         raise FileNotFoundError(
             f"{name} has no processor_config.json: save the processor there, by processor.save_pretrained"
         )
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    processor = load_described_processor(name, trust_remote_code=trust_remote_code)
     if not isinstance(processor, VisualChatProcessor) and not trust_remote_code:
         raise ValueError(f"{name} has no processor of a VisualChat model, but a {type(processor).__name__}")
     return processor

@@ -16,6 +16,7 @@ CODE_FILES = {
     "generation_visualchat.py",
     "image_inputs_visualchat.py",
     "image_loading_visualchat.py",
+    "image_memory_folder_visualchat.py",
     "image_memory_visualchat.py",
     "joining_visualchat.py",
     "modality_attention_visualchat.py",
@@ -29,6 +30,7 @@ CODE_FILES = {
     "released_projector_visualchat.py",
     "sequence_attention_visualchat.py",
     "sequence_cache_visualchat.py",
+    "weight_checks_visualchat.py",
     "weight_fingerprint_visualchat.py",
 }
 

@@ -129,6 +129,8 @@ WRITING = {
     "save_pretrained",
     "makedirs",
     "mkdir",
+    "unlink",
+    "utime",
     "write",
     "write_text",
     "write_bytes",
@@ -137,8 +139,11 @@ WRITING = {
 }
 ALLOWED = {
     ("image_memory_visualchat", "ImageMemory.save"),
-    ("image_memory_visualchat", "ImageMemoryStore.__init__"),  # makes the folder that it is given
-    ("image_memory_visualchat", "ImageMemoryStore._write"),  # into that folder
+    ("image_memory_visualchat", "ImageMemoryStore._write"),  # into the folder that it is given
+    ("image_memory_folder_visualchat", "ImageMemoryFolder.__init__"),  # makes that folder
+    ("image_memory_folder_visualchat", "ImageMemoryFolder.touch"),
+    ("image_memory_folder_visualchat", "ImageMemoryFolder._scan"),  # deletes what a process that died has begun
+    ("image_memory_folder_visualchat", "ImageMemoryFolder._delete_oldest"),
     ("chat_saving_visualchat", "save_conversation"),
     ("chat_saving_visualchat", "_sync"),  # opens a folder, to read
     ("image_loading_visualchat", "load_image"),

@@ -69,12 +69,14 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
     arguments += " --allowed-host C.org --max-text-mb 0.1 --max-json-values 50 --max-per-client 4"
+    arguments += " --image-memory-folder-gb 1.5"
     arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
     arguments += " --max-connections 5 --shutdown-seconds 0.5"
     visualchat(["serve", folder, *arguments.split()])
     service, name, limits, hosts = built
     assert (name, service.num_slots, service.max_per_client, service.model.dtype) == ("m", 5, 4, torch.bfloat16)
     assert (service.store.max_bytes, service.store.folder) == (2**29, f"{tmp_path}/memory")
+    assert service.store.max_folder_bytes == 3 * 2**29
     urls = frozenset({"a.org", "b.org:81"})
     body, image = (1_000_000, 100_000, 50), {"images": 3, "image_bytes": 500_000, "image_pixels": 2_000_000}
     assert limits == Limits(*body, **image, choices=4, new_tokens=9, hosts=urls)

@@ -61,7 +61,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--image-memory-folder",
         metavar="FOLDER",
-        help="keeps remembered images as files as well, for the next start; nothing is deleted there",
+        help="keeps remembered images as files as well, for the next start; servers may share it",
+    )
+    parser.add_argument(
+        "--image-memory-folder-gb",
+        type=not_negative,
+        default=40.0,
+        metavar="GB",
+        help="of such files; those used least recently are deleted, other files are not (default %(default)g)",
     )
     parser.add_argument(
         "--allow-host",

@@ -25,7 +25,7 @@ TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 CODE_BEGIN, CODE_END = "<!-- code: written by visualchat push -->", "<!-- end of code -->"
 # Calls of the travelling code that use files or the network, and for what. tests/hub/test_traveling_code.py checks them
 EXCEPTIONS = {
-    "`ImageMemory.save`, `ImageMemoryStore` with a `folder`": "write image memory files",
+    "`ImageMemory.save`, `ImageMemoryStore` with a `folder` (`ImageMemoryFolder`)": "write and delete image memory files",
     "`ChatSession.save`": "writes a conversation and its images",
     "`load_image` of a URL, also through the processor or a chat": "downloads an image",
     "`save_pretrained`, `push_to_hub`": "as in transformers",

@@ -246,7 +246,8 @@ def run(args: argparse.Namespace) -> None:
         new_tokens=args.max_new_tokens,
         hosts=frozenset(host.lower() for host in args.allow_host),
     )
-    store = ImageMemoryStore(model, int(args.image_memory_gb * 2**30), args.image_memory_folder)
+    memory_bytes, folder_bytes = (int(gb * 2**30) for gb in (args.image_memory_gb, args.image_memory_folder_gb))
+    store = ImageMemoryStore(model, memory_bytes, args.image_memory_folder, folder_bytes)
     with input_errors(f"cannot serve {args.model}: "):
         service = AnswerService(model, processor, store, args.concurrency, args.queue, args.max_per_client)
     app = build_app(service, args.model_name or args.model, limits, hosts)

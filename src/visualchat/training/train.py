@@ -24,7 +24,7 @@ from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, is_hub_id, push
-from visualchat.loading import check_model_type, check_name, load_model, load_processor
+from visualchat.loading import check_model_type, check_part, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.collator import TrainingCollator
@@ -134,8 +134,8 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
             raise ValueError(f"--model_name_or_path: {error} {join}") from error
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
-    check_name(model_args.vision_name_or_path)
-    check_name(model_args.text_name_or_path)
+    check_part(model_args.vision_name_or_path)
+    check_part(model_args.text_name_or_path)
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
     return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
