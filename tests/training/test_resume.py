@@ -124,7 +124,7 @@ class TestFolder:
         assert "deleted another run: checkpoint-2, checkpoint-4, checkpoint-6, model, " in caplog.text
 
     def test_is_not_overwritten_if_the_run_reads_from_it(self, parts, run):
-        with pytest.raises(InputError, match=r"--overwrite would delete .*model, and this run reads .*model"):
+        with pytest.raises(InputError, match=r"--overwrite would delete .*model, from which this run reads .*model"):
             train(parts, run, "--overwrite", model_name_or_path=run / "model")
         assert (run / "model" / "model.safetensors").exists() and (run / "checkpoint-6").exists()
 
