@@ -53,10 +53,11 @@ class TestInterruption:
         main([*arguments(parts, tmp_path / "run", **settings), "--resume"])
         assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
-    def test_an_evaluation_is_given_up(self, parts, tmp_path, monkeypatch):
-        interrupt(monkeypatch, "prediction_step", 1)
+    @pytest.mark.parametrize("method", ["prediction_step", "exact_answers"])
+    def test_an_evaluation_is_given_up(self, parts, tmp_path, monkeypatch, method):
+        interrupt(monkeypatch, method, 1)
         with pytest.raises(Interrupted, match="step 3"):
-            main(arguments(parts, tmp_path, **EVALUATED, per_device_eval_batch_size=1))
+            main(arguments(parts, tmp_path, **EVALUATED, per_device_eval_batch_size=1, generation_samples=2))
         assert whole_checkpoints(tmp_path) == {"checkpoint-3"}
 
     def test_an_evaluation_that_is_due_is_left_out(self, parts, tmp_path, monkeypatch):

@@ -91,6 +91,13 @@ class InterruptionCallback(TrainerCallback):
             control.should_evaluate = False
 
     def on_prediction_step(self, args, state, control, **kwargs):
+        self.give_up_evaluation(args, control)
+
+    def give_up_evaluation(self, args, control) -> None:
+        """
+        Raises:
+            EvaluationInterrupted: If a signal arrived at any process during training. All processes call this at once.
+        """
         if self.is_training and self.agree(args):
             control.should_training_stop = True
             raise EvaluationInterrupted

@@ -27,6 +27,8 @@ RECORD = "visualchat_run.json"
 # mean something else
 FIXED_FIELDS = (
     "mode",
+    "vision_name_or_path",
+    "text_name_or_path",
     "multimodal_attention",
     "image_number_keys",
     "projector",
@@ -41,8 +43,6 @@ FIXED_FIELDS = (
 # With these it can, if that is asked for
 CHANGEABLE_FIELDS = (
     "model_name_or_path",
-    "vision_name_or_path",
-    "text_name_or_path",
     "dtype",
     "lora_dropout",
     "datasets",

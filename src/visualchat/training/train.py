@@ -261,7 +261,7 @@ def prepare(argv: list[str]) -> Run | None:
         model_args.model_name_or_path = str(output_dir / "joined")
         with training_args.main_process_first(desc="joining tower and decoder"):
             joined = (output_dir / "joined" / "processor_config.json").exists()  # written last
-            if training_args.process_index == 0 and not (data_args.resume and joined):
+            if training_args.process_index == 0 and not (checkpoint and joined):
                 join_parts(model_args, processor, output_dir / "joined")
         processor = load_processor(model_args.model_name_or_path)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code)

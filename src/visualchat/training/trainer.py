@@ -186,6 +186,7 @@ class VisualChatTrainer(Trainer):
         turns = -(-len(conversations) // self.args.world_size)
         right = 0
         for turn in range(turns):
+            self.interruption.give_up_evaluation(self.args, self.control)
             index = turn * self.args.world_size + self.args.process_index
             messages = conversations[index % len(conversations)]
             last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
