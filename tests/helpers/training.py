@@ -1,6 +1,7 @@
 """Examples that train, the command's arguments, and what a run leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -63,6 +64,15 @@ def arguments(parts: Path, output: Path, **overrides) -> list[str]:
         **overrides,
     }
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def undo_end(output: Path, *steps: int) -> None:
+    """Leaves what a run had written before it was killed: without its end, and without the checkpoints of these steps."""
+    shutil.rmtree(output / "model")
+    for name in ("visualchat_run.json", "metrics.json", "log.json"):
+        (output / name).unlink()
+    for step in steps:
+        shutil.rmtree(output / f"checkpoint-{step}")
 
 
 def losses(output: Path) -> list[float]:

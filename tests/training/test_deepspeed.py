@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -16,9 +15,10 @@ from transformers import AutoModel
 
 from helpers.distributed import ENVIRONMENT, launch, needs_compiler, settings, write_config
 from helpers.tiny import make_model, make_processor
-from helpers.training import FEATURES, losses, make_row
+from helpers.training import FEATURES, losses, make_row, undo_end
+from visualchat.training.checkpoints import find_complete_checkpoint
 from visualchat.training.train import main as train
-from visualchat.training.trainer import VisualChatTrainingArguments, find_complete_checkpoint
+from visualchat.training.trainer import VisualChatTrainingArguments
 
 
 pytestmark = needs_compiler
@@ -114,7 +114,7 @@ def test_two_processes_resume_in_the_middle_of_the_second_epoch(parts, tmp_path,
     words = settings(parts, tmp_path, 2, max_steps=8, save_strategy="steps", save_steps=6, train_sampling_strategy=strategy)
     launch(words, 2)
     whole = losses(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoint-8")
+    undo_end(tmp_path, 8)
     launch([*words, "--resume"], 2)
     assert losses(tmp_path) == pytest.approx(whole, abs=1e-5)
 
@@ -142,7 +142,7 @@ def test_another_number_of_processes_goes_on_after_the_commands_that_the_refusal
     config = ["--deepspeed", str(write_config(tmp_path, name))]
     launch([*settings(parts, run, 2, **overrides), *config], 2)
     whole = losses(run)
-    shutil.rmtree(run / "checkpoint-6")
+    undo_end(run, 6)
 
     words = [*settings(parts, run, 1, **overrides), *config, "--resume"]
     refused = launch(words, 1, wait=False)

@@ -1,7 +1,6 @@
 """`visualchat train`: what must not change a run, from batches to interruptions."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from helpers.training import ALIGNMENT, arguments, losses, moved
+from helpers.training import ALIGNMENT, arguments, losses, moved, undo_end
 from visualchat.training import trainer as training_loop
 from visualchat.training.collator import TrainingCollator
 from visualchat.training.dataset import prepare_dataset
@@ -39,6 +38,7 @@ class TestInvariants:
     def test_resuming_follows_the_run_that_was_not_interrupted(self, parts, tmp_path):
         main(arguments(parts, tmp_path / "whole", max_steps=6))
         main(arguments(parts, tmp_path / "halves", max_steps=6, save_steps=2, save_strategy="steps"))
+        undo_end(tmp_path / "halves")
         for step in (4, 6):  # as a kill would leave them: one cut off while it was written, one never begun
             folder = tmp_path / "halves" / f"checkpoint-{step}"
             (folder / "whole.json").unlink()
@@ -51,7 +51,7 @@ class TestInvariants:
         words += ["--max_steps", "10", "--eval_fraction", "0.2", "--mode", "lora", "--lora_dropout", "0.1"]
         main(words)  # four steps an epoch: the checkpoint is in the middle of the second
         whole = losses(tmp_path)
-        shutil.rmtree(tmp_path / "checkpoint-10")
+        undo_end(tmp_path, 10)
         main([*words, "--resume"])
         assert losses(tmp_path) == whole
 

@@ -10,8 +10,9 @@ import torch
 from helpers.tiny import make_config
 from helpers.training import arguments, losses
 from visualchat.training import train
+from visualchat.training.checkpoints import find_complete_checkpoint
 from visualchat.training.train import fastest_attention, main
-from visualchat.training.trainer import VisualChatTrainingArguments, find_complete_checkpoint
+from visualchat.training.trainer import VisualChatTrainingArguments
 
 
 def make_checkpoint(output: Path) -> Path:

@@ -35,7 +35,7 @@ EXTRAS = {
 }
 EXIT_STATUSES = """\
 Exit status: 0 if all is done; 1 if a part failed, or the program did (with a traceback); 2 if an option, a file or a model
-cannot be used; 130 after Ctrl-C."""
+cannot be used; 130 after Ctrl-C; of `train`, 143 after SIGTERM."""
 
 
 def main(argv: list[str] | None = None) -> int:

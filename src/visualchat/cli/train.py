@@ -12,6 +12,8 @@ Launchers want a file, which examples/train.py is. With DeepSpeed on one machine
 All fields of transformers.TrainingArguments are options as well, such as --output_dir, --num_train_epochs and --deepspeed.
 """
 
+import sys
+
 from visualchat.cli.options import make_parser
 from visualchat.errors import InputError
 from visualchat.training.arguments import DataArguments, LoopArguments, ModelArguments, describe_fields
@@ -27,10 +29,11 @@ def print_help() -> None:
     parser.print_help()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print_help()
-        return
+        return 0
+    from visualchat.training.interruption import Interrupted
     from visualchat.training.train import prepare, train
 
     try:
@@ -39,4 +42,11 @@ def main(argv: list[str]) -> None:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise InputError(error) from error
-    train(run)
+    if run is None:
+        return 0
+    try:
+        train(run)
+    except Interrupted as stop:
+        print(f"visualchat train: {stop}", file=sys.stderr)
+        return stop.exit_status
+    return 0

@@ -47,7 +47,16 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read examples when they are needed; set --max_steps."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that check and measure the examples."})
     skip_broken_images: bool = field(default=False, metadata={"help": "Leave out broken examples and images; count them."})
-    resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
+    resume: bool = field(
+        default=False, metadata={"help": "Resume from the newest complete checkpoint; a finished run stays as it is."}
+    )
+    accept_changes: bool = field(
+        default=False, metadata={"help": "Resume with other settings than the checkpoint's, where that can be done."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Delete checkpoints and results of another run in output_dir. With --resume it has no effect."},
+    )
 
 
 @dataclass

@@ -7,6 +7,8 @@ parts, in reading order. `visualchat prepare` makes such examples of the paper's
 be used.
 """
 
+import hashlib
+import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -91,14 +93,20 @@ def load_examples(
 
 
 def mark_images(table: pa.Table) -> dict[str, list]:
-    """The column `images` with a mark for each image that is there. Embedded images are not read from the disk."""
+    """
+    The column `images` with a mark for each image that is there: its file's name, and its number of bytes if it is embedded.
+    Embedded images are not read from the disk.
+    """
     marks = []
     for cell in table["images"]:
         images = cell.values  # `None`, or an array of `bytes` and `path`
         if images is not None:
             has_source = pc.or_(images.field("bytes").is_valid(), images.field("path").is_valid())
             has_source = pc.and_(has_source, images.is_valid()).to_pylist()
-        marks.append(None if images is None else [{"path": "" if one else None} for one in has_source])
+            sizes, paths = pc.binary_length(images.field("bytes")).to_pylist(), images.field("path").to_pylist()
+            described = [f"{Path(path or '').name} {size or ''}" for path, size in zip(paths, sizes)]
+            described = [mark if one else None for mark, one in zip(described, has_source)]
+        marks.append(None if images is None else [{"path": mark} for mark in described])
     return {"images": marks}
 
 
@@ -118,6 +126,16 @@ def check_and_measure(
     except InvalidExample as bad:
         return {**dict.fromkeys(MEASURES, 0), **origin, "fault": describe_problem({**example, **origin}, bad)}
     return {**measure(example, processor, max_length), **origin, "fault": ""}
+
+
+def check_measure_and_digest(example: dict, number: int, **arguments) -> dict:
+    """
+    The columns of [`check_and_measure`], and `digest`, a hash of the messages and of the marks of the images
+    ([`mark_images`]), by which a resumed run knows its data again.
+    """
+    content = json.dumps([example["messages"], example.get("images")], default=str)
+    digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return {**check_and_measure(example, number, **arguments), "digest": digest}
 
 
 def describe_problem(example: dict, bad: InvalidExample) -> str:
@@ -249,7 +267,7 @@ def prepare_dataset(
                 marks = marks.map(mark_images, batched=True, features=IMAGE_MARKS, num_proc=num_proc, desc=f"{name}: images")
                 texts = datasets.concatenate_datasets([texts, marks.with_format(None)], axis=1)
             measured = texts.map(
-                check_and_measure,
+                check_measure_and_digest,
                 with_indices=True,
                 fn_kwargs=arguments,
                 remove_columns=texts.column_names,

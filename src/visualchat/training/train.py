@@ -2,41 +2,37 @@
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
-import yaml
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    HfArgumentParser,
-    LlamaConfig,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import is_bitsandbytes_available
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from visualchat.data.checks import ModelRequirements
-from visualchat.hub.push import check_access, is_hub_id, push
+from visualchat.hub.push import check_access, push
 from visualchat.loading import check_model_type, check_part, load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
+from visualchat.training.checkpoints import world_size_changed
 from visualchat.training.collator import TrainingCollator
 from visualchat.training.dataset import prepare_dataset, report_statistics
+from visualchat.training.interruption import Interrupted
+from visualchat.training.output_folder import is_finished, on_main_process, open_folder, take_lock, write_record
+from visualchat.training.recipe import check_arguments, parse_arguments
+from visualchat.training.run_record import check_same_run, record_arguments, record_config, record_data
 from visualchat.training.trainer import (
+    RestoreParamGroupsCallback,
     SetEpochCallback,
     VisualChatTrainer,
     VisualChatTrainingArguments,
-    find_complete_checkpoint,
     load_universal_checkpoint,
     plot_curves,
-    world_size_changed,
 )
 
 
@@ -46,74 +42,6 @@ LORA_TARGETS = {
     "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
 }
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, VisualChatTrainingArguments]:
-    """A recipe's fields are defaults, which the command line overrides."""
-    kinds = (ModelArguments, DataArguments, VisualChatTrainingArguments)
-    parser = HfArgumentParser(kinds, prog="visualchat train", description=__doc__)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe = read_recipe(Path(argv[0]))
-        known = {one.name for kind in kinds for one in fields(kind)}
-        if unknown := sorted(set(recipe) - known):
-            raise ValueError(f"{argv[0]}: unknown fields {', '.join(unknown)}")
-        parser.set_defaults(**recipe)
-        argv = argv[1:]
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown options {' '.join(unknown)}")
-    return tuple(parsed)
-
-
-def read_recipe(path: Path) -> dict:
-    """
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no YAML file of fields.
-    """
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold fields and their values, such as `mode: lora`, got {recipe!r:.80}")
-    return recipe
-
-
-def check_arguments(
-    model_args: ModelArguments, data_args: DataArguments, training_args: VisualChatTrainingArguments
-) -> None:
-    """
-    Raises:
-        ImportError: If `load_in_4bit` is asked for without bitsandbytes.
-        ValueError: If two fields contradict each other; both are named, with their values.
-    """
-    if model_args.load_in_4bit and model_args.mode != "lora":
-        raise ValueError(f"load_in_4bit trains by LoRA alone: it needs mode: lora, got {model_args.mode}")
-    if model_args.load_in_4bit and not is_bitsandbytes_available():
-        raise ImportError("load_in_4bit needs bitsandbytes: pip install -U bitsandbytes")
-    if data_args.streaming:
-        if training_args.max_steps <= 0:
-            raise ValueError(f"streaming: true does not know its length: it needs max_steps, got {training_args.max_steps}")
-        if training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            raise ValueError(
-                "streaming: true reads examples in their order: it needs train_sampling_strategy: random (the default), got "
-                f"{training_args.train_sampling_strategy}"
-            )
-    if training_args.push_to_hub and model_args.mode == "lora" and not is_hub_id(model_args.model_name_or_path or "/"):
-        raise ValueError(
-            "push_to_hub with mode: lora publishes an adapter, which names its base: it needs model_name_or_path to be a Hub"
-            f" id, got {model_args.model_name_or_path}"
-        )
-    if training_args.label_smoothing_factor and training_args.torch_compile:
-        raise ValueError(
-            "label_smoothing_factor needs torch_compile: false: the Trainer does not see that a compiled model is a language"
-            f" model, and smooths labels that are not shifted; got {training_args.label_smoothing_factor} and true"
-        )
-    if training_args.eval_strategy != "no" and (data_args.streaming or data_args.eval_fraction == 0):
-        reason = "streaming: true" if data_args.streaming else "eval_fraction: 0"
-        strategy = training_args.eval_strategy.value
-        raise ValueError(f"{reason} holds out no examples: it needs eval_strategy: no, got {strategy}")
 
 
 def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
@@ -158,11 +86,8 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     processor.save_pretrained(folder)
 
 
-def fit_context(max_length: int, model_args: ModelArguments) -> int:
+def fit_context(max_length: int, text_config: LlamaConfig) -> int:
     """`max_length`, or the decoder's context if that is shorter: the model would refuse a longer conversation."""
-    text_config = AutoConfig.from_pretrained(
-        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
-    ).text_config
     context = text_config.max_position_embeddings
     if max_length <= context or text_config.rope_parameters["rope_type"] == "dynamic":
         return max_length
@@ -252,28 +177,36 @@ class Run:
         model_args (`ModelArguments`), data_args (`DataArguments`): Its fields.
         trainer (`VisualChatTrainer`): With model, data and the other fields.
         checkpoint (`str`, *optional*): The checkpoint to go on from.
+        is_changed (`bool`): Whether it goes on with other settings than the checkpoint's.
         table (`str`): What it trains on, for the model card.
         push_to_hub (`bool`): Whether the model is published at the end.
         hub_token (`str`, *optional*): The access token for that.
+        lock (`TextIO`, *optional*): Keeps other runs out of `output_dir` as long as it is open.
     """
 
     model_args: ModelArguments
     data_args: DataArguments
     trainer: VisualChatTrainer
     checkpoint: str | None
+    is_changed: bool
     table: str
     push_to_hub: bool
     hub_token: str | None
+    lock: TextIO | None
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Trains with the recipe and the options of `visualchat train`. Returns the metrics."""
-    return train(prepare(argv))
+    """Trains with the recipe and the options of `visualchat train`. Returns the metrics; none if the run is finished."""
+    run = prepare(argv)
+    return {} if run is None else train(run)
 
 
-def prepare(argv: list[str]) -> Run:
+def prepare(argv: list[str]) -> Run | None:
     """
     Everything before the first step.
+
+    Returns:
+        The run, or `None` if it is to be resumed and is finished. Nothing is written then.
 
     Raises:
         ImportError, OSError, TypeError, ValueError: If a field, a file, the data or the model cannot be used.
@@ -284,7 +217,6 @@ def prepare(argv: list[str]) -> Run:
     training_args.accelerator_config.dispatch_batches = False  # would cut streamed pixel_values by the number of examples
     training_args.prediction_loss_only = True  # accuracy comes from generated answers
     output_dir = Path(training_args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     # The model is published once, at the end: the Trainer would send all of output_dir with every checkpoint. It also
     # pickles its arguments, which therefore must not hold the token
     push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
@@ -298,9 +230,23 @@ def prepare(argv: list[str]) -> Run:
     )
     if push_to_hub and training_args.process_index == 0:
         check_access(hub_token)
-    checkpoint = None
-    if data_args.resume:  # what cannot be resumed is refused before any work starts
-        checkpoint = find_complete_checkpoint(training_args)
+
+    # The folder: what cannot be begun or resumed in it is refused before any work starts
+    arguments = record_arguments(model_args, data_args, training_args)
+    if data_args.resume and on_main_process(training_args, lambda: is_finished(output_dir, arguments)):
+        logger.info("%s: this run is finished", output_dir)
+        return None
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = None
+
+    def open_output() -> str | None:
+        nonlocal lock
+        lock = take_lock(output_dir)
+        inputs = [model_args.model_name_or_path, model_args.vision_name_or_path, model_args.text_name_or_path]
+        return open_folder(training_args, data_args.resume, data_args.overwrite, [*inputs, *data_args.datasets])
+
+    checkpoint = on_main_process(training_args, open_output)
+    if data_args.resume:
         logger.info("Resuming from %s", checkpoint or "the start: there is no complete checkpoint")
     if training_args.deepspeed:
         import deepspeed  # of the extra `train`
@@ -315,10 +261,11 @@ def prepare(argv: list[str]) -> Run:
         model_args.model_name_or_path = str(output_dir / "joined")
         with training_args.main_process_first(desc="joining tower and decoder"):
             joined = (output_dir / "joined" / "processor_config.json").exists()  # written last
-            if training_args.process_index == 0 and not (data_args.resume and joined):
+            if training_args.process_index == 0 and not (checkpoint and joined):
                 join_parts(model_args, processor, output_dir / "joined")
         processor = load_processor(model_args.model_name_or_path)
-    max_length = fit_context(data_args.max_length, model_args)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code)
+    max_length = fit_context(data_args.max_length, config.text_config)
     with training_args.main_process_first(desc="preparing examples"):
         prepared = prepare_dataset(
             data_args.datasets,
@@ -331,16 +278,16 @@ def prepare(argv: list[str]) -> Run:
             data_args.skip_broken_images,
         )
     table = ""
-    if data_args.streaming:
-        train_dataset, eval_dataset = prepared.dataset, None
-    else:
-        if training_args.process_index == 0:
-            table = report_statistics(prepared.dataset, output_dir)
-            logger.info("Examples, with those held out for evaluation:\n%s", table)
-        train_dataset, eval_dataset = prepared.dataset, None
-        if data_args.eval_fraction > 0:
-            split = prepared.dataset.train_test_split(data_args.eval_fraction, seed=training_args.seed)
-            train_dataset, eval_dataset = split["train"], split["test"]
+    train_dataset, eval_dataset = prepared.dataset, None
+    if not data_args.streaming and data_args.eval_fraction > 0:
+        split = prepared.dataset.train_test_split(data_args.eval_fraction, seed=training_args.seed)
+        train_dataset, eval_dataset = split["train"], split["test"]
+    data = {"training": record_data(train_dataset), "evaluation": record_data(eval_dataset)}
+    record = {"arguments": arguments, "model": record_config(config), "data": data}
+    is_changed = checkpoint is not None and check_same_run(Path(checkpoint), record, data_args.accept_changes)
+    if not data_args.streaming and training_args.process_index == 0:
+        table = report_statistics(prepared.dataset, output_dir)
+        logger.info("Examples, with those held out for evaluation:\n%s", table)
 
     # Model
     model = prepare_model(model_args, training_args)
@@ -362,20 +309,34 @@ def prepare(argv: list[str]) -> Run:
         ),
         processing_class=processor,
         callbacks=[SetEpochCallback()],
+        run_record=record,
     )
 
-    return Run(model_args, data_args, trainer, checkpoint, table, push_to_hub, hub_token)
+    return Run(model_args, data_args, trainer, checkpoint, is_changed, table, push_to_hub, hub_token, lock)
 
 
 def train(run: Run) -> dict[str, float]:
-    """Trains, saves, evaluates, and publishes if that was asked for. Returns the metrics."""
+    """
+    Trains, saves, evaluates, and publishes if that was asked for. Returns the metrics.
+
+    Raises:
+        Interrupted: If SIGTERM or SIGINT arrived; a checkpoint is saved.
+    """
     trainer, training_args = run.trainer, run.trainer.args
     output_dir = Path(training_args.output_dir)
 
     # Train
+    if trainer.is_world_process_zero():
+        write_record(output_dir, trainer.run_record, finished=False)
+    if run.is_changed:
+        trainer.add_callback(RestoreParamGroupsCallback())
     if run.checkpoint and world_size_changed(Path(run.checkpoint), training_args):
         load_universal_checkpoint(trainer)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    except Interrupted:
+        leave_process_group()
+        raise
 
     # Save
     folder = output_dir / "model"
@@ -400,7 +361,15 @@ def train(run: Run) -> dict[str, float]:
                 token=run.hub_token,
             )
             logger.info("Published as %s", commit.commit_url)
+        write_record(output_dir, trainer.run_record, finished=True)
+        if run.lock is not None:
+            run.lock.close()
+    leave_process_group()
+    return metrics
+
+
+def leave_process_group() -> None:
+    """Waits for the other processes, if there are any, and parts from them."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return metrics

@@ -4,30 +4,24 @@ broken examples in every log line, and checkpoints that are known to be complete
 """
 
 import copy
-import json
-import logging
 import re
-import shlex
-import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from visualchat.evaluation.answers import generate_answers, is_exact, text_of
 from visualchat.training.arguments import LoopArguments
+from visualchat.training.checkpoints import MANIFEST, world_size_changed, write_json, write_manifest
 from visualchat.training.collator import TrainingCollator
-
-
-logger = logging.getLogger(__name__)
-
-COMPLETE_MARKER = "whole.json"  # written into a checkpoint when every process has saved its part
-LATEST_UNIVERSAL = "latest_universal"  # written by ds_to_universal when it is done
+from visualchat.training.interruption import EvaluationInterrupted, Interrupted, InterruptionCallback, keep_working
+from visualchat.training.run_record import RECORD
 
 
 @dataclass
@@ -56,10 +50,71 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 
 
 class VisualChatTrainer(Trainer):
-    """See the module's docstring."""
+    """
+    See the module's docstring.
+
+    Args:
+        run_record (`dict`, *optional*): What the run is made with; each checkpoint gets it (see `run_record.py`).
+    """
 
     args: VisualChatTrainingArguments
     data_collator: TrainingCollator
+
+    def __init__(self, *args, run_record: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run_record = run_record
+        self.interruption = InterruptionCallback()
+        self.add_callback(self.interruption)
+
+    def train(self, *args, **kwargs):
+        """
+        See [`~transformers.Trainer.train`].
+
+        Raises:
+            Interrupted: If SIGTERM or SIGINT arrived; a checkpoint is saved.
+        """
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.interruption.restore_handlers()
+        self.interruption.repeat_late_signal()
+        return output
+
+    def _get_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = loader.base_dataloader  # accelerate's loader reads from it
+        inner.worker_init_fn = partial(keep_working, inner.worker_init_fn)
+        return loader
+
+    def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint brings the intervals that it was made with
+        return position
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # of a finished checkpoint; the Trainer would make one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationInterrupted:
+            self._save_checkpoint(model, trial)
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        if self.interruption.agree(self.args):
+            if not (self.checkpoint_folder / MANIFEST).exists():
+                self._save_checkpoint(self.model, trial)
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise Interrupted(self.interruption.signal, self.state.global_step)
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """The checkpoint of this step, whether it is saved or not."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -77,9 +132,9 @@ class VisualChatTrainer(Trainer):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            written = {"step": self.state.global_step, "world_size": self.args.world_size}
-            (folder / COMPLETE_MARKER).write_text(json.dumps(written))
+            if self.run_record is not None:
+                write_json(self.checkpoint_folder / RECORD, self.run_record)
+            write_manifest(self.checkpoint_folder, self.state.global_step, self.args.world_size)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -131,6 +186,7 @@ class VisualChatTrainer(Trainer):
         turns = -(-len(conversations) // self.args.world_size)
         right = 0
         for turn in range(turns):
+            self.interruption.give_up_evaluation(self.args, self.control)
             index = turn * self.args.world_size + self.args.process_index
             messages = conversations[index % len(conversations)]
             last = max(k for k, message in enumerate(messages) if message["role"] == "assistant")
@@ -184,91 +240,43 @@ class SetEpochCallback(TrainerCallback):
 
 class RestoreParamGroupsCallback(TrainerCallback):
     """
-    Restores the settings of each parameter group after a universal checkpoint was loaded. Under ZeRO-3, DeepSpeed 0.19.8
-    gives all groups the settings of the first one, and a step counter that the update of every group advances.
+    Gives each parameter group the settings of the arguments, after a checkpoint was loaded: the optimizer and the schedule
+    bring those that the checkpoint was made with.
     """
 
     def on_train_begin(self, args, state, control, model, optimizer, lr_scheduler, **kwargs):
         own_groups = group_parameters(model, args)
-        for group, own, rate in zip(optimizer.param_groups, own_groups, lr_scheduler.get_last_lr(), strict=True):
-            group.update(name=own["name"], weight_decay=own["weight_decay"], lr=rate)
+        _, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        for group, own in zip(optimizer.param_groups, own_groups, strict=True):
+            given = {**settings, **own, "initial_lr": own["lr"]}
+            group.update({name: given[name] for name in group.keys() & given.keys() - {"params", "lr"}}, name=own["name"])
+        if isinstance(lr_scheduler, LambdaLR):  # the others follow the losses, and have no base rate
+            lr_scheduler.base_lrs = [own["lr"] for own in own_groups]
+            factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+            rates = [rate * factor for rate, factor in zip(lr_scheduler.base_lrs, factors, strict=True)]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            lr_scheduler._last_lr = rates
+
+
+class RestoreStepsCallback(TrainerCallback):
+    """
+    Gives each parameter a step counter of its own after a universal checkpoint was loaded: under ZeRO-3, DeepSpeed 0.19.8
+    loads one that the update of every group advances.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
         for entry in optimizer.state.values():
             entry["step"] = copy.deepcopy(entry["step"])  # a tensor, or a number
-
-
-def world_size_changed(checkpoint: Path, args: TrainingArguments) -> bool:
-    """Whether the run uses ZeRO and the checkpoint's optimizer state is divided among another number of processes."""
-    is_partitioned = args.deepspeed_plugin is not None and any(checkpoint.glob("global_step*/*_optim_states.pt"))
-    return is_partitioned and json.loads((checkpoint / COMPLETE_MARKER).read_text())["world_size"] != args.world_size
-
-
-def check_deepspeed_checkpoint(checkpoint: Path, args: TrainingArguments) -> None:
-    """
-    DeepSpeed saves the optimizer's state in files of its own. A run with DeepSpeed cannot read the state of a run without
-    it, and vice versa. The Trainer would start with a new optimizer, without a warning if the run is without DeepSpeed.
-
-    Raises:
-        ValueError: If either the checkpoint or the run uses DeepSpeed, and the other does not.
-    """
-    written_by_deepspeed = any(checkpoint.glob("global_step*"))
-    if written_by_deepspeed and args.deepspeed_plugin is None:
-        raise ValueError(
-            f"{checkpoint} holds its optimizer's state in DeepSpeed's form, and this run is without DeepSpeed: add"
-            " --deepspeed FILE, with the JSON that the checkpoint was made with, or give another --output_dir"
-        )
-    if not written_by_deepspeed and args.deepspeed_plugin is not None:
-        raise ValueError(
-            f"{checkpoint} holds nothing of DeepSpeed, and this run is with --deepspeed {args.deepspeed}: leave out"
-            " --deepspeed (a recipe's field `deepspeed` too), or give another --output_dir"
-        )
-
-
-def find_complete_checkpoint(args: TrainingArguments) -> str | None:
-    """
-    The newest complete checkpoint, for `--resume`. Newer ones that a killed run did not finish are removed.
-
-    Raises:
-        ValueError: If this checkpoint, or the best one that is loaded at the end, was written under ZeRO by another number
-            of processes and is not converted; the error gives the commands that convert it. See also
-            [`check_deepspeed_checkpoint`].
-    """
-    folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    newest_first = sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
-    for folder in newest_first:
-        if not (folder / COMPLETE_MARKER).exists():
-            logger.warning("%s is not complete: it is not used", folder)
-            if args.process_index == 0:
-                shutil.rmtree(folder)
-            continue
-        check_deepspeed_checkpoint(folder, args)
-        loaded = [folder]
-        best = json.loads((folder / TRAINER_STATE_NAME).read_text())["best_model_checkpoint"]
-        if args.load_best_model_at_end and best is not None and Path(best) != folder:
-            loaded.append(Path(best))
-        commands = [
-            "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
-            f" --input_folder {shlex.quote(str(shards))} --output_folder {shlex.quote(f'{shards}_universal')}"
-            for checkpoint in loaded
-            if world_size_changed(checkpoint, args) and not (checkpoint / LATEST_UNIVERSAL).exists()
-            for shards in checkpoint.glob("global_step*[0-9]")
-        ]
-        if commands:
-            written_by = json.loads((folder / COMPLETE_MARKER).read_text())["world_size"]
-            raise ValueError(
-                f"{folder} was written by {written_by} processes, and this run has {args.world_size}. Convert, then give"
-                " --resume again, with the same product of processes, --per_device_train_batch_size and"
-                " --gradient_accumulation_steps:\n  " + "\n  ".join(commands)
-            )
-        return str(folder)
-    return None
 
 
 def load_universal_checkpoint(trainer: Trainer) -> None:
     """Makes `trainer.train` resume from a checkpoint in DeepSpeed's universal format."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
-    if plugin.hf_ds_config.is_zero3():
+    if plugin.hf_ds_config.is_zero3():  # DeepSpeed 0.19.8 gives all groups the settings of the first one
         trainer.add_callback(RestoreParamGroupsCallback())
+        trainer.add_callback(RestoreStepsCallback())
 
 
 def plot_curves(log_history: list[dict], path: Path) -> None:
