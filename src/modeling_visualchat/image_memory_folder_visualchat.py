@@ -96,7 +96,7 @@ class ImageMemoryFolder:
                     found.append((status.st_mtime_ns, entry.name, status.st_size))
                 elif time.time() - status.st_mtime > UNFINISHED_SECONDS:
                     os.unlink(entry)
-            except FileNotFoundError:  # another process was faster
+            except OSError:  # another process has deleted it, or it is another user's
                 continue
         self._files = OrderedDict((name, (size, used)) for used, name, size in sorted(found))
         self._nbytes = sum(size for _, _, size in found)

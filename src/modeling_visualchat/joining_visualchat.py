@@ -52,11 +52,11 @@ class VisualChatJoiningMixin:
         """
         check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
         if isinstance(vision, str):
-            vision = _load_part(CLIPVisionModel, vision, dtype)
+            vision = load_all_weights(CLIPVisionModel, vision, dtype)
         elif isinstance(vision, CLIPModel):
             vision = vision.vision_model
         if isinstance(text, str):
-            text = _load_part(LlamaForCausalLM, text, dtype)
+            text = load_all_weights(LlamaForCausalLM, text, dtype)
         for name, part, expected in (("vision", vision, CLIPVisionModel), ("text", text, LlamaForCausalLM)):
             if not isinstance(part, expected):
                 raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(part).__name__}")
@@ -98,7 +98,18 @@ class VisualChatJoiningMixin:
         self.get_input_embeddings().requires_grad_(True)
 
 
-def _load_part(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype) -> PreTrainedModel:
+def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """
+    `kind.from_pretrained`, which would go on with random weights where some are missing.
+
+    Args:
+        kind (`type`): The class.
+        source (`str`): A folder or a Hub id.
+        dtype (`str` or `torch.dtype`): What it is loaded in.
+
+    Raises:
+        ValueError: If a weight is missing. The error names it and its file.
+    """
     part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         count = f"; {len(missing)} tensors are" if len(missing) > 1 else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModel, PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
@@ -96,11 +97,13 @@ def _load_whole(name: str, trust_remote_code: bool, **kwargs) -> VisualChatForCa
     check_model_type(name, trust_remote_code)
     if PreTrainedConfig.get_config_dict(name)[0]["model_type"] != VisualChatConfig.model_type:
         return AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
-    empty = make_empty_model(name)
-    if Path(name).is_dir():
-        if (Path(name) / "generation_config.json").is_file():
-            read_json(Path(name) / "generation_config.json")
-        check_tensors(Path(name), empty)
+    folder, found = Path(name), None
+    if folder.is_dir():
+        if (folder / "generation_config.json").is_file():
+            read_json(folder / "generation_config.json")
+        found = find_tensors(folder, "model")
+    if not is_deepspeed_zero3_enabled():  # which would share out this model too
+        check_tensors(folder, found, make_empty_model(name))
     model = AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     model.check_weights()
     return model
@@ -122,9 +125,10 @@ def load_merged(adapter: str, base: str | None = None, trust_remote_code: bool =
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict  # of the extra `train`
 
     check_name(adapter)
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if Path(adapter).is_dir():
+    if (Path(adapter) / "adapter_config.json").is_file():
+        read_json(Path(adapter) / "adapter_config.json")
         check_finite(Path(adapter), "adapter_model")
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     adapted = PeftModel.from_pretrained(_load_whole(base, trust_remote_code, **kwargs), adapter)
     found = find_tensors(Path(adapter), "adapter_model")
     if found is not None and (missing := sorted(set(get_peft_model_state_dict(adapted)) - set(found))):

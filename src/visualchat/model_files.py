@@ -159,19 +159,19 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path} is cut off, or is no safetensors file: {error}") from error
 
 
-def check_tensors(folder: Path, model: VisualChatForCausalLM) -> None:
+def check_tensors(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]] | None, model: VisualChatForCausalLM) -> None:
     """
     Checks that a folder's safetensors files hold all weights of a model, in its shapes. Of tied weights one is enough.
     Quantized folders hold other tensors, and pass.
 
     Args:
         folder (`Path`): Of the model.
+        found (`dict`, *optional*): What [`find_tensors`] found there.
         model (`VisualChatForCausalLM`): Without weights.
 
     Raises:
-        FileNotFoundError, ValueError: If a weight is missing or has another shape; see also [`find_tensors`].
+        ValueError: If a weight is missing or has another shape. The error names it and its file.
     """
-    found = find_tensors(folder, "model")
     if found is None or getattr(model.config, "quantization_config", None):
         return
     tied = {**model.all_tied_weights_keys, **{source: name for name, source in model.all_tied_weights_keys.items()}}

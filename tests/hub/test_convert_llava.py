@@ -137,3 +137,16 @@ def test_another_tokenizer_is_refused(tmp_path):
     make_llava(tmp_path / "llava", image_token_index=3)
     with pytest.raises(InputError, match=r"The tokenizer's id of <image> is .*, but the model's image token is 3"):
         convert(tmp_path)
+
+
+def test_missing_weights_are_refused(tmp_path):
+    make_llava(tmp_path / "llava")
+    path = tmp_path / "llava" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in sorted(weights) if "up_proj" in name))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.safetensors: the tensor .*up_proj\.weight is missing"):
+        convert(tmp_path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"model\.safetensors is cut off, or is no safetensors file"):
+        convert(tmp_path)

@@ -150,14 +150,6 @@ class TestDryRun:
         with pytest.raises(FileNotFoundError, match=message):
             collect_files(tmp_path)
 
-    @pytest.mark.parametrize(("secret", "token"), [("hf_" + "a" * 34, None), ("another-hubs-token", "another-hubs-token")])
-    def test_a_token_in_a_file_is_refused(self, secret, token, tmp_path):
-        save_model(tmp_path)
-        (tmp_path / "settings.json").write_text(json.dumps({"token": secret}))
-        with pytest.raises(ValueError, match=r"settings\.json contains an access token") as error:
-            collect_files(tmp_path, token=token)
-        assert secret not in str(error.value)
-
 
 class TestPush:
     def test_pushed_and_loaded_in_a_fresh_process_at_a_revision(self, hub: HubServer, tmp_path, monkeypatch):

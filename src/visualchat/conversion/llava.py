@@ -8,9 +8,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForC
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.joining_visualchat import load_all_weights
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector
 from visualchat.errors import input_errors
-from visualchat.loading import check_name
+from visualchat.loading import check_name, check_part
 
 
 def read_config(name: str) -> LlavaConfig:
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs `visualchat convert llava` with these options."""
     with input_errors(f"cannot convert {args.model}: "):
         check_config(read_config(args.model))
-        llava = LlavaForConditionalGeneration.from_pretrained(args.model, dtype="auto")
+        check_part(args.model)
+        llava = load_all_weights(LlavaForConditionalGeneration, args.model, "auto")
         model, lines = convert(llava, multimodal_attention=args.attention, projector=args.projector)
         processor = make_processor(args.model, model)
     processor.save_pretrained(args.output)

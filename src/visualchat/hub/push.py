@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from visualchat.errors import input_errors
+from visualchat.hub.secret_scan import Finding, find_secrets, read_text_of
 
 
 # The files of a folder (not of its subfolders) that are uploaded. Pickles are not: `training_args.bin` may hold a token.
@@ -21,7 +23,6 @@ PUBLISHED = re.compile(
 RUN_STATE = ("trainer_state.json",)
 # Files of an earlier push, which are deleted if the folder does not have them
 DELETED_IF_MISSING = re.compile(r".+\.(safetensors(\.index\.json)?|py)")
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 CODE_BEGIN, CODE_END = "<!-- code: written by visualchat push -->", "<!-- end of code -->"
 # Calls of the travelling code that use files or the network, and for what. tests/hub/test_traveling_code.py checks them
 EXCEPTIONS = {
@@ -86,10 +87,12 @@ def collect_files(folder: Path, base_model: str | None = None, token: str | None
         token (`str`, *optional*): The access token, to check that no file contains it.
 
     Raises:
-        FileNotFoundError, ValueError: If a file is missing or wrong. The error names the file and says what to do.
+        FileNotFoundError, ValueError: If a file is missing or wrong, is a link, or holds what looks like a secret. The error
+            names the file and says what to do.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}")
+    _refuse_links(folder)
     contents: dict[str, Path | bytes] = {
         path.name: path
         for path in sorted(folder.iterdir())
@@ -113,12 +116,29 @@ def collect_files(folder: Path, base_model: str | None = None, token: str | None
         base_model=base_model if is_adapter else None,
     )
     contents["README.md"] = make_card(folder, publication).encode()
+    secrets: list[Finding] = []
     for name, content in contents.items():
-        if not name.endswith(".safetensors"):
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            if TOKEN.search(data) or (token and token.encode() in data):
-                raise ValueError(f"{folder / name} contains an access token: remove it, and revoke it if it was shared")
+        # As the folder has it: what is sent in its place, such as the card, has other lines
+        data = read_text_of(folder / name) if (folder / name).is_file() else content
+        secrets += find_secrets(name, data, token)
+    if secrets:
+        raise ValueError(
+            f"{folder}{os.sep}{'; '.join(map(str, secrets))}: remove what is secret, and revoke it if it was shared"
+        )
     return publication
+
+
+def _refuse_links(folder: Path) -> None:
+    """
+    A link may lead to a file that nobody meant to publish. Those of the Hub's own cache, from a snapshot to its blobs, are
+    files of the model.
+    """
+    here = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        target = path.resolve()
+        is_cached = here.parent.name == "snapshots" and target.parent == here.parents[1] / "blobs"
+        if path.is_symlink() and PUBLISHED.fullmatch(path.name) and not is_cached:
+            raise ValueError(f"{path} is a link to {target}, and links are not sent: put the file itself there")
 
 
 def _check_weights(folder: Path, contents: dict[str, Path | bytes], stem: str) -> None:
