@@ -94,8 +94,7 @@ class TestInterruption:
         callback.receive(signal.SIGTERM, None)
         assert killed == [signal.SIG_DFL, (os.getpid(), signal.SIGTERM)]
 
-    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-    def test_exit_status_of_the_command_when_its_whole_group_gets_the_signal(self, parts, tmp_path, number, status):
+    def test_exit_status_of_the_command_when_its_whole_group_gets_the_signal(self, parts, tmp_path):
         """As a terminal and SLURM send it: to the workers that read the examples too."""
         words = arguments(parts, tmp_path, max_steps=100_000, save_strategy="no", dataloader_num_workers=1)
         process = subprocess.Popen(
@@ -107,9 +106,9 @@ class TestInterruption:
             start_new_session=True,
         )
         wait_for_a_step(process)
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=300)
-        assert process.returncode == status, output[-3000:]
+        assert process.returncode == 143, output[-3000:]
         assert "is saved; go on with --resume" in output and "Traceback" not in output
         assert find_complete_checkpoint(VisualChatTrainingArguments(str(tmp_path), use_cpu=True))
 

@@ -13,9 +13,11 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from helpers.commands import run_command
 from helpers.distributed import ENVIRONMENT
+from helpers.tiny import make_model, make_processor
 from helpers.training import FEATURES, arguments, losses, make_row, undo_end
 from visualchat.errors import InputError
 from visualchat.training import output_folder
@@ -243,6 +245,23 @@ class TestChangedSettings:
             Difference("multimodal_attention", "mmca", "causal", is_fixed=True),
             Difference("image_number_keys", False, True, is_fixed=True),
         ]
+
+    def test_the_attention_of_a_joined_model(self, parts, tmp_path):
+        model = make_model(text={"vocab_size": 320}, image_token_id=5)
+        model.model.vision_tower.save_pretrained(tmp_path / "tower")
+        make_processor().image_processor.save_pretrained(tmp_path / "tower")
+        LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "decoder")
+        make_processor().tokenizer.save_pretrained(tmp_path / "decoder")
+        joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
+        settings = {"max_steps": 1, "save_steps": 1, "model_name_or_path": "", **joined}
+        run = tmp_path / "run"
+        train(parts, run, **settings)
+        undo_end(run)
+        with pytest.raises(InputError, match=r"multimodal_attention: 'mmca' in the checkpoint, 'causal' now \(cannot"):
+            train(parts, run, "--resume", "--accept_changes", multimodal_attention="causal", **settings)
+        shutil.rmtree(run / "checkpoint-1")  # as if it had been killed before: `joined` is made anew
+        train(parts, run, "--resume", multimodal_attention="causal", **settings)
+        assert json.loads((run / "model" / "config.json").read_text())["multimodal_attention"] == "causal"
 
     def test_the_models_configuration_is_compared(self):
         old = {

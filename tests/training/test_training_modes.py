@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoProcessor
 from helpers.tiny import make_model, make_processor
 from helpers.training import ALIGNMENT, FEATURES, arguments, make_row, moved
 from visualchat.cli import main as visualchat
-from visualchat.training import train
+from visualchat.training import recipe, train
 from visualchat.training.train import main
 
 
@@ -86,7 +86,7 @@ class TestQuantized:
         assert linear - quantized > {"lm_head", "model.multi_modal_projector.linear"}
 
     def test_without_bitsandbytes_it_is_named_before_any_work_starts(self, parts, tmp_path, monkeypatch):
-        monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+        monkeypatch.setattr(recipe, "is_bitsandbytes_available", lambda: False)
         with pytest.raises(ImportError, match="load_in_4bit needs bitsandbytes: pip install"):
             train.main(arguments(parts, tmp_path / "run", mode="lora", load_in_4bit=True))
         assert not (tmp_path / "run").exists()

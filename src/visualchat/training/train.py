@@ -1,4 +1,4 @@
-"""Fine-tunes a VisualChat model: seed → logging → data → model → Trainer → train → save → evaluate → card → push."""
+"""Trains a VisualChat model: seed → logging → folder → data → model → Trainer → train → save → evaluate → card → push."""
 
 import json
 import logging
