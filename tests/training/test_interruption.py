@@ -53,12 +53,15 @@ class TestInterruption:
         main([*arguments(parts, tmp_path / "run", **settings), "--resume"])
         assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
-    @pytest.mark.parametrize("method", ["prediction_step", "exact_answers"])
-    def test_an_evaluation_is_given_up(self, parts, tmp_path, monkeypatch, method):
+    @pytest.mark.parametrize(
+        ("method", "fields", "step"),
+        [("prediction_step", {}, 3), ("exact_answers", {}, 3), ("prediction_step", {"eval_on_start": True}, 1)],
+    )
+    def test_an_evaluation_is_given_up(self, parts, tmp_path, monkeypatch, method, fields, step):
         interrupt(monkeypatch, method, 1)
-        with pytest.raises(Interrupted, match="step 3"):
-            main(arguments(parts, tmp_path, **EVALUATED, per_device_eval_batch_size=1, generation_samples=2))
-        assert whole_checkpoints(tmp_path) == {"checkpoint-3"}
+        with pytest.raises(Interrupted, match=f"step {step}"):
+            main(arguments(parts, tmp_path, **EVALUATED, **fields, per_device_eval_batch_size=1, generation_samples=2))
+        assert whole_checkpoints(tmp_path) == {f"checkpoint-{step}"}
 
     def test_an_evaluation_that_is_due_is_left_out(self, parts, tmp_path, monkeypatch):
         def evaluate(*args, **kwargs):

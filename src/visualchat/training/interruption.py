@@ -46,19 +46,22 @@ class InterruptionCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self.is_training, self.usual_handlers = False, {}
+        self.makes_steps, self.usual_handlers = False, {}
         self.signal, self.received, self.received_at = 0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.is_training, self.signal, self.received = True, 0, 0
+        self.signal = self.received = 0
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
             self.usual_handlers = {number: signal.signal(number, self.receive) for number in SIGNALS}
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.makes_steps = True
 
     def restore_handlers(self) -> None:
         """After this, signals act as usual."""
         for number, handler in self.usual_handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: of no Python program
-        self.is_training, self.usual_handlers = False, {}
+        self.makes_steps, self.usual_handlers = False, {}
 
     def repeat_late_signal(self) -> None:
         """Sends a signal again that came when no step was left to end with a checkpoint."""
@@ -96,9 +99,10 @@ class InterruptionCallback(TrainerCallback):
     def give_up_evaluation(self, args, control) -> None:
         """
         Raises:
-            EvaluationInterrupted: If a signal arrived at any process during training. All processes call this at once.
+            EvaluationInterrupted: If a signal arrived at any process, and the evaluation is one between the steps. All
+                processes call this at the same point.
         """
-        if self.is_training and self.agree(args):
+        if self.makes_steps and self.agree(args):
             control.should_training_stop = True
             raise EvaluationInterrupted
 

@@ -14,7 +14,7 @@ from typing import TextIO, TypeVar
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from visualchat.training.checkpoints import find_complete_checkpoint, list_checkpoints, write_json
+from visualchat.training.checkpoints import MANIFEST, find_complete_checkpoint, list_checkpoints, write_json
 from visualchat.training.run_record import RECORD, find_differences
 
 
@@ -145,6 +145,8 @@ def delete(found: list[Path], inputs: list[str | None]) -> None:
                 raise ValueError(
                     f"--overwrite would delete {path}, from which this run reads {name}: give another --output_dir"
                 )
+    for path in filter(Path.is_dir, found):  # first: what is left after a kill here must not look whole
+        (path / MANIFEST).unlink(missing_ok=True)
     for path in found:
         if path.is_dir():
             shutil.rmtree(path)
