@@ -67,6 +67,7 @@ class Connections:
 
     Attributes:
         count (`int`): The number of open connections.
+        unmade (`int`): The number of those that were accepted, but which the event loop has not set up yet.
         silent (`dict[ClientConnection, None]`): Those that have no request, or a part of its head; the oldest first.
         uploading (`dict[ClientConnection, None]`): Those with a request whose body has not arrived; the oldest first.
         is_stopping (`bool`): Whether the server stops. It takes no more requests then.
@@ -74,7 +75,7 @@ class Connections:
 
     def __init__(self, limits: ConnectionLimits):
         self.limits = limits
-        self.count, self.is_stopping = 0, False
+        self.count, self.unmade, self.is_stopping = 0, 0, False
         self.silent: dict[ClientConnection, None] = {}
         self.uploading: dict[ClientConnection, None] = {}
         self._logged = -LOG_SECONDS
@@ -138,6 +139,7 @@ class Listener(socket.socket):
             self._make_room(f"No more files can be opened ({error.strerror})")
             raise BlockingIOError from error
         self.connections.count += 1
+        self.connections.unmade += 1
         self._has_accepted = True
         return accepted
 
@@ -150,7 +152,7 @@ class Listener(socket.socket):
     def _make_room(self, problem: str) -> None:
         """Closes old connections, which takes effect after this method, or turns away new ones."""
         self.connections.log_shortage(problem)
-        if self.connections.close_oldest():
+        if self.connections.close_oldest() or self.connections.unmade:  # the latter become silent ones in a moment
             return
         os.close(self._spare)
         try:
@@ -205,6 +207,7 @@ class ClientConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self.registry.unmade -= 1
         self._wait_for_request(self.limits.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
