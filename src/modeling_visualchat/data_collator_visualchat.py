@@ -7,10 +7,11 @@ from itertools import chain
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .image_loading_visualchat import ImageSource
-from .processing_visualchat import VisualChatProcessor, list_images
+from .image_loading_visualchat import ImageSource, crop_for_clip, load_image
+from .processing_visualchat import VisualChatProcessor, check_conversation, list_images
 
 
 IGNORE_INDEX = -100
@@ -31,8 +32,8 @@ class VisualChatDataCollator:
             want the logits of every position need it off.
 
     Raises:
-        ValueError: If an example's images and image parts differ in number (both are given), or if it has nothing to learn.
-            Its index in the batch is named.
+        ValueError: If an example's messages or an image cannot be used, if its images and image parts differ in number (both
+            are given), or if it has nothing to learn. Its index in the batch is named.
     """
 
     processor: VisualChatProcessor
@@ -50,7 +51,10 @@ class VisualChatDataCollator:
             processor.prepare_conversation(fill_images(example, f"example {index}"), f"example {index}: ")
             for index, example in enumerate(examples)
         ]
-        images = [list_images(conversation) for conversation in conversations]
+        images = [
+            [self._open(source, f"example {index}, image {number}") for number, source in enumerate(list_images(one), 1)]
+            for index, one in enumerate(conversations)
+        ]
         tokens, learned = [], []
         for index, (ids, is_answer) in enumerate(self._tokenize(conversations)):
             placeholders = (ids == processor.image_token_id).sum() // processor.image_seq_length
@@ -78,6 +82,9 @@ class VisualChatDataCollator:
             # The logits at a position predict the next token
             batch["logits_to_keep"] = torch.nn.functional.pad(learned[:, 1:], (0, 1))
         return batch
+
+    def _open(self, source: ImageSource, name: str) -> Image.Image:
+        return crop_for_clip(load_image(source, name), self.processor.image_processor, f"{name}: ")
 
     def _tokenize(self, conversations: list[list[dict]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Of each conversation the token ids, and which of them are an answer, both of shape `(tokens,)`."""
@@ -113,7 +120,7 @@ def fill_images(example: dict, name: str) -> list[dict]:
     given = len(images)
     empty = 0
     messages = []
-    for message in example["messages"]:
+    for message in check_conversation(example.get("messages"), name=f"{name}: "):
         content = message["content"]
         if isinstance(content, list):
             filled = []

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 from transformers.image_utils import SizeDict
 from transformers.image_utils import load_image as fetch_image
 
@@ -254,18 +254,19 @@ def shorter_edge(image_processor) -> int | None:
     The pixels to which CLIP's image processor resizes the shorter edge of an image, whatever the other one becomes. `None`
     if it bounds both, and for other image processors.
     """
-    if not isinstance(image_processor, CLIPImageProcessorPil) or not image_processor.do_resize:
+    if not isinstance(image_processor, CLIPImageProcessor | CLIPImageProcessorPil) or not image_processor.do_resize:
         return None
     return image_processor.size.shortest_edge if image_processor.size.longest_edge is None else None
 
 
-def check_not_too_thin(size: tuple[int, int], edge: int | None) -> None:
+def check_not_too_thin(size: tuple[int, int], edge: int | None, name: str = "") -> None:
     """
     Resizing the shorter edge of a thin image makes an enormous one of it.
 
     Args:
         size (`tuple[int, int]`): Width and height of the image.
         edge (`int`, *optional*): See [`shorter_edge`].
+        name (`str`): What errors begin with.
 
     Raises:
         ValueError: If it would have more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, which the image processor would fill in
@@ -274,20 +275,20 @@ def check_not_too_thin(size: tuple[int, int], edge: int | None) -> None:
     pixels = edge**2 * max(size) // min(size) if edge else 0
     if pixels > (limit := Image.MAX_IMAGE_PIXELS or pixels):
         raise ValueError(
-            f"An image of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {edge} it would have"
+            f"{name}An image of {size[0]}×{size[1]} pixels is too thin: with a shorter side of {edge} it would have"
             f" {pixels} pixels, more than Pillow's limit of {limit}"
         )
 
 
-def crop_for_clip(image: Image.Image, image_processor) -> Image.Image:
+def crop_for_clip(image: Image.Image, image_processor, name: str = "") -> Image.Image:
     """
     The part of an RGB image that CLIP's image processor keeps, resized: to the bit what it computes, and what it would
-    leave as it is. Images for other image processors are returned unchanged; see [`clip_side`].
+    leave as it is. Images for other image processors are returned unchanged; see [`clip_side`]. Errors begin with `name`.
 
     Raises:
         ValueError: See [`check_not_too_thin`].
     """
-    check_not_too_thin(image.size, shorter_edge(image_processor))
+    check_not_too_thin(image.size, shorter_edge(image_processor), name)
     side = clip_side(image_processor)
     if side is None or image.size == (side, side):
         return image

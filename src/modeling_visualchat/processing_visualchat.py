@@ -346,7 +346,7 @@ def check_conversation(conversation: list[dict], image_token: str | None = None,
     expected = "user"
     for index, message in enumerate(conversation):
         where = f"{name}message {index}"
-        role = message.get("role")
+        role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"{where} has the role {role!r}: use 'system', 'user' or 'assistant'")
         if role == "system":

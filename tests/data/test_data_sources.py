@@ -277,6 +277,19 @@ def test_bad_rows_are_named_and_dropped(tmp_path, name, path, edit, kind, row, f
         assert set(sorted_rounds(samples)) <= set(sorted_rounds(sound))
 
 
+def test_of_a_repeated_id_the_first_record_without_a_fault_is_used(tmp_path):
+    copy_raw(tmp_path)
+    change(tmp_path, DETAIL, lambda records: records.extend(2 * [{**records[1], "id": "new"}]))
+    change(tmp_path, DETAIL, put(2, "conversations", 1, "value", ""))
+    change(tmp_path, DETAIL, lambda records: records.append(records[3]))
+    problems, samples = found(tmp_path, "llava")
+    assert problems == [
+        ("empty answer", DETAIL, "2", "conversations[1].value"),
+        ("duplicate id", DETAIL, "4", "id"),
+    ]
+    assert "detail_23k:new" in samples
+
+
 def test_keys_that_repeat_in_a_file_are_found(tmp_path):
     copy_raw(tmp_path)
     books = (tmp_path / BOOKS).read_text()

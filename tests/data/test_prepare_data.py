@@ -462,9 +462,6 @@ def test_embedded_images_of_a_dataset(faulty, tmp_path):
 
 def test_unreadable_datasets_are_named(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"messages": [{"ro')
-    assert visualchat(["prepare", "--dataset", str(path), "--check"]) == 2
-    assert f"visualchat prepare: {path} cannot be read" in capsys.readouterr().err
     write_rows(path, [{"conversations": []}])
     assert visualchat(["prepare", "--dataset", str(path), "--check"]) == 2
     assert f"{path}: the dataset needs a column `messages`" in capsys.readouterr().err

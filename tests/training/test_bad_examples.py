@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoProcessor
 
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from helpers.training import arguments
+from modeling_visualchat import VisualChatDataCollator
 from visualchat.cli import main as visualchat
-from visualchat.data.checks import ModelRequirements
+from visualchat.data.checks import ImageSize, ModelRequirements, check_image_size
 from visualchat.training.collator import TrainingCollator
 from visualchat.training.dataset import load_examples, prepare_dataset
 from visualchat.training.train import main
@@ -56,6 +57,8 @@ BAD_ROWS = {
         "images",
         {"messages": [user([IMAGE, IMAGE]), assistant("a")], "images": ["good.png"]},
     ),
+    "images as a text": ("missing field", "images", {"messages": [user([IMAGE]), assistant("a")], "images": "good.png"}),
+    "long question": ("long text", "messages[0].content", {"messages": [user("Q" * 2_500_000), assistant("a")]}),
     "null image": ("missing image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": [None]}),
     "no file": ("missing image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": ["none.png"]}),
     "no picture": ("undecodable image", "images[0]", {"messages": [user([IMAGE]), assistant("a")], "images": ["page.png"]}),
@@ -72,8 +75,33 @@ BAD_ROWS = {
         {"messages": [user([IMAGE] * 13), assistant("a")], "images": ["good.png"] * 13},
     ),
 }
+# Training lists 20 at once, and no more
+MORE_BAD_ROWS = {
+    "image of the answer": (
+        "image count",
+        "messages[1].content[0]",
+        {"messages": [user("Q"), {"role": "assistant", "content": [IMAGE]}], "images": ["good.png"]},
+    ),
+    "video": (
+        "missing field",
+        "messages[0].content[0].type",
+        {"messages": [user([{"type": "video", "video": "a.mp4"}, text_part("Q")]), assistant("a")]},
+    ),
+    "a number as an image": (
+        "missing field",
+        "images[1]",
+        {"messages": [user([IMAGE, IMAGE]), assistant("a")], "images": ["good.png", 5]},
+    ),
+    "long answer": ("long text", "messages[1].content", {"messages": [user("Q"), assistant("a" * 400_001)]}),
+    "long blank": (
+        "long text",
+        "messages[0].content",
+        {"messages": [user([IMAGE, text_part(" " * 400_001)]), assistant("a")], "images": ["good.png"]},
+    ),
+}
 
 
+ALL_BAD_ROWS = BAD_ROWS | MORE_BAD_ROWS
 FOUND_LATER = ("no file", "no picture", "cut off", "thin", "own thin", "too many images")  # when pictures are opened
 
 
@@ -96,14 +124,14 @@ class TestBadRows:
 
     def write(self, *names, good=1):
         """`rows.jsonl`: so many good rows, and then the bad ones."""
-        rows = [self.GOOD] * good + [{"images": [], **BAD_ROWS[name][2]} for name in names]
+        rows = [self.GOOD] * good + [{"images": [], **ALL_BAD_ROWS[name][2]} for name in names]
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_the_check_and_training_name_each_with_the_same_words(self, model, capsys, streaming):
         processor = AutoProcessor.from_pretrained(model)
         requirements = ModelRequirements.of(processor, AutoConfig.from_pretrained(model))
-        for name, (kind, field, _) in BAD_ROWS.items():
+        for name, (kind, field, _) in ALL_BAD_ROWS.items():
             self.write(name)
             assert (
                 visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--model", str(model), "--num-proc", "1"]) == 1
@@ -185,14 +213,39 @@ class TestBadRows:
                 assert (batch["pixel_values"] == batch["pixel_values"][:1]).all()
                 assert (batch["input_ids"] == batch["input_ids"][:1]).all()
 
-    def test_images_that_are_no_lists_are_named(self, model, capsys):
-        Path("rows.jsonl").write_text(json.dumps({**self.GOOD, "images": "good.png"}) + "\n")
-        with pytest.raises(
-            ValueError, match=r"rows\.jsonl: the column `images` must contain a list of images in each example"
-        ):
-            load_examples("rows.jsonl")
-        assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check"]) == 2
+    @pytest.mark.parametrize("images", ["good.png", [5]], ids=str)
+    def test_a_column_of_images_that_are_none_is_named(self, model, capsys, images):
+        datasets.Dataset.from_list([{**self.GOOD, "images": images}]).to_parquet("rows.parquet")
+        with pytest.raises(ValueError, match=r"rows\.parquet: the column `images` must contain a list of images in each"):
+            load_examples("rows.parquet")
+        assert visualchat(["prepare", "--dataset", "rows.parquet", "--check"]) == 2
         assert "the column `images` must contain a list" in capsys.readouterr().err
+
+    def test_a_line_of_1784_pixels_is_too_thin_for_224(self, model):
+        """It is the first that exceeds Pillow's limit."""
+        requirements = ModelRequirements.of(make_processor({"shortest_edge": 224}), AutoConfig.from_pretrained(model))
+        assert check_image_size(ImageSize(1, 1783), requirements) == ("", "")
+        Image.new("L", (1784, 1)).save("thin.png")
+        self.write("thin")
+        assert visualchat(["prepare", "--dataset", "rows.jsonl", "--check", "--num-proc", "1"]) == 1
+        rows = list(prepare_dataset(["rows.jsonl"], make_processor(), 512).dataset)
+        with pytest.raises(ValueError, match=r"rows\.jsonl, example 1, images\[0\]: thin image: An image of 1784×1 pixels"):
+            TrainingCollator(make_processor(), requirements=requirements)(rows)
+        skipping = TrainingCollator(make_processor(), skip_broken_images=True, requirements=requirements)
+        assert skipping(rows)["pixel_values"].shape[0] == skipping.broken_rows.value == 1
+
+    def test_the_stock_collator_names_the_example(self, model):
+        row, wide = {"messages": [user([IMAGE]), assistant("a")]}, make_processor({"shortest_edge": 16})
+        for bad, message in (
+            ({"messages": None}, "example 1: the conversation is empty"),
+            ({"messages": [None]}, "example 1: message 0 has the role None"),
+            ({"messages": [user([None]), assistant("a")]}, "example 1: message 0, part 0 must be a dict"),
+            ({"messages": [user("Q" * 400_001), assistant("a")]}, "example 1: message 0 holds 400001 characters"),
+            ({**row, "images": ["page.png"]}, "example 1, image 1: page.png is not an image"),
+            ({**row, "images": ["thin.png"]}, "example 1, image 1: An image of 400000×1 pixels is too thin"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                VisualChatDataCollator(wide)([self.GOOD, bad])
 
     def test_what_the_check_takes_as_a_model(self, model, capsys):
         self.write("thin")

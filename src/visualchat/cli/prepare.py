@@ -15,6 +15,12 @@ datasets.load_dataset("parquet", data_files="OUTPUT/NAME/*.parquet"), prepared.j
 problems.jsonl with every problem, and a dataset card. Until then the work lies in OUTPUT/NAME.partial. Run the command again
 to resume a run that was killed: it keeps all finished shards.
 
+Found are: lines or entries of a JSON file that are no JSON object in UTF-8; fields that are missing, null or of the wrong
+type; empty questions and answers; texts too long for a tokenizer; turns out of order, or without an answer; images that do
+not match the image parts, or the placeholders in texts; ids that repeat (the first example without a fault is kept);
+references to unknown records; images that are missing, truncated, undecodable or too thin. Each is named by file, example
+and field, and counted by kind. A file that cannot be read at all ends the run with exit status 2.
+
 --model names what is to be trained, a VisualChat model or its vision tower. It decides which images are too thin and how
 many images a conversation may hold. By default it is a CLIP tower for 224 pixels.
 

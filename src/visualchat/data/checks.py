@@ -21,19 +21,22 @@ from modeling_visualchat.image_loading_visualchat import (
     load_image,
     shorter_edge,
 )
-from modeling_visualchat.processing_visualchat import PART_KEYS
+from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH, PART_KEYS
 
 
 PLACEHOLDER = "<image>"
+UNREADABLE = "_unreadable"  # the column in which `json_examples.py` says why it could not read an example
 IMAGE_TYPES = ("image", "image_url")  # types of a content part
 Opened = TypeVar("Opened")
 KINDS = {
+    "unreadable example": "a line or an entry of the file is no JSON object in UTF-8",
     "missing field": "a needed field is absent or of the wrong type",
     "empty question": "a question has no text",
     "empty answer": "an answer has no text",
+    "long text": f"a message has more than {MAX_TEXT_LENGTH} characters, which no tokenizer is given",
     "odd turns": "the speakers do not alternate, or a question has no answer",
     "image count": "the images do not match the placeholders or the image names in the text",
-    "duplicate id": "two examples of a file or dataset have the same id; the first is kept",
+    "duplicate id": "two examples of a file or dataset have the same id; the first without a fault is kept",
     "unknown record": "a record refers to one that the file does not hold; the reference is ignored",
     "missing image": "there is no such file or entry",
     "truncated image": "the image data ends too early",
@@ -154,8 +157,10 @@ def check_text(text: str, field: str, what: str, image_token: str = PLACEHOLDER)
     Strips a question or an answer (`what` says which).
 
     Raises:
-        InvalidExample: If there is no text, or if it contains the placeholder of an image.
+        InvalidExample: If there is no text, if it is too long for a tokenizer, or if it contains an image's placeholder.
     """
+    if len(text) > MAX_TEXT_LENGTH:
+        raise InvalidExample("long text", field, f"the {what} has {len(text)} characters, the most is {MAX_TEXT_LENGTH}")
     text = text.strip()
     if not text:
         raise InvalidExample(f"empty {what}", field, "there is no text")
@@ -232,6 +237,8 @@ def check_conversation(example: dict, image_token: str = PLACEHOLDER) -> list[tu
     Raises:
         InvalidExample: With the first fault.
     """
+    if example.get(UNREADABLE):
+        raise InvalidExample(**example[UNREADABLE])
     messages, images = get_field(example, "messages", list), example.get("images") or []
     begins_with_system = bool(messages) and get_field(messages[0], "role", str, "messages[0]") == "system"
     check_turns(messages, ("user", "assistant"), "messages", "role", start=int(begins_with_system))
@@ -261,7 +268,8 @@ def check_conversation(example: dict, image_token: str = PLACEHOLDER) -> list[tu
                 else:
                     raise InvalidExample("missing image", f"{field}[{k}].image_url", "there is no URL")
         text = "\n".join(texts)
-        if text.strip() or message["role"] == "assistant" or (message["role"] == "user" and not shown):
+        needs_text = message["role"] == "assistant" or (message["role"] == "user" and not shown)
+        if needs_text or text.strip() or len(text) > MAX_TEXT_LENGTH:
             what = {"system": "system message", "user": "question", "assistant": "answer"}[message["role"]]
             check_text(text, field, what, image_token)
     if len(unfilled) != len(images):

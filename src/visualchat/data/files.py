@@ -34,18 +34,19 @@ class RawFile:
 
 @dataclass(frozen=True)
 class Record:
-    """A record of a raw file. `key` is its index in a list, or its key in an object."""
+    """A record of a raw file. `key` is its index in a list, or its key in an object; `id_field` is the field of its id."""
 
     file: str
     key: str
     id: str
     value: dict
+    id_field: str
 
 
 def read_records(root: Path, raw: RawFile, report: Callable[[Problem], None]) -> list[Record]:
     """
-    The records of a file, in its order. A record that is no object is reported and dropped; so is one with the id of an
-    earlier record.
+    The records of a file, in its order. A record that is no object is reported and dropped; so is one with the key of an
+    earlier record of the same object. In a list, several records may have one id; see [`~visualchat.data.formats.Context`].
 
     Raises:
         ValueError: If the file is not JSON, or contains no records where they should be.
@@ -66,16 +67,13 @@ def read_records(root: Path, raw: RawFile, report: Callable[[Problem], None]) ->
     else:
         raise ValueError(f"{root / raw.path}: expected a list or an object of records, got {type(value).__name__}")
 
-    records: dict[str, Record] = {}
+    records = []
     for key, identity, content in named:
-        if not isinstance(content, dict):
-            report(Problem("missing field", raw.path, key, "record", f"expected an object, got {content!r:.80}"))
-        elif identity in records:
-            first = records[identity].key
-            report(Problem("duplicate id", raw.path, key, raw.id, f"{identity!r} is the id of example {first} too"))
+        if isinstance(content, dict):
+            records.append(Record(raw.path, key, identity, content, raw.id))
         else:
-            records[identity] = Record(raw.path, key, identity, content)
-    return list(records.values())
+            report(Problem("missing field", raw.path, key, "record", f"expected an object, got {content!r:.80}"))
+    return records
 
 
 def _load_json(path: Path) -> tuple[dict | list, list[tuple[dict, list[str]]]]:

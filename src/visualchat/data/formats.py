@@ -117,7 +117,8 @@ class Source:
 
 class Context:
     """
-    What all functions that read records of a source share: its settings, and the problems found so far.
+    What all functions that read records of a source share: its settings, and the problems found so far. Of several records
+    of a file with one id, the first whose text has no fault is used.
 
     Raises:
         FileNotFoundError: If a raw file or a folder of images is missing.
@@ -127,6 +128,7 @@ class Context:
         self.name, self.source, self.root, self.seed = name, source, Path(os.path.abspath(root)), seed
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()
+        self.used: dict[tuple[str, str], str] = {}  # by file and id, the key of the record that has the id
         missing = [str(self.root / path) for path in self.source.paths if not (self.root / path).exists()]
         if missing:
             raise FileNotFoundError(f"the source {name} needs {', '.join(missing)}: no such file or folder")
@@ -143,14 +145,20 @@ class Context:
         return ImageReference(os.path.join(self.root, folder, file), field)
 
     def attempt(self, function: Callable, record: Record, *args):
-        """`function(record, self, *args)`; `None` if the record is invalid or left out, which is noted."""
+        """`function(record, self, *args)`; `None` if the record is invalid, left out, or has a used id, which is noted."""
+        result, name = None, (record.file, record.id)
         try:
-            return function(record, self, *args)
+            if self.used.get(name, record.key) != record.key:
+                detail = f"{record.id!r} is the id of example {self.used[name]} too"
+                raise InvalidExample("duplicate id", record.id_field, detail)
+            result = function(record, self, *args)
         except InvalidExample as bad:
             self.problems.append(Problem(bad.kind, record.file, record.key, bad.field, bad.detail))
+            return None
         except LeftOut as reason:
             self.left_out[str(reason)] += 1
-        return None
+        self.used[name] = record.key
+        return result
 
 
 def convert_each(function: Callable[[Record, Context], Iterable[Round]]) -> Callable[[Context], Iterator[Sample]]:

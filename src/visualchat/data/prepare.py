@@ -11,13 +11,12 @@ import os
 import random
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from transformers import AutoProcessor, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -118,10 +117,7 @@ def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: If the dataset cannot be read.
     """
-    try:
-        dataset = load_examples(name)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    dataset = load_examples(name)
     numbers = list(range(len(dataset)))
     if options.max_samples is not None and options.max_samples < len(dataset):
         numbers = sorted(random.Random(f"{options.seed}-{name}").sample(numbers, options.max_samples))
@@ -136,6 +132,7 @@ def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
                 dataset.select(group),
                 group,
                 {k: repeated[k] for k in group if k in repeated},
+                dataset,
                 requirements=options.requirements,
             )
             for group in groups
@@ -146,19 +143,19 @@ def plan_dataset(name: str, options: argparse.Namespace) -> Plan:
     )
 
 
-def find_repeated_ids(dataset: Dataset, numbers: list[int]) -> dict[int, int]:
+def find_repeated_ids(dataset: Dataset, numbers: list[int]) -> dict[int, list[int]]:
     """
     Looks for repeated ids among the examples with the indices `numbers`. A null is no id.
 
     Returns:
-        For each example whose id an earlier one has, the index of the first example with that id.
+        For each example whose id an earlier one has, the indices of all examples with that id, in ascending order.
     """
-    firsts, repeated = {}, {}
     ids = dataset.select(numbers)["id"][:] if "id" in dataset.features else []
+    same = defaultdict(list)
     for number, identity in zip(numbers, ids):
-        if identity is not None and firsts.setdefault(identity, number) != number:
-            repeated[number] = firsts[identity]
-    return repeated
+        if identity is not None:
+            same[identity].append(number)
+    return {number: examples for examples in same.values() for number in examples[1:]}
 
 
 def plan_examples(context: Context, max_samples: int | None) -> list[list[Sample]]:

@@ -2,6 +2,7 @@
 """The parallel step of `visualchat prepare`: it decodes the images and writes the examples, one shard after the other."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,9 @@ from PIL import Image
 
 from modeling_visualchat.image_loading_visualchat import find_path, load_image
 from visualchat.data.checks import (
+    UNREADABLE,
     ImageReference,
+    InvalidExample,
     ModelRequirements,
     Problem,
     check_example,
@@ -138,32 +141,38 @@ class DatasetShard(Shard):
 
     Args:
         numbers (`list[int]`): The index in the dataset of each example, counted from 0.
-        repeated (`dict[int, int]`): For each example whose id an earlier example has, the first example with that id.
+        repeated (`dict[int, list[int]]`): For each example whose id an earlier example has, all examples with that id.
+        dataset (`datasets.Dataset`): The whole dataset.
     """
 
     numbers: list[int]
-    repeated: dict[int, int]
+    repeated: dict[int, list[int]]
+    dataset: datasets.Dataset
 
     @property
     def features(self) -> datasets.Features:
-        return self.inputs.features
+        return datasets.Features({name: one for name, one in self.inputs.features.items() if name != UNREADABLE})
 
     def make_examples(self, report: Report) -> Iterator[dict]:
         """The valid examples. Problems go to the report."""
         for number, example in zip(self.numbers, self.inputs):
             if self._check(number, example, report):
                 report.counts["samples"] += 1
-                yield {**example, "images": [self._make_image_value(image) for image in example.get("images") or []]}
+                images = [self._make_image_value(image) for image in example.get("images") or []]
+                yield {**{name: example[name] for name in self.features}, "images": images}
 
     def _check(self, number: int, example: dict, report: Report) -> bool:
-        problems = []
-        if number in self.repeated:
-            detail = f"{example['id']!r} is the id of example {self.repeated[number]} too"
-            problems.append(Problem("duplicate id", self.name, str(number), "id", detail))
-        _, faults = check_example(example, self.requirements, inspect_image)
-        problems += [Problem(fault.kind, self.name, str(number), fault.field, fault.detail) for fault in faults]
-        report.problems += problems
-        return not problems
+        faults = self._find_faults(example)
+        # The first example that can be kept. It may be of another shard, which another process checks
+        earlier = itertools.takewhile(lambda one: one < number, self.repeated.get(number, []))
+        kept = next((one for one in earlier if not self._find_faults(self.dataset[one])), None)
+        if kept is not None:
+            faults.insert(0, InvalidExample("duplicate id", "id", f"{example['id']!r} is the id of example {kept} too"))
+        report.problems += [Problem(fault.kind, self.name, str(number), fault.field, fault.detail) for fault in faults]
+        return not faults
+
+    def _find_faults(self, example: dict) -> list[InvalidExample]:
+        return check_example(example, self.requirements, inspect_image)[1]
 
     def _make_image_value(self, image: dict) -> dict:
         return (
@@ -185,7 +194,8 @@ def make_shard(shard: SourceShard | DatasetShard) -> Report:
         temporary = shard.parquet.with_name(f".{shard.parquet.name}.{os.getpid()}")
         datasets.disable_progress_bars()  # those of a single file: one progress bar covers all shards
         features = datasets.Features({**shard.features, "images": ENCODED_IMAGES})
-        written = datasets.Dataset.from_list(examples, features=features).cast_column("images", FEATURES["images"])
+        columns = {name: [example[name] for example in examples] for name in features}
+        written = datasets.Dataset.from_dict(columns, features).cast_column("images", FEATURES["images"])
         written.to_parquet(temporary)
         os.replace(temporary, shard.parquet)
         report.write(shard.report)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from modeling_visualchat.data_collator_visualchat import fill_images
@@ -181,10 +180,7 @@ def read_labelled(names: list[str]) -> tuple[list[Dialogue], str]:
     """
     dialogues, digest = [], hashlib.sha256()
     for name in names:
-        try:
-            dataset = load_examples(name, extra_columns=("task",))
-        except DatasetsError as error:
-            raise ValueError(f"{name}: {error.__cause__ or error}") from error
+        dataset = load_examples(name, extra_columns=("task",))
         for index, example in enumerate(dataset):
             digest.update(json.dumps([example["messages"], example.get("task")], sort_keys=True, default=repr).encode())
             dialogues.append(_read_example(name, index, example, functools.partial(_example_sources, dataset, index)))

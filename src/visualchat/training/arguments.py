@@ -46,7 +46,7 @@ class DataArguments:
     max_length: int = field(default=4096, metadata={"help": "Most tokens of a conversation; oldest rounds are dropped."})
     streaming: bool = field(default=False, metadata={"help": "Read examples when they are needed; set --max_steps."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that check and measure the examples."})
-    skip_broken_images: bool = field(default=False, metadata={"help": "Leave out broken examples and images; count them."})
+    skip_broken_images: bool = field(default=False, metadata={"help": "Leave out bad examples of every kind; count them."})
     resume: bool = field(
         default=False, metadata={"help": "Resume from the newest complete checkpoint; a finished run stays as it is."}
     )

@@ -19,20 +19,17 @@ import datasets
 import matplotlib.pyplot as plt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from modeling_visualchat import VisualChatProcessor
-from visualchat.data.checks import (
-    IMAGE_TYPES,
-    InvalidExample,
-    Problem,
-    check_conversation,
-)
+from visualchat.data.checks import IMAGE_TYPES, UNREADABLE, InvalidExample, Problem, check_conversation
+from visualchat.data.json_examples import TEXT, holds_images, open_json
 
 
 logger = logging.getLogger(__name__)
 
 UNDECODED_IMAGES = datasets.List(datasets.Image(decode=False))
-TEXT = datasets.Value("string")
 IMAGE_MARKS = datasets.Features({"images": datasets.List({"path": TEXT})})
 MEASURES = ("length", "num_images", "num_rounds", "dropped_rounds", "dropped_images")
 
@@ -50,46 +47,81 @@ def load_examples(
         extra_columns (`tuple[str, ...]`): Further columns to keep.
 
     Returns:
-        The dataset with the columns `source` and `messages`, and with `id`, `images` and the extra columns where it has
-        them. An id is text, or null.
+        The dataset with the columns `source` and `messages`, and with `id`, `images`, `UNREADABLE` and the extra columns
+        where it has them. An id is text, or null.
 
     Raises:
-        ValueError: If `messages` is missing, or `images` does not contain lists. The dataset and its columns are named.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, `messages` is missing, or `images` does not contain lists of images. The dataset or
+            its file is named, and the column. In a JSON file, examples that cannot be read are no error; see [`open_json`].
     """
     path = Path(name)
-    if path.is_dir() and (path / "dataset_info.json").exists():
-        dataset = datasets.load_from_disk(name)
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
-    elif path.is_dir() or path.suffix in (".parquet", ".json", ".jsonl"):
-        files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [name]
-        if not files or not Path(files[0]).exists():
-            raise FileNotFoundError(f"{name}: there is no data; a folder must hold .parquet files")
-        kind = "parquet" if files[0].endswith(".parquet") else "json"
-        dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
-    else:
-        hub_id, _, split = name.partition(":")
-        dataset = datasets.load_dataset(hub_id, split=split or "train", streaming=streaming)
-
+    try:
+        dataset = _open(name, streaming, extra_columns)
+    except FileNotFoundError:
+        raise
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"{name} cannot be read: {' '.join(str(reason).split())}") from error  # in one line
     if dataset.features is None or "messages" not in dataset.features:
         raise ValueError(f"{name}: the dataset needs a column `messages` (and `images`), got {list(dataset.features or [])}")
     if "images" in dataset.features:
-        images = dataset.features["images"]
-        if not isinstance(images, datasets.List | datasets.LargeList) and images != datasets.Value("null"):
+        if not holds_images(images := dataset.features["images"]):
             raise ValueError(f"{name}: the column `images` must contain a list of images in each example, got {images}")
         dataset = dataset.cast_column("images", UNDECODED_IMAGES)
-    columns = [column for column in ("source", "messages", "images", *extra_columns) if column in dataset.features]
+    columns = [
+        column for column in ("source", "messages", "images", UNREADABLE, *extra_columns) if column in dataset.features
+    ]
     if isinstance(dataset.features.get("id"), datasets.Value):  # a nested value is no id
         columns.insert(0, "id")
         if dataset.features["id"] != TEXT and streaming:
             dataset = dataset.cast_column("id", TEXT)
-        elif dataset.features["id"] != TEXT:  # a cast copies all columns that it gets, and the others contain images
-            ids = dataset.select_columns("id").cast_column("id", TEXT)
-            dataset = datasets.concatenate_datasets([ids, dataset.remove_columns("id")], axis=1)
+        elif dataset.features["id"] != TEXT:
+            dataset = cast_texts(dataset, "id", TEXT)
     dataset = dataset.select_columns(columns)
     if "source" not in columns:  # last: the features of a streamed dataset are not known after it
         described = {} if streaming else {"desc": f"{name}: naming the source"}
         dataset = dataset.map(lambda _: {"source": path.name or name}, **described)
     return dataset
+
+
+def _open(name: str, streaming: bool, extra_columns: tuple[str, ...]) -> datasets.Dataset | datasets.IterableDataset:
+    path = Path(name)
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        dataset = datasets.load_from_disk(name)
+        return dataset.to_iterable_dataset() if streaming else dataset
+    if not path.is_dir() and path.suffix not in (".parquet", ".json", ".jsonl"):
+        hub_id, _, split = name.partition(":")
+        return datasets.load_dataset(hub_id, split=split or "train", streaming=streaming)
+    files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [name]
+    if not files or not Path(files[0]).exists():
+        raise FileNotFoundError(f"{name}: there is no data; a folder must hold .parquet files")
+    if not files[0].endswith(".parquet"):
+        return open_json(name, streaming, extra_columns)
+    for file in files:
+        _check_parquet(file)
+    try:
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    except DatasetGenerationError:
+        for file in files:
+            _check_parquet(file, whole=True)
+        raise
+
+
+def _check_parquet(file: str, whole: bool = False) -> None:
+    """Reads the end of a parquet file, which says where everything is, or the `whole` of it."""
+    try:
+        with pq.ParquetFile(file) as opened:
+            for _ in opened.iter_batches() if whole else ():
+                pass
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is broken, or no parquet file: {error}") from error
+
+
+def cast_texts(dataset: datasets.Dataset, column: str, feature: object) -> datasets.Dataset:
+    """The dataset with a column cast to another type. A cast copies all columns that it gets; those of images are not."""
+    cast = dataset.select_columns(column).cast_column(column, feature)
+    return datasets.concatenate_datasets([cast, dataset.remove_columns(column)], axis=1)
 
 
 def mark_images(table: pa.Table) -> dict[str, list]:
@@ -251,7 +283,7 @@ def prepare_dataset(
         raise ValueError("there is nothing to train on: give --datasets")
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"There are {len(names)} datasets, but {len(weights)} weights")
-    parts, too_long, faults = [], {}, {}
+    parts, selected, too_long, faults = [], [], {}, {}
     for name in names:
         dataset = load_examples(name, streaming)
         arguments = {"name": name, "processor": processor, "max_length": max_length}
@@ -261,7 +293,7 @@ def prepare_dataset(
             )
             dataset = dataset.filter(has_answer_or_fault)
         else:
-            texts = dataset.select_columns(["messages"])
+            texts = dataset.select_columns([column for column in ("messages", UNREADABLE) if column in dataset.features])
             if "images" in dataset.features:  # images are neither read nor copied
                 marks = dataset.select_columns("images").with_format("arrow")
                 marks = marks.map(mark_images, batched=True, features=IMAGE_MARKS, num_proc=num_proc, desc=f"{name}: images")
@@ -289,11 +321,16 @@ def prepare_dataset(
                     max_length,
                     cut[0],
                 )
-            dataset = dataset.select(kept)
+            selected.append(kept)
         parts.append(dataset)
     report_faults(faults, skip_invalid)
-    if not streaming and not any(len(dataset) for dataset in parts):
-        raise ValueError(f"{', '.join(names)}: there are no examples to train on")
+    if not streaming:
+        if not any(selected):
+            raise ValueError(f"{', '.join(names)}: there are no examples to train on")
+        parts = [dataset.select_columns([one for one in dataset.features if one != UNREADABLE]) for dataset in parts]
+        if len({repr(dataset.features["messages"]) for dataset in parts}) > 1:  # texts in one and parts in the other
+            parts = [cast_texts(dataset, "messages", datasets.Json()) for dataset in parts]
+        parts = [dataset.select(kept) for dataset, kept in zip(parts, selected)]
     if weights is not None:
         chances = [weight / sum(weights) for weight in weights]
         dataset = datasets.interleave_datasets(parts, chances, seed=seed, stopping_strategy="all_exhausted")
