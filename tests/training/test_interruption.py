@@ -5,11 +5,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+import datasets
 import pytest
 
 from helpers.commands import command
 from helpers.distributed import ENVIRONMENT, launch, settings
-from helpers.training import arguments, losses
+from helpers.training import FEATURES, arguments, losses, make_row
 from visualchat.training import interruption
 from visualchat.training.checkpoints import find_complete_checkpoint
 from visualchat.training.interruption import Interrupted, InterruptionCallback
@@ -114,6 +115,18 @@ class TestInterruption:
         assert process.returncode == 143, output[-3000:]
         assert "is saved; go on with --resume" in output and "Traceback" not in output
         assert find_complete_checkpoint(VisualChatTrainingArguments(str(tmp_path), use_cpu=True))
+
+    @pytest.mark.slow
+    def test_a_run_that_fails_ends_its_workers(self, parts, tmp_path):
+        """Python waits for them when it exits: they must not ignore the SIGTERM of their parent."""
+        row = make_row(1, images=1)
+        row["images"] = [{"bytes": b"no image", "path": None}]
+        features = datasets.Features({**FEATURES, "images": datasets.List(datasets.Image(decode=False))})
+        datasets.Dataset.from_list([row] * 8, features=features).to_parquet(tmp_path / "data.parquet")
+        fields = {"datasets": tmp_path / "data.parquet", "eval_fraction": 0, "dataloader_num_workers": 2}
+        words = command("train", *arguments(parts, tmp_path / "run", **fields))
+        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 1 and "undecodable image" in done.stderr
 
     @pytest.mark.slow
     def test_all_processes_end_after_the_same_step(self, parts, tmp_path):

@@ -9,6 +9,7 @@ optimizer's step, and the program goes on as if training had ended.
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -114,9 +115,17 @@ class InterruptionCallback(TrainerCallback):
 def keep_working(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
     """
     Begins a worker of a data loader that goes on until the step has ended, although a terminal or SLURM sends its signals to
-    all processes. The second SIGTERM ends it: when its parent exits, torch sends one, and multiprocessing another.
+    all processes. Only SIGTERM of its parent ends it. Other systems than Linux do not tell who sent a signal.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if sys.platform == "linux":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the thread takes it
+        threading.Thread(target=wait_for_parents_signal, daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
+
+
+def wait_for_parents_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
