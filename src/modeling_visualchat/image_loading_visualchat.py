@@ -12,11 +12,17 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import CLIPImageProcessor, CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil
 from transformers.image_utils import SizeDict
 from transformers.image_utils import load_image as fetch_image
+from transformers.utils import is_torchvision_available
 
 
+CLIP_IMAGE_PROCESSORS = (CLIPImageProcessorPil,)
+if is_torchvision_available():
+    from transformers import CLIPImageProcessor
+
+    CLIP_IMAGE_PROCESSORS += (CLIPImageProcessor,)
 NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 ORIENTATION = 0x0112  # the EXIF tag
 LONGEST_PATH = 255  # characters: a longer string that is no file's path is taken for base64
@@ -254,7 +260,7 @@ def shorter_edge(image_processor) -> int | None:
     The pixels to which CLIP's image processor resizes the shorter edge of an image, whatever the other one becomes. `None`
     if it bounds both, and for other image processors.
     """
-    if not isinstance(image_processor, CLIPImageProcessor | CLIPImageProcessorPil) or not image_processor.do_resize:
+    if not isinstance(image_processor, CLIP_IMAGE_PROCESSORS) or not image_processor.do_resize:
         return None
     return image_processor.size.shortest_edge if image_processor.size.longest_edge is None else None
 

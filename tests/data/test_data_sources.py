@@ -321,9 +321,10 @@ def test_files_that_are_missing_or_no_json_are_named(tmp_path):
     (tmp_path / DETAIL).rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"the source llava needs .*/llava/detail_23k\.json"):
         sources.open_source("llava", tmp_path)
-    (tmp_path / DETAIL).write_text('[{"id": ')
-    with pytest.raises(ValueError, match=r"detail_23k\.json is not valid JSON"):
-        read("llava", tmp_path)
+    for content in (b'[{"id": ', b"", b'["\xe9"]', b"[" * 100_000):
+        (tmp_path / DETAIL).write_bytes(content)
+        with pytest.raises(ValueError, match=r"detail_23k\.json is not valid JSON"):
+            read("llava", tmp_path)
     write_json(tmp_path / CAPTIONS, [])
     with pytest.raises(ValueError, match=r"filter_cap\.json: expected an object with the field 'annotations'"):
         read("minigpt4", tmp_path)

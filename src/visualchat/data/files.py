@@ -94,7 +94,7 @@ def _load_json(path: Path) -> tuple[dict | list, list[tuple[dict, list[str]]]]:
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file, object_pairs_hook=build), repeated
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): was the download complete?") from error
 
 
