@@ -90,10 +90,12 @@ class Connections:
 
     def close_oldest(self) -> bool:
         """
-        Closes the connections that have been silent for the longest time, else the oldest uploads. It closes several, since
-        the event loop may turn more slowly than new connections come. Returns whether there were any.
+        Closes the oldest connections of `silent`, or of `uploading` if that has more: a flood of uploads should not push out
+        new connections, which are silent until their request is read. It closes several, since the event loop may turn more
+        slowly than new connections come. Returns whether there were any.
         """
-        oldest = list(itertools.islice(self.silent or self.uploading, 1 + self.limits.connections // 8))
+        group = max(self.silent, self.uploading, key=len)
+        oldest = list(itertools.islice(group, 1 + self.limits.connections // 8))
         for connection in oldest:
             self.move(connection, None)
             connection.transport.abort()
