@@ -246,6 +246,10 @@ def test_messages(visit, pictures, tmp_path):
     page.get_by_text("exceed the maximum allowed size").wait_for()
     assert captions(page) == ["Image 1"]
 
+
+def test_limits_of_a_message(visit, tmp_path):
+    page = visit()
+    configure(page, Max_new_tokens="10")
     for k in range(3):
         (tmp_path / f"{k}.png").write_bytes(os.urandom(90_000))
     page.set_input_files("#box input[type=file]", [str(tmp_path / f"{k}.png") for k in range(3)])
@@ -256,8 +260,8 @@ def test_messages(visit, pictures, tmp_path):
         page.press("#box textarea", "Enter")
         page.get_by_text(message).wait_for()
     configure(page, Seed=str(2**70))
-    send(page, "And now?")
+    send(page, "What is this?")
     page.get_by_text("use 0 to 9007199254740991, or -1 for a different answer each time").wait_for()
     configure(page, Seed="3")
-    send(page, "And now?")
-    wait_for_answer(page, rounds=2)
+    send(page, "What is this?")
+    assert wait_for_answer(page, rounds=1)
