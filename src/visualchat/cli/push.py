@@ -6,7 +6,8 @@ Upload a VisualChat folder, or a PEFT adapter of one, to the Hugging Face Hub:
     visualchat push outputs/demo/model user/name --private
 
 A dry run lists every file with its size and SHA-256, and sends nothing. The model card that is sent lists the code that
-trust_remote_code=True will run. Run the command again to resume an interrupted upload.
+trust_remote_code=True will run. Links, and files that hold a token, a key or a password in a known form, are refused.
+Run the command again to resume an interrupted upload.
 """
 
 import argparse
