@@ -13,7 +13,6 @@ import threading
 import time
 
 import openai
-import uvicorn
 from openai.resources.chat import Completions
 from PIL import Image
 
@@ -21,7 +20,8 @@ from helpers.tiny import make_model, make_processor
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.serving.answers import AnswerService
 from visualchat.serving.hosts import find_allowed_hosts
-from visualchat.serving.limits import Limits
+from visualchat.serving.limits import ConnectionLimits, Limits
+from visualchat.serving.process import Server as HttpServer
 from visualchat.serving.server import build_app
 
 
@@ -34,7 +34,7 @@ KNOWN_FIELDS = inspect.signature(Completions.create).parameters
 class Server:
     """A server in a thread. While `slow` is set, each of its tokens takes 20 ms."""
 
-    def __init__(self, limits=None, concurrency=1, queue=8, max_per_client=None):
+    def __init__(self, limits=None, concurrency=1, queue=8, max_per_client=None, **connections):
         self.model, self.processor = make_model(image_number_keys=True), make_processor()
         # Random weights end an answer anywhere
         self.model.generation_config.eos_token_id = None
@@ -50,12 +50,10 @@ class Server:
         )
         hosts = find_allowed_hosts("127.0.0.1", ["*.example.com"])
         app = build_app(self.service, "tiny", limits or Limits(images=12), hosts)
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.server = HttpServer(app, self.service, ConnectionLimits(**{"shutdown_seconds": 1, **connections}), "critical")
+        listeners = self.server.listen("127.0.0.1", 0)
+        self.port = listeners[0].getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, args=[listeners], daemon=True)
 
     def __enter__(self):
         self.thread.start()
@@ -64,9 +62,10 @@ class Server:
 
     def __exit__(self, *_):
         self.slow.clear()
+        if "client" in vars(self):
+            self.client.close()  # the server would wait a second for its next request
         self.server.should_exit = True
         self.thread.join(20)
-        self.socket.close()
         assert not self.thread.is_alive()
 
     @property

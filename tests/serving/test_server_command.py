@@ -8,7 +8,8 @@ from helpers.server import Server, body, picture, text
 from helpers.tiny import digit_image, make_model, make_processor
 from visualchat.cli import main as visualchat
 from visualchat.serving import server as program
-from visualchat.serving.limits import Limits
+from visualchat.serving.connections import possible_connections
+from visualchat.serving.limits import ConnectionLimits, Limits
 
 
 def test_metrics():
@@ -57,17 +58,19 @@ def test_the_script_under_load(folder):
 def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     built, run = [], []
     monkeypatch.setattr(program, "build_app", lambda *arguments: built.extend(arguments))
-    monkeypatch.setattr(program.uvicorn, "run", lambda app, **settings: run.append(settings))
+    monkeypatch.setattr(program, "serve", lambda app, service, *settings: run.append(settings))
     visualchat(["serve", folder])
     service, name, limits, hosts = built
     assert (name, limits, service.num_slots, service.max_per_client) == (folder, Limits(images=12), 33, 17)
     assert {"localhost", "127.0.0.1"} < hosts and not {"::1", "c.org"} & hosts
-    assert run[0]["host"] == "127.0.0.1" and run[0]["port"] == 8000
+    assert run[0][:2] == ("127.0.0.1", 8000)
+    assert run[0][2] == ConnectionLimits(possible_connections(1000), shutdown_seconds=25)
     built.clear()
     arguments = "--model-name m --host ::1 --port 7 --dtype bfloat16 --concurrency 2 --queue 3 --image-memory-gb 0.5"
     arguments += f" --image-memory-folder {tmp_path}/memory --allow-host A.org --allow-host b.org:81 --max-body-mb 1"
     arguments += " --allowed-host C.org --max-text-mb 0.1 --max-json-values 50 --max-per-client 4"
     arguments += " --max-images 3 --max-choices 4 --max-image-mb 0.5 --max-image-megapixels 2 --max-new-tokens 9"
+    arguments += " --max-connections 5 --shutdown-seconds 0.5"
     visualchat(["serve", folder, *arguments.split()])
     service, name, limits, hosts = built
     assert (name, service.num_slots, service.max_per_client, service.model.dtype) == ("m", 5, 4, torch.bfloat16)
@@ -76,7 +79,7 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     body, image = (1_000_000, 100_000, 50), {"images": 3, "image_bytes": 500_000, "image_pixels": 2_000_000}
     assert limits == Limits(*body, **image, choices=4, new_tokens=9, hosts=urls)
     assert {"localhost", "::1", "c.org"} < hosts
-    assert run[1]["host"] == "::1" and run[1]["port"] == 7
+    assert run[1] == ("::1", 7, ConnectionLimits(5, shutdown_seconds=0.5))
 
 
 def test_help_and_wrong_arguments(capsys, tmp_path):

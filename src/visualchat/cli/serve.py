@@ -26,7 +26,7 @@ from visualchat.cli.options import (
     port,
     positive,
 )
-from visualchat.serving.limits import Limits
+from visualchat.serving.limits import ConnectionLimits, Limits
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -69,6 +69,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar="HOST[:PORT]",
         help="fetch images from this host, by http and https; repeat for several (default: from none)",
+    )
+    connections = ConnectionLimits()
+    parser.add_argument(
+        "--max-connections",
+        type=positive,
+        default=connections.connections,
+        metavar="N",
+        help="at a time, fewer if the process may not open so many files (default %(default)s)",
+    )
+    parser.add_argument(
+        "--shutdown-seconds",
+        type=not_negative,
+        default=connections.shutdown_seconds,
+        metavar="S",
+        help="after SIGTERM or Ctrl-C, answers may go on so long; a second signal ends them at once (default %(default)g)",
     )
     limits = Limits()
     parser.add_argument(

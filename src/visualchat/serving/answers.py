@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, move_on_after
 from starlette.types import Receive
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.chat_visualchat import Round
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.serving.choices import AnswerChunk, Choice, Conversation
-from visualchat.serving.errors import RequestError, panics_as_errors
+from visualchat.serving.errors import RequestError, overloaded_error, panics_as_errors, stopping_error
 from visualchat.serving.limits import Limits
 from visualchat.serving.metrics import TokenCounter
 from visualchat.serving.requests import ChatRequest
@@ -61,6 +61,12 @@ class Answer:
         if self._future.cancel():
             self.service.queue.remove(self.client, self)
 
+    def fail(self, error: Exception) -> None:
+        """Ends the answer with this error now, although its thread stops only after the next token."""
+        self._watch.cancel()
+        self._events.put_nowait(error)
+        self.cancel()
+
     @property
     def is_cancelled(self) -> bool:
         return self._cancelled.is_set()
@@ -95,6 +101,7 @@ class Answer:
     async def _cancel_when_disconnected(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        self.service.disconnects += 1
         self.cancel()
 
     def _end(self, future: Future) -> None:
@@ -126,6 +133,7 @@ class AnswerService:
         queue (`FairQueue[Answer]`): The answers that wait. Clients take turns.
         requests (`Counter`): The number of requests by HTTP status.
         disconnects (`int`): The number of answers that were cancelled because the client had disconnected.
+        is_stopping (`bool`): Whether the server stops. No request gets a slot then.
         image_limiter (`CapacityLimiter`): Limits the number of threads that open images.
     """
 
@@ -146,7 +154,7 @@ class AnswerService:
         self.model, self.processor, self.store = model, processor, store
         self.num_slots, self.running = concurrency + queue, 0
         self.max_per_client = max_per_client or (self.num_slots + 1) // 2
-        self.requests, self.disconnects = Counter(), 0
+        self.requests, self.disconnects, self.is_stopping = Counter(), 0, False
         self.prompt_tokens, self.tokens = 0, TokenCounter()
         self.queue: FairQueue[Answer] = FairQueue()
         self._slots: Counter[str] = Counter()  # by client
@@ -172,11 +180,13 @@ class AnswerService:
 
     def take_slot(self, client: str) -> None:
         """
-        Takes a slot for a request. This happens before its body is read, so that the memory of all requests is bounded.
+        Takes a slot for a request whose body has arrived. A slow body holds none.
 
         Raises:
-            RequestError: If no slot is free, or the client has as many as one client may have.
+            RequestError: If no slot is free, the client has as many as one client may have, or the server is stopping.
         """
+        if self.is_stopping:
+            raise stopping_error()
         if self._slots[client] >= self.max_per_client:
             raise RequestError(
                 f"{self._slots[client]} requests from your address are not answered yet, and this server takes up to"
@@ -186,12 +196,7 @@ class AnswerService:
                 headers={"Retry-After": "1"},
             )
         if self.used_slots >= self.num_slots:
-            raise RequestError(
-                f"All {self.num_slots} slots are in use: try again later",
-                code="server_overloaded",
-                status=503,
-                headers={"Retry-After": "1"},
-            )
+            raise overloaded_error(f"All {self.num_slots} slots are in use")
         self._slots[client] += 1
 
     def release_slot(self, client: str) -> None:
@@ -253,14 +258,20 @@ class AnswerService:
 
     def end(self, answer: Answer) -> None:
         self._answers.discard(answer)
-        self.disconnects += answer.is_cancelled
         self.release_slot(answer.client)
 
-    def close(self) -> None:
-        """Cancels all answers, and waits until their threads have stopped."""
-        for answer in list(self._answers):
-            answer.cancel()
-        self._pool.shutdown()
+    def fail_all(self) -> None:
+        """Ends all answers, also those in the queue, because the server stops."""
+        for answer in self._answers:
+            answer.fail(stopping_error())
+
+    async def close(self) -> None:
+        """Ends all answers, and waits a second for their threads, no longer: the computation of a token may take long."""
+        self.fail_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with move_on_after(1):
+            while self._answers:
+                await asyncio.sleep(0.02)
 
     def generate(self, choice: Choice) -> Iterator[str]:
         """Yields the text of a choice. The model's `generation_config` decides what the request does not set."""

@@ -53,3 +53,13 @@ def panics_as_errors() -> Iterator[None]:
         raise
     except BaseException as panic:
         raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
+
+
+def overloaded_error(reason: str) -> RequestError:
+    return RequestError(f"{reason}: try again later", code="server_overloaded", status=503, headers={"Retry-After": "1"})
+
+
+def stopping_error() -> RequestError:
+    return RequestError(
+        "The server is stopping: try again later", code="server_stopping", status=503, headers={"Retry-After": "1"}
+    )

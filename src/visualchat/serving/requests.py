@@ -3,8 +3,6 @@
 
 from typing import Annotated, Any, Literal
 
-import anyio
-from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -14,10 +12,6 @@ from visualchat.serving.errors import MAX_PARAM, RequestError, cut, show
 from visualchat.serving.images import check_url
 from visualchat.serving.json_limits import check_json
 from visualchat.serving.limits import Limits
-
-
-# Of a body that is too long, before the connection is closed
-DISCARDED_BYTES = 64_000_000
 
 
 class StrictModel(BaseModel):
@@ -183,47 +177,6 @@ class ChatRequest(StrictModel):
             for p, part in enumerate(message.content)
             if part.type == "image_url"
         ]
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """
-    Raises:
-        RequestError: If the content type is not JSON, or the body is too large or takes too long.
-    """
-    # Browsers let any web page send other content types to this machine, without asking the server first (CORS)
-    is_json = request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
-    body, size = await receive_body(request, limits, limits.body_bytes if is_json else 0)
-    if not is_json:
-        raise RequestError("The header Content-Type must be application/json", status=415)
-    if size > limits.body_bytes:
-        raise RequestError(
-            f"The body is larger than {limits.body_bytes:,} bytes: send fewer or smaller images",
-            code="request_too_large",
-            status=413,
-        )
-    return body
-
-
-async def receive_body(request: Request, limits: Limits, kept: int) -> tuple[bytes, int]:
-    """
-    Returns at least the first `kept` bytes of the body, and its size. Many clients read the response only after they have
-    sent the whole body. So what exceeds the limit is received and discarded, up to `DISCARDED_BYTES`.
-
-    Raises:
-        RequestError: If it takes too long.
-    """
-    body, size = bytearray(), 0
-    try:
-        with anyio.fail_after(limits.body_seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if len(body) < kept:
-                    body += chunk
-                if size > limits.body_bytes + DISCARDED_BYTES:
-                    break
-    except TimeoutError as error:
-        raise RequestError(f"The body did not arrive within {limits.body_seconds:g} seconds", status=408) from error
-    return bytes(body), size
 
 
 def parse_request(body: bytes, limits: Limits) -> ChatRequest:

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
-import uvicorn
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -28,13 +27,16 @@ from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.errors import input_errors
 from visualchat.loading import choose_device, load_model, load_processor
 from visualchat.serving.answers import Answer, AnswerService, DisconnectedError
+from visualchat.serving.bodies import BodyReader
 from visualchat.serving.choices import AnswerChunk, Conversation
+from visualchat.serving.connections import possible_connections
 from visualchat.serving.errors import RequestError, cut, show
 from visualchat.serving.hosts import HostMiddleware, find_allowed_hosts
 from visualchat.serving.images import decode_data_url, fetch_image, open_image
-from visualchat.serving.limits import Limits
+from visualchat.serving.limits import ConnectionLimits, Limits
 from visualchat.serving.metrics import Metrics
-from visualchat.serving.requests import ChatRequest, parse_request, read_body, read_rounds, receive_body
+from visualchat.serving.process import serve
+from visualchat.serving.requests import ChatRequest, parse_request, read_rounds
 from visualchat.serving.turns import find_client
 
 
@@ -56,16 +58,16 @@ def build_app(service: AnswerService, name: str, limits: Limits, hosts: Collecti
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await run_sync(service.close)
+        await service.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(HostMiddleware, hosts=hosts, open_paths=("/health", "/health/"))
-    metrics = Metrics(service)
+    bodies, metrics = BodyReader(limits), Metrics(service)
     model_card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "visualchat"}
 
     async def complete(request: Request) -> Response:
         try:
-            response = await complete_chat(request, service, name, limits)
+            response = await complete_chat(request, bodies, service, name, limits)
         except RequestError as error:
             response = error.to_response()
         except (ClientDisconnect, DisconnectedError):
@@ -106,20 +108,16 @@ def build_app(service: AnswerService, name: str, limits: Limits, hosts: Collecti
     return app
 
 
-async def complete_chat(request: Request, service: AnswerService, name: str, limits: Limits) -> Response:
+async def complete_chat(request: Request, bodies: BodyReader, service: AnswerService, name: str, limits: Limits) -> Response:
     """
     Raises:
         RequestError: If the request is not valid or no slot is free.
         DisconnectedError: If the client disconnects before the response begins.
     """
-    client = find_client(request)
+    body, client = await bodies.read(request), find_client(request)
+    service.take_slot(client)
     try:
-        service.take_slot(client)
-    except RequestError:
-        await receive_body(request, limits, 0)
-        raise
-    try:
-        chat_request = await run_sync(parse_request, await read_body(request, limits), limits)
+        chat_request = await run_sync(parse_request, body, limits)
         if chat_request.model != name:
             raise unknown_model_error(chat_request.model, name)
         conversation = await prepare_conversation(chat_request, service, limits)
@@ -194,6 +192,9 @@ async def stream_events(
             yield events_of(chunk)
     except DisconnectedError:
         return
+    except RequestError as error:
+        yield to_event({"error": error.error})
+        return
     except Exception:
         logger.exception("A request failed")
         yield to_event({"error": internal_server_error().error})
@@ -219,7 +220,13 @@ def internal_server_error() -> RequestError:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `visualchat serve` with these options, until the process is stopped."""
+    """
+    Runs `visualchat serve` with these options, until the process is stopped.
+
+    Raises:
+        InputError: If the model, the address or a name cannot be used.
+        KeyboardInterrupt: After Ctrl-C.
+    """
     hosts = find_allowed_hosts(args.host, args.allowed_host)
     with input_errors(f"cannot load {args.model}: "):
         model = load_model(args.model, args.trust_remote_code, dtype=args.dtype)
@@ -242,5 +249,5 @@ def run(args: argparse.Namespace) -> None:
     with input_errors(f"cannot serve {args.model}: "):
         service = AnswerService(model, processor, store, args.concurrency, args.queue, args.max_per_client)
     app = build_app(service, args.model_name or args.model, limits, hosts)
-    # After Ctrl-C, the server waits this many seconds for open connections before it closes them
-    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=2)
+    connections = ConnectionLimits(possible_connections(args.max_connections), shutdown_seconds=args.shutdown_seconds)
+    serve(app, service, args.host, args.port, connections)
