@@ -201,6 +201,7 @@ class TestManyConnections:
         with contextlib.closing(Listener(limited)) as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
+            listener.setblocking(False)
             with socket.create_connection(listener.getsockname()) as turned_away:
                 with pytest.raises(BlockingIOError):
                     listener.accept()
