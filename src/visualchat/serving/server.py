@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
     Runs `visualchat serve` with these options, until the process is stopped.
 
     Raises:
-        InputError: If the model or the address cannot be used.
+        InputError: If the model, the address or a name cannot be used.
         KeyboardInterrupt: After Ctrl-C.
     """
     hosts = find_allowed_hosts(args.host, args.allowed_host)
