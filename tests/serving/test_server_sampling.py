@@ -16,11 +16,12 @@ from helpers.tiny import make_model, make_processor
 from visualchat.cli import main as visualchat
 from visualchat.serving import sampling
 from visualchat.serving.choices import cut_at_stop
+from visualchat.serving.limits import Limits
 from visualchat.serving.requests import ChatRequest, parse_request
 
 
 def request(**fields):
-    return parse_request(json.dumps(body(text(), **fields)).encode())
+    return parse_request(json.dumps(body(text(), **fields)).encode(), Limits())
 
 
 class TestGenerationConfig:

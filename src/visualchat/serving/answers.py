@@ -187,6 +187,8 @@ class AnswerService:
         """
         if self.is_stopping:
             raise stopping_error()
+        if self.used_slots >= self.num_slots:
+            raise overloaded_error(f"All {self.num_slots} slots are in use")
         if self._slots[client] >= self.max_per_client:
             raise RequestError(
                 f"{self._slots[client]} requests from your address are not answered yet, and this server takes up to"
@@ -195,8 +197,6 @@ class AnswerService:
                 status=429,
                 headers={"Retry-After": "1"},
             )
-        if self.used_slots >= self.num_slots:
-            raise overloaded_error(f"All {self.num_slots} slots are in use")
         self._slots[client] += 1
 
     def release_slot(self, client: str) -> None:
