@@ -112,6 +112,7 @@ class Server(uvicorn.Server):
                         if family == socket.AF_INET6:
                             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                         listener.bind(address)
+                        listener.listen(self.config.backlog)  # clients that come before the event loop runs wait
                         listeners.append(listener)
                     except OSError as error:
                         if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
