@@ -145,11 +145,12 @@ ALLOWED = {
     ("image_memory_folder_visualchat", "ImageMemoryFolder._scan"),  # deletes what a process that died has begun
     ("image_memory_folder_visualchat", "ImageMemoryFolder._delete_oldest"),
     ("chat_saving_visualchat", "save_conversation"),
+    ("chat_saving_visualchat", "_remove"),  # what it has written itself
     ("chat_saving_visualchat", "_sync"),  # opens a folder, to read
     ("image_loading_visualchat", "load_image"),
 }
 # What the card names, where it is another function
-CALLED_BY = dict.fromkeys(("save_conversation", "_sync"), "ChatSession.save")
+CALLED_BY = dict.fromkeys(("save_conversation", "_remove", "_sync"), "ChatSession.save")
 FORBIDDEN_MODULES = {
     *("asyncio", "ctypes", "ftplib", "http", "httpx", "httpx2", "importlib", "multiprocessing", "pickle", "pty", "requests"),
     *("runpy", "shutil", "signal", "smtplib", "socket", "ssl", "subprocess", "tempfile", "urllib"),

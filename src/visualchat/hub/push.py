@@ -27,7 +27,7 @@ CODE_BEGIN, CODE_END = "<!-- code: written by visualchat push -->", "<!-- end of
 # Calls of the travelling code that use files or the network, and for what. tests/hub/test_traveling_code.py checks them
 EXCEPTIONS = {
     "`ImageMemory.save`, `ImageMemoryStore` with a `folder` (`ImageMemoryFolder`)": "write and delete image memory files",
-    "`ChatSession.save`": "writes a conversation and its images",
+    "`ChatSession.save`": "writes a conversation and its images, and removes those of an earlier one",
     "`load_image` of a URL, also through the processor or a chat": "downloads an image",
     "`save_pretrained`, `push_to_hub`": "as in transformers",
 }
