@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     arithmetic_rate,
     attention_op,
+    checks,
     decoding,
     gpu_7b,
     growth,
@@ -44,6 +45,15 @@ def toy_growth(sides) -> tuple[list[dict], list[dict]]:
 def toy_training(sides) -> tuple[dict, dict]:
     steps = training_step.make_steps(*sides, images=2)
     return measure.interleave(steps, repeats=1), training_step.measure_peaks(steps, repeats=1)
+
+
+def test_checks_of_files(tmp_path):
+    results = [
+        checks.compare_memory_file(tmp_path, (2, 1, 5, 2, 16), repeats=1),
+        checks.compare_weights(tmp_path, TEXT, repeats=1),
+        checks.compare_manifest(tmp_path, 1000, repeats=1),
+    ]
+    assert all(result["ours"] > 0 and result["theirs"] > 0 for result in results)
 
 
 def test_every_comparison_runs(toy_sides, monkeypatch):
