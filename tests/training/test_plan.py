@@ -13,7 +13,8 @@ from helpers.tiny import make_config
 from modeling_visualchat import VisualChatForCausalLM
 from visualchat.cli import main as visualchat
 from visualchat.planning import plan, trace
-from visualchat.planning.memory import ZeroSetting, plan_peak
+from visualchat.planning.memory import plan_peak
+from visualchat.planning.states import ZeroSetting
 from visualchat.training.arguments import ModelArguments
 from visualchat.training.train import set_mode
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel
 
 from modeling_visualchat import VisualChatConfig
 from visualchat.loading import check_model_type
-from visualchat.planning.memory import STATES, Parameter, Peak, ZeroSetting, plan_peak
+from visualchat.planning.memory import plan_peak
+from visualchat.planning.states import STATES, Parameter, Peak, ZeroSetting
 from visualchat.planning.trace import StepShape, Trace, trace_step
 from visualchat.training.arguments import ModelArguments
 from visualchat.training.train import set_mode
