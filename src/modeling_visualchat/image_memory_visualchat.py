@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from .image_memory_folder_visualchat import ImageMemoryFolder
+from .towers_visualchat import find_family
 from .weight_fingerprint_visualchat import ModelWeights, describe_state, fingerprint_weights
 
 
@@ -305,10 +306,12 @@ class VisualChatImageMemoryMixin:
         weights.check("Image memory")
         vision, text = config.vision_config, config.text_config
         joined = {
-            "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
+            "vision": find_family(vision).describe(vision),
             "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
             "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
         }
+        if config.projector == "pixel_shuffle":
+            joined["joined"] += [config.pixel_shuffle_factor, config.patch_grid]
         state = joined, describe_state(model, weights)
         if model._image_fingerprint is None or model._image_fingerprint[0] != state:
             description = {**joined, "adapters": state[1][-1]}

@@ -4,14 +4,13 @@
 import copy
 
 import torch
-from transformers import CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .generation_visualchat import drop_unused_flags
+from .towers_visualchat import FOLDER_TYPES, MASK_TOKEN, adopt_tower
 from .weight_checks_visualchat import find_weight_file
 
 
-# Of a CLIP the vision tower is taken
-VISION_TYPES = (CLIPVisionModel.config_class.model_type, CLIPModel.config_class.model_type)
 TEXT_TYPES = (LlamaForCausalLM.config_class.model_type,)
 
 
@@ -21,7 +20,7 @@ class VisualChatJoiningMixin:
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision: str | CLIPVisionModel | CLIPModel,
+        vision: str | PreTrainedModel,
         text: str | LlamaForCausalLM,
         *,
         dtype: str | torch.dtype = "auto",
@@ -29,12 +28,13 @@ class VisualChatJoiningMixin:
         **config,
     ) -> PreTrainedModel:
         """
-        Joins a CLIP vision tower and a LLaMA-family decoder with a new, random projector, makes room for the placeholder
+        Joins a vision tower and a LLaMA-family decoder with a new, random projector, makes room for the placeholder
         token in the embedding, and freezes what the paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
 
         Args:
-            vision (`str`, `CLIPVisionModel` or `CLIPModel`): The tower: a Hub id, a folder, or a model. A model's weights
-                are shared, not copied.
+            vision (`str` or `PreTrainedModel`): The tower: a Hub id, a folder, or a model, of one of the families of
+                `towers_visualchat.py`. Of a CLIP or a SigLIP with a text encoder, the tower is taken. A model's weights are
+                shared, not copied.
             text (`str` or `LlamaForCausalLM`): The decoder: a Hub id, a folder, or a model. A model's weights are shared,
                 not copied.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): What ids and folders are loaded in. The
@@ -52,14 +52,12 @@ class VisualChatJoiningMixin:
         """
         check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
         if isinstance(vision, str):
-            vision = load_all_weights(CLIPVisionModel, vision, dtype)
-        elif isinstance(vision, CLIPModel):
-            vision = vision.vision_model
+            vision = load_all_weights(FOLDER_TYPES[read_model_type(vision)].model_class, vision, dtype)
+        vision = adopt_tower(vision)
         if isinstance(text, str):
             text = load_all_weights(LlamaForCausalLM, text, dtype)
-        for name, part, expected in (("vision", vision, CLIPVisionModel), ("text", text, LlamaForCausalLM)):
-            if not isinstance(part, expected):
-                raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(part).__name__}")
+        if not isinstance(text, LlamaForCausalLM):
+            raise TypeError(f"`text` must be a LlamaForCausalLM, got {type(text).__name__}")
 
         vocab_size = text.config.vocab_size
         config.setdefault("image_token_id", vocab_size)
@@ -108,10 +106,10 @@ def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torc
         dtype (`str` or `torch.dtype`): What it is loaded in.
 
     Raises:
-        ValueError: If a weight is missing. The error names it and its file.
+        ValueError: If a weight that a VisualChat uses is missing. The error names it and its file.
     """
     part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(name for name in info["missing_keys"] if not name.endswith(MASK_TOKEN)):
         count = f"; {len(missing)} tensors are" if len(missing) > 1 else ""
         raise ValueError(f"{find_weight_file(source, missing[0])}: the tensor {missing[0]} is missing{count}")
     return part
@@ -128,13 +126,18 @@ def check_parts(vision: str | None, text: str | None) -> None:
         TypeError: If one is of another family. It is named, with its `model_type` and those that can be joined.
         OSError: If there is no config.
     """
-    for name, source, allowed in (("vision", vision, VISION_TYPES), ("text", text, TEXT_TYPES)):
+    for name, source, allowed in (("vision", vision, FOLDER_TYPES), ("text", text, TEXT_TYPES)):
         if source is None:
             continue
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        model_type = read_model_type(source)
         if model_type not in allowed:
             kind = "vision tower" if name == "vision" else "decoder"
             raise TypeError(
                 f"`{name}`: {source} has the model_type {model_type!r}, but the {kind} must be of"
                 f" {' or '.join(map(repr, allowed))}"
             )
+
+
+def read_model_type(source: str) -> str | None:
+    """The `model_type` in the config of a folder or a Hub id."""
+    return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
