@@ -242,8 +242,8 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 def clip_side(image_processor) -> int | None:
     """
     The side of the square, in pixels, that an image processor keeps of a resized image, and then crops or leaves as it is.
-    CLIP's resizes the shorter edge (or both edges) to it; SigLIP's both edges; BiT's, which DINOv2 uses, the shorter edge, and
-    crops a smaller square from its centre. `None` for other image processors, other steps and other sizes.
+    CLIP's resizes the shorter edge (or both edges) to it; SigLIP's both edges; BiT's, which DINOv2 uses, the shorter edge,
+    and crops a smaller square from its centre. `None` for other image processors, other steps and other sizes.
     """
     kind = type(image_processor)
     if kind not in (CLIPImageProcessorPil, SiglipImageProcessorPil, BitImageProcessorPil) or image_processor.do_pad:
@@ -267,8 +267,8 @@ def clip_side(image_processor) -> int | None:
 
 def shorter_edge(image_processor) -> int | None:
     """
-    The pixels to which an image processor of CLIP, SigLIP or BiT resizes the shorter edge of an image, whatever the other one
-    becomes. `None` if it bounds both, and for other image processors.
+    The pixels to which an image processor of CLIP, SigLIP or BiT resizes the shorter edge of an image, whatever the other
+    one becomes. `None` if it bounds both, and for other image processors.
     """
     if not isinstance(image_processor, KNOWN_IMAGE_PROCESSORS) or not image_processor.do_resize:
         return None

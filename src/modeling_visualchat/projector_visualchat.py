@@ -94,8 +94,8 @@ class VisualChatPixelShuffleProjector(nn.Module):
 
 class VisualChatPerceiverProjector(nn.Module):
     """
-    Learned queries on a square grid cross-attend to the patches (class token and registers are left out), then LayerNorm + Linear.
-    Queries and keys carry 2-D sine-cosine positions of their grids.
+    Learned queries on a square grid cross-attend to the patches (class token and registers are left out), then LayerNorm +
+    Linear. Queries and keys carry 2-D sine-cosine positions of their grids.
     """
 
     def __init__(self, config: VisualChatConfig):

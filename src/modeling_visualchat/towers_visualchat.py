@@ -142,8 +142,8 @@ def make_tower(config: PreTrainedConfig) -> PreTrainedModel:
 
 def adopt_tower(model: PreTrainedModel) -> PreTrainedModel:
     """
-    The tower of a model, as [`make_tower`] would make it, with the same weights: they are shared, not copied. The model itself
-    stays as it is.
+    The tower of a model, as [`make_tower`] would make it, with the same weights: they are shared, not copied. The model
+    itself stays as it is.
 
     Raises:
         TypeError: If it is no tower of a known family, nor a model that holds one. The error lists the classes.

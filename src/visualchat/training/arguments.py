@@ -11,11 +11,18 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat model: a folder or a Hub id."})
-    vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a CLIP vision tower to join …"})
+    vision_name_or_path: str | None = field(
+        default=None, metadata={"help": "Or a vision tower (CLIP, SigLIP, DINOv2, DINOv3) to join …"}
+    )
     text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
-    projector: str = field(default="linear", metadata={"help": "Of a joined model: linear, vit or perceiver."})
+    projector: str = field(
+        default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, vit or perceiver."}
+    )
+    pixel_shuffle_factor: int = field(
+        default=2, metadata={"help": "With the projector pixel_shuffle: the side, in patches, of what becomes one token."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}

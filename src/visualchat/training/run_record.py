@@ -32,6 +32,7 @@ FIXED_FIELDS = (
     "multimodal_attention",
     "image_number_keys",
     "projector",
+    "pixel_shuffle_factor",
     "lora_target",
     "lora_rank",
     "lora_alpha",
@@ -81,7 +82,10 @@ CHANGEABLE_FIELDS = (
     "metric_for_best_model",
     "greater_is_better",
 )
-JOINED_FIELDS = ("multimodal_attention", "image_number_keys", "projector", "vision_name_or_path", "text_name_or_path")
+JOINED_FIELDS = (
+    *("multimodal_attention", "image_number_keys", "projector", "pixel_shuffle_factor"),
+    *("vision_name_or_path", "text_name_or_path"),
+)
 RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")
 SCHEDULE_FIELDS = (*RATE_FIELDS, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 LOSS_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they follow the losses, and their state holds the rates
@@ -108,6 +112,7 @@ def record_arguments(model_args: ModelArguments, data_args: DataArguments, train
     given = dataclasses.asdict(model_args) | dataclasses.asdict(data_args) | training_args.to_dict()
     unused = {"num_train_epochs" if training_args.max_steps > 0 else "max_steps"}
     unused |= set(JOINED_FIELDS if model_args.model_name_or_path else ())
+    unused |= {"pixel_shuffle_factor"} if model_args.projector != "pixel_shuffle" else set()
     unused |= {name for name in given if name.startswith("lora_") and model_args.mode != "lora"}
     unused |= {f"{kind}_steps" for kind in ("eval", "save") if given[f"{kind}_strategy"] != "steps"}
     arguments = {name: given[name] for name in (*FIXED_FIELDS, *CHANGEABLE_FIELDS) if name not in unused}

@@ -8,7 +8,6 @@ from typing import TextIO
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, set_seed
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.generation_visualchat import drop_unused_flags
@@ -16,7 +15,14 @@ from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, push
-from visualchat.loading import check_model_type, check_part, load_model, load_processor
+from visualchat.loading import (
+    check_model_type,
+    check_part,
+    find_image_size,
+    load_image_processor,
+    load_model,
+    load_processor,
+)
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.checkpoints import world_size_changed
@@ -40,7 +46,7 @@ logger = logging.getLogger("train")
 
 LORA_TARGETS = {
     "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-    "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+    "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
 }
 
 
@@ -65,7 +71,7 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     check_part(model_args.vision_name_or_path)
     check_part(model_args.text_name_or_path)
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
-    image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
+    image_processor = load_image_processor(model_args.vision_name_or_path)
     return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
 
 
@@ -78,6 +84,8 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
         image_token_id=processor.image_token_id,
         multimodal_attention=model_args.multimodal_attention,
         projector=model_args.projector,
+        pixel_shuffle_factor=model_args.pixel_shuffle_factor,
+        image_size=find_image_size(processor.image_processor),
         image_number_keys=model_args.image_number_keys,
         image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
     )
