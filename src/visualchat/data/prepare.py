@@ -27,8 +27,8 @@ from visualchat.data.checks import ModelRequirements, Problem, summarize
 from visualchat.data.formats import Context, Sample
 from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_atomically
 from visualchat.data.sources import SOURCES, open_source
-from visualchat.loading import load_image_processor
 from visualchat.errors import input_errors
+from visualchat.loading import load_image_processor
 from visualchat.training.dataset import load_examples
 
 

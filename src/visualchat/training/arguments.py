@@ -11,9 +11,7 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat model: a folder or a Hub id."})
-    vision_name_or_path: str | None = field(
-        default=None, metadata={"help": "Or a vision tower (CLIP, SigLIP, DINOv2, DINOv3) to join …"}
-    )
+    vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a vision tower to join (docs/parts.md) …"})
     text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
