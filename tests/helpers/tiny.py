@@ -92,8 +92,8 @@ def make_processor(size: dict | None = None) -> VisualChatProcessor:
 
 def make_config(**overrides) -> VisualChatConfig:
     """
-    A config whose vocabulary is that of `make_processor`. `text` and `vision` override the sub-configs' fields; `tower` is one
-    of `TOWERS`.
+    A config whose vocabulary is that of `make_processor`. `text` and `vision` override the sub-configs' fields; `tower` is
+    one of `TOWERS`.
     """
     processor = make_processor()
     text = {
