@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, set_seed
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
@@ -76,19 +77,27 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
 
 
 def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
-    """Joins tower and decoder once and saves them, so that every process can load its share of the result."""
-    model = VisualChatForCausalLM.from_vision_text_pretrained(
-        model_args.vision_name_or_path,
-        model_args.text_name_or_path,
-        dtype=model_args.dtype,
-        image_token_id=processor.image_token_id,
-        multimodal_attention=model_args.multimodal_attention,
-        projector=model_args.projector,
-        pixel_shuffle_factor=model_args.pixel_shuffle_factor,
-        image_size=find_image_size(processor.image_processor),
-        image_number_keys=model_args.image_number_keys,
-        image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
-    )
+    """
+    Joins tower and decoder once and saves them, so that every process can load its share of the result.
+
+    Raises:
+        ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
+    """
+    try:
+        model = VisualChatForCausalLM.from_vision_text_pretrained(
+            model_args.vision_name_or_path,
+            model_args.text_name_or_path,
+            dtype=model_args.dtype,
+            image_token_id=processor.image_token_id,
+            multimodal_attention=model_args.multimodal_attention,
+            projector=model_args.projector,
+            pixel_shuffle_factor=model_args.pixel_shuffle_factor,
+            image_size=find_image_size(processor.image_processor),
+            image_number_keys=model_args.image_number_keys,
+            image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     processor.image_seq_length = model.config.image_seq_length
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
