@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .towers_visualchat import find_family
+from .towers_visualchat import find_tower_family
 
 
 @strict
@@ -110,7 +110,7 @@ class VisualChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, value in find_family(self.vision_config).settings.items():
+        for name, value in find_tower_family(self.vision_config).settings.items():
             setattr(self.vision_config, name, value)
         if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
             self.image_size = None
@@ -151,7 +151,7 @@ class VisualChatConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens that the vision tower puts before those of the patches: a class token, registers."""
-        return find_family(self.vision_config).count_prefix_tokens(self.vision_config)
+        return find_tower_family(self.vision_config).count_prefix_tokens(self.vision_config)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -191,7 +191,7 @@ class VisualChatConfig(PreTrainedConfig):
 
     def validate_tower(self):
         """That the projector and the size of the images suit the vision tower."""
-        family, (rows, columns), factor = find_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
+        family, (rows, columns), factor = find_tower_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
         if factor < 1:
             raise ValueError(f"`pixel_shuffle_factor` must be 1 or more, got {factor}")
         if self.projector == "pixel_shuffle" and (rows % factor or columns % factor):

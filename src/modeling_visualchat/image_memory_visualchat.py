@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from .image_memory_folder_visualchat import ImageMemoryFolder
-from .towers_visualchat import find_family
+from .towers_visualchat import find_tower_family
 from .weight_fingerprint_visualchat import ModelWeights, describe_state, fingerprint_weights
 
 
@@ -306,7 +306,7 @@ class VisualChatImageMemoryMixin:
         weights.check("Image memory")
         vision, text = config.vision_config, config.text_config
         joined = {
-            "vision": find_family(vision).describe(vision),
+            "vision": find_tower_family(vision).describe(vision),
             "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
             "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
         }

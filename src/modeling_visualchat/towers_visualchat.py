@@ -118,7 +118,7 @@ MASK_TOKEN = "embeddings.mask_token"
 FOLDER_TYPES = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
-def find_family(config: PreTrainedConfig) -> TowerFamily:
+def find_tower_family(config: PreTrainedConfig) -> TowerFamily:
     """
     The family of a tower's config.
 
