@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """VisualChat model configuration."""
 
+import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -110,8 +111,10 @@ class VisualChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name, value in find_tower_family(self.vision_config).settings.items():
-            setattr(self.vision_config, name, value)
+        if settings := find_tower_family(self.vision_config).settings:
+            self.vision_config = copy.deepcopy(self.vision_config)  # the caller's stays as it is
+            for name, value in settings.items():
+                setattr(self.vision_config, name, value)
         if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
             self.image_size = None
         if self.text_config.model_type != LlamaConfig.model_type:

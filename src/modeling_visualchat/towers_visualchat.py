@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoModel,
@@ -36,8 +37,9 @@ class TowerFamily:
             weights and their shapes are the same. They are part of the fingerprint of image memory.
         whole_type (`str`, *optional*): The `model_type` of models that hold such a tower as `vision_model`, beside a text
             encoder.
-        settings (`dict`): Fields of the config that a VisualChat sets: parts that nothing reads, and random changes of the
-            input in training.
+        settings (`dict`): Fields of the config that a VisualChat sets: no parts that nothing reads, and no random changes of
+            positions in training.
+        leave_out (`Callable`, *optional*): Takes out of a model what nothing reads.
         takes_any_size (`bool`): Whether the tower takes images of another size than its config's `image_size`.
         has_clip_layers (`bool`): Whether the config describes a `CLIPEncoderLayer`, which the `vit` projector adds.
     """
@@ -48,6 +50,7 @@ class TowerFamily:
     described_fields: tuple[str, ...]
     whole_type: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    leave_out: Callable[[PreTrainedModel], None] | None = None
     takes_any_size: bool = False
     has_clip_layers: bool = False
 
@@ -64,6 +67,23 @@ class TowerFamily:
     def describe(self, config: PreTrainedConfig) -> list:
         """The values of `described_fields`."""
         return [getattr(config, name) for name in self.described_fields]
+
+
+def _leave_out_head(tower: PreTrainedModel) -> None:
+    """SigLIP's pooling head."""
+    if tower.use_head:
+        tower.use_head = False
+        del tower.head
+
+
+def _leave_out_mask_token(tower: PreTrainedModel) -> None:
+    """
+    The token that stands for hidden patches in DINO's pretraining: a parameter that would never get a gradient. An empty
+    tensor takes its place, since the tower's initialization writes to it.
+    """
+    if isinstance(tower.embeddings.mask_token, nn.Parameter):
+        del tower.embeddings.mask_token
+        tower.embeddings.mask_token = torch.zeros(0)
 
 
 # What each of them computes with its weights
@@ -84,6 +104,7 @@ FAMILIES = (
         described_fields=("model_type", *COMMON_FIELDS),
         whole_type="siglip",
         settings={"vision_use_head": False},  # pools the patches into one vector
+        leave_out=_leave_out_head,
         has_clip_layers=True,
     ),
     TowerFamily(
@@ -92,6 +113,7 @@ FAMILIES = (
         count_prefix_tokens=lambda config: 1,
         described_fields=("model_type", *COMMON_FIELDS),
         settings={"use_mask_token": False},
+        leave_out=_leave_out_mask_token,
         takes_any_size=True,  # interpolates its positions
     ),
     TowerFamily(
@@ -99,6 +121,7 @@ FAMILIES = (
         config_class=Dinov2WithRegistersConfig,
         count_prefix_tokens=lambda config: 1 + config.num_register_tokens,
         described_fields=("model_type", *COMMON_FIELDS),
+        leave_out=_leave_out_mask_token,
         takes_any_size=True,
     ),
     TowerFamily(
@@ -108,11 +131,12 @@ FAMILIES = (
         described_fields=("model_type", *COMMON_FIELDS, "rope_theta"),
         # In training mode the positions would be scaled at random, in a frozen tower too
         settings={"pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None},
+        leave_out=_leave_out_mask_token,
         takes_any_size=True,  # by rotary positions
     ),
 )
 TOWERS = {family.config_class.model_type: family for family in FAMILIES}
-# Stands for hidden patches in DINO's pretraining. Here it would be a parameter that never gets a gradient
+# What a folder may lack, since it is left out
 MASK_TOKEN = "embeddings.mask_token"
 # By the `model_type` of a folder
 FOLDER_TYPES = {model_type: family for family in FAMILIES for model_type in family.model_types}
@@ -134,9 +158,10 @@ def find_tower_family(config: PreTrainedConfig) -> TowerFamily:
 
 
 def make_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower with random weights."""
-    tower = AutoModel.from_config(config)
-    _leave_out_mask_token(tower)
+    """A tower with random weights. Its config has the settings of its family."""
+    family, tower = find_tower_family(config), AutoModel.from_config(config)
+    if family.leave_out is not None:
+        family.leave_out(tower)
     return tower
 
 
@@ -155,27 +180,14 @@ def adopt_tower(model: PreTrainedModel) -> PreTrainedModel:
     if family is None or not isinstance(tower, family.model_class):
         classes = _list(family.model_class for family in FAMILIES)
         raise TypeError(f"`vision` must be a {classes}, got {type(model).__name__}")
-    if not family.settings and not _has_mask_token(tower):
+    if not family.settings and family.leave_out is None:
         return tower
     tower = copy.deepcopy(tower, {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())})
     for name, value in family.settings.items():
         setattr(tower.config, name, value)
-    if family.config_class is SiglipVisionConfig and tower.use_head:
-        tower.use_head = False
-        del tower.head
-    _leave_out_mask_token(tower)
+    if family.leave_out is not None:
+        family.leave_out(tower)
     return tower
-
-
-def _has_mask_token(tower: PreTrainedModel) -> bool:
-    return any(name.endswith(MASK_TOKEN) for name, _ in tower.named_parameters())
-
-
-def _leave_out_mask_token(tower: PreTrainedModel) -> None:
-    """Puts an empty tensor in place of the parameter, since the tower's initialization writes to it."""
-    if _has_mask_token(tower):
-        del tower.embeddings.mask_token
-        tower.embeddings.mask_token = torch.zeros(0)
 
 
 def _list(classes) -> str:
