@@ -47,9 +47,9 @@ class VisualChatConfig(PreTrainedConfig):
             `"linear"`. `"vit"` is for CLIP and SigLIP.
         num_query_tokens (`int`, *optional*, defaults to 256):
             Learned queries of the perceiver projector, and so the tokens of an image there. A square number.
-        pixel_shuffle_factor (`int`, *optional*, defaults to 2):
+        pixel_shuffle_factor (`int`, *optional*):
             The side, in patches, of the squares that the `pixel_shuffle` projector makes one token of. It must divide the
-            rows and the columns of patches.
+            rows and the columns of patches. By default it is 2 with this projector.
         image_size (`int` or `list[int]`, *optional*):
             Height and width, in pixels, of the images that the tower is given, where they are not the `image_size` of
             `vision_config`: DINOv2 is saved with 518 and used at 224. Only DINO's towers take another size.
@@ -102,7 +102,7 @@ class VisualChatConfig(PreTrainedConfig):
     image_number_key_bias: bool = False
     projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle"] = "linear"
     num_query_tokens: int = 256
-    pixel_shuffle_factor: int = 2
+    pixel_shuffle_factor: int | None = None
     image_size: int | list[int] | None = None
     vision_feature_layer: int = -1
     vision_feature_select_strategy: Literal["default", "full"] = "full"
@@ -115,6 +115,8 @@ class VisualChatConfig(PreTrainedConfig):
             self.vision_config = copy.deepcopy(self.vision_config)  # the caller's stays as it is
             for name, value in settings.items():
                 setattr(self.vision_config, name, value)
+        if self.projector == "pixel_shuffle" and self.pixel_shuffle_factor is None:
+            self.pixel_shuffle_factor = 2
         if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
             self.image_size = None
         if self.text_config.model_type != LlamaConfig.model_type:
@@ -195,7 +197,7 @@ class VisualChatConfig(PreTrainedConfig):
     def validate_tower(self):
         """That the projector and the size of the images suit the vision tower."""
         family, (rows, columns), factor = find_tower_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
-        if factor < 1:
+        if factor is not None and factor < 1:
             raise ValueError(f"`pixel_shuffle_factor` must be 1 or more, got {factor}")
         if self.projector == "pixel_shuffle" and (rows % factor or columns % factor):
             raise ValueError(

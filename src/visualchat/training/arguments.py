@@ -18,8 +18,8 @@ class ModelArguments:
     projector: str = field(
         default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, vit or perceiver."}
     )
-    pixel_shuffle_factor: int = field(
-        default=2, metadata={"help": "With the projector pixel_shuffle: the side, in patches, of what becomes one token."}
+    pixel_shuffle_factor: int | None = field(
+        default=None, metadata={"help": "With pixel_shuffle: the side, in patches, of what becomes one token; 2 by default."}
     )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(

@@ -112,7 +112,6 @@ def record_arguments(model_args: ModelArguments, data_args: DataArguments, train
     given = dataclasses.asdict(model_args) | dataclasses.asdict(data_args) | training_args.to_dict()
     unused = {"num_train_epochs" if training_args.max_steps > 0 else "max_steps"}
     unused |= set(JOINED_FIELDS if model_args.model_name_or_path else ())
-    unused |= {"pixel_shuffle_factor"} if model_args.projector != "pixel_shuffle" else set()
     unused |= {name for name in given if name.startswith("lora_") and model_args.mode != "lora"}
     unused |= {f"{kind}_steps" for kind in ("eval", "save") if given[f"{kind}_strategy"] != "steps"}
     arguments = {name: given[name] for name in (*FIXED_FIELDS, *CHANGEABLE_FIELDS) if name not in unused}
