@@ -171,9 +171,12 @@ def load_image_processor(name: str) -> BaseImageProcessor:
 
     Raises:
         OSError: If there is none.
-        ImportError, ValueError: If transformers cannot make it here.
+        ValueError: If transformers does not know it, or needs a package for it that is not installed.
     """
-    return AutoImageProcessor.from_pretrained(name, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    except ImportError as error:
+        raise ValueError(f"the image processor of {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def find_image_size(image_processor: BaseImageProcessor) -> list[int] | None:

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from helpers.tiny import (
     IMAGE_SIZE,
@@ -189,6 +190,13 @@ def test_a_joined_model_takes_image_processor_and_size_of_the_towers_folder(tmp_
     assert model(**inputs).logits.isfinite().all()
     # The tower alone says how `visualchat prepare` checks images
     assert load_requirements(parts["vision_name_or_path"]).shorter_edge == IMAGE_SIZE + 4
+
+    if not is_torchvision_available():
+        (tmp_path / "tower/preprocessor_config.json").write_text('{"image_processor_type": "DINOv3ViTImageProcessor"}')
+        with pytest.raises(
+            ValueError, match=r"the image processor of .*tower cannot be loaded: .* requires the Torchvision"
+        ):
+            prepare_processor(args)
 
     args.pixel_shuffle_factor = 3
     with pytest.raises(ValueError, match=r"`pixel_shuffle_factor` is 3, which does not divide .* 2 × 2 patches"):
