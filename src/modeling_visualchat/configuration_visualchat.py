@@ -4,21 +4,24 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .decoders_visualchat import find_family, without_sliding_window
 
 
 @strict
 class VisualChatConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`VisualChatForCausalLM`]: a CLIP vision tower and a LLaMA-family decoder, joined by a projector
+    Configuration of a [`VisualChatForCausalLM`]: a CLIP vision tower and a decoder of LLaMA's shape, joined by a projector
     and multi-modal causal attention (MMCA; DeepSpeed-VisualChat, arXiv 2309.14327, section 4).
 
     Args:
         vision_config (`CLIPVisionConfig` or `dict`, *optional*, defaults to CLIP ViT-L/14 at 224 pixels):
             The vision tower.
-        text_config (`LlamaConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
-            The decoder.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
+            The decoder, of a family in `decoders_visualchat.py`: LLaMA, Mistral, Qwen2 or Qwen3. A `dict` without a
+            `model_type` is LLaMA's. A sliding window that hides nothing is left out.
         multimodal_attention (`str`, *optional*, defaults to `"mmca"`):
             `"mmca"`: an image token attends to itself only; a text token sums a softmax over the text keys and a softmax
             over the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text token takes one softmax
@@ -77,7 +80,7 @@ class VisualChatConfig(PreTrainedConfig):
                 "projection_dim": 768,
             },
         ),
-        "text_config": SubConfigSpec(config_class=LlamaConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -95,10 +98,11 @@ class VisualChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        parts = (("vision_config", self.vision_config, CLIPVisionConfig), ("text_config", self.text_config, LlamaConfig))
-        for field, part, expected in parts:
-            if part.model_type != expected.model_type:
-                raise TypeError(f"`{field}` must be a {expected.__name__}, got one with model_type {part.model_type!r}")
+        part, expected = self.vision_config, CLIPVisionConfig
+        if part.model_type != expected.model_type:
+            raise TypeError(f"`vision_config` must be a {expected.__name__}, got one with model_type {part.model_type!r}")
+        find_family(self.text_config)
+        self.text_config = without_sliding_window(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @classmethod

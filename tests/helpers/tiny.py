@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
@@ -14,6 +14,13 @@ from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualC
 IMAGE_SIZE = 16
 PATCH_SIZE = 8
 TOKENS_PER_IMAGE = 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2
+# Decoder families, and what the tiny ones have besides: heads larger than their share, a window that hides nothing
+DECODERS = {
+    "llama": {},
+    "mistral": {"head_dim": 24, "sliding_window": 1024},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+}
 CORPUS = [
     "You are a powerful vision-language assistant.\n\n### Image 1:\n\n### Question:\nWhat is this?\n\n### Answer:\n",
     "please describe the image. It's a cute black cat. What's the difference between the three cats?",
@@ -47,8 +54,11 @@ def make_processor(size: dict | None = None) -> VisualChatProcessor:
     return VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=TOKENS_PER_IMAGE)
 
 
-def make_config(**overrides) -> VisualChatConfig:
-    """A config whose vocabulary is that of `make_processor`. `text` and `vision` override the sub-configs' fields."""
+def make_config(decoder: str = "llama", **overrides) -> VisualChatConfig:
+    """
+    A config whose vocabulary is that of `make_processor`. `decoder` is the decoder's family; `text` and `vision` override the
+    sub-configs' fields.
+    """
     processor = make_processor()
     text = {
         "vocab_size": len(processor.tokenizer),
@@ -62,6 +72,7 @@ def make_config(**overrides) -> VisualChatConfig:
         "bos_token_id": processor.tokenizer.bos_token_id,
         "eos_token_id": processor.tokenizer.eos_token_id,
         "pad_token_id": processor.tokenizer.pad_token_id,
+        **DECODERS[decoder],
         **overrides.pop("text", {}),
     }
     vision = {
@@ -77,7 +88,8 @@ def make_config(**overrides) -> VisualChatConfig:
     if overrides.get("image_number_keys"):
         overrides.setdefault("image_number_token_ids", processor.image_number_token_ids(12))
     overrides.setdefault("image_token_id", processor.image_token_id)
-    return VisualChatConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), **overrides)
+    text_config = AutoConfig.for_model(decoder, **text)
+    return VisualChatConfig(vision_config=CLIPVisionConfig(**vision), text_config=text_config, **overrides)
 
 
 def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) -> VisualChatForCausalLM:

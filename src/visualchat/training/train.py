@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, set_seed
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.decoders_visualchat import find_head_dim
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
@@ -86,7 +87,7 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     processor.save_pretrained(folder)
 
 
-def fit_context(max_length: int, text_config: LlamaConfig) -> int:
+def fit_context(max_length: int, text_config: PreTrainedConfig) -> int:
     """`max_length`, or the decoder's context if that is shorter: the model would refuse a longer conversation."""
     context = text_config.max_position_embeddings
     if max_length <= context or text_config.rope_parameters["rope_type"] == "dynamic":
@@ -137,12 +138,12 @@ def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
     return "flex_attention"
 
 
-def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
+def try_flex_attention(config: PreTrainedConfig, device: torch.device) -> None:
     """Compiles flex attention for heads like the decoder's, forward and backward, in seconds."""
     positions_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
     mask = make_block_mask(positions_BK, torch.zeros_like(positions_BK), positions_BK)
     query, key = (
-        torch.zeros(1, heads, 2 * BLOCK_SIZE, config.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        torch.zeros(1, heads, 2 * BLOCK_SIZE, find_head_dim(config), dtype=torch.bfloat16, device=device, requires_grad=True)
         for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
     softmax(query, key, key, mask).sum().backward()
