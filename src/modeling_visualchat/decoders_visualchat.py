@@ -97,33 +97,35 @@ def find_head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def without_sliding_window(config: PreTrainedConfig) -> PreTrainedConfig:
+def without_sliding_window(config: PreTrainedConfig, name: str = "`text_config`") -> PreTrainedConfig:
     """
     The config without a sliding window that hides nothing: one of no layer, or as long as `max_position_embeddings`. A
     config that has none is returned as it is, any other is copied.
 
     Args:
         config (`PreTrainedConfig`): A decoder's.
+        name (`str`): What errors call it.
 
     Raises:
         ValueError: If a sliding window hides tokens: multi-modal causal attention has text see all images before it.
     """
-    window = config.to_dict().get("sliding_window")
+    fields = config.to_dict()
+    window = fields.get("sliding_window")
     if window is None:
         return config
-    layer_types = config.to_dict().get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
-    layers = [index for index, kind in enumerate(layer_types) if kind == "sliding_attention"]
+    layer_types = fields.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    layers = [index for index, layer_type in enumerate(layer_types) if layer_type == "sliding_attention"]
     if layers and window < config.max_position_embeddings:
         raise ValueError(
-            f"`text_config`: {len(layers)} of the {config.num_hidden_layers} layers of this {config.model_type!r} decoder"
-            f" (the first is layer {layers[0]}) attend to the last {window} tokens only (`sliding_window`), but"
+            f"{name}: {len(layers)} of the {config.num_hidden_layers} layers of this {config.model_type!r} decoder, the first"
+            f" of them layer {layers[0]}, attend to the last {window} tokens only (`sliding_window`), but"
             f" `max_position_embeddings` is {config.max_position_embeddings}. Multi-modal causal attention has no sliding"
-            f" window: take a decoder without one, or set `max_position_embeddings` to {window}"
+            f" window: take a decoder without one, or set its `max_position_embeddings` to {window}"
         )
     config = copy.deepcopy(config)
     config.sliding_window = None
-    if "use_sliding_window" in config.to_dict():
+    if "use_sliding_window" in fields:
         config.use_sliding_window = False
-    if "layer_types" in config.to_dict():
+    if "layer_types" in fields:
         config.layer_types = ["full_attention"] * config.num_hidden_layers
     return config

@@ -56,8 +56,8 @@ def make_processor(size: dict | None = None) -> VisualChatProcessor:
 
 def make_config(decoder: str = "llama", **overrides) -> VisualChatConfig:
     """
-    A config whose vocabulary is that of `make_processor`. `decoder` is the decoder's family; `text` and `vision` override the
-    sub-configs' fields.
+    A config whose vocabulary is that of `make_processor`. `decoder` is the decoder's family; `text` and `vision` override
+    the fields of the sub-configs.
     """
     processor = make_processor()
     text = {

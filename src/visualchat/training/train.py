@@ -65,9 +65,10 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
     check_part(model_args.vision_name_or_path)
     check_part(model_args.text_name_or_path)
-    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
+    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path, model_args.text_gguf_file)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
-    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
+    gguf = {"gguf_file": model_args.text_gguf_file} if model_args.text_gguf_file else {}
+    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path, **gguf))
 
 
 def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
@@ -75,6 +76,7 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     model = VisualChatForCausalLM.from_vision_text_pretrained(
         model_args.vision_name_or_path,
         model_args.text_name_or_path,
+        gguf_file=model_args.text_gguf_file,
         dtype=model_args.dtype,
         image_token_id=processor.image_token_id,
         multimodal_attention=model_args.multimodal_attention,
