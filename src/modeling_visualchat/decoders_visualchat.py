@@ -117,8 +117,8 @@ def without_sliding_window(config: PreTrainedConfig, name: str = "`text_config`"
     layers = [index for index, layer_type in enumerate(layer_types) if layer_type == "sliding_attention"]
     if layers and window < config.max_position_embeddings:
         raise ValueError(
-            f"{name}: {len(layers)} of the {config.num_hidden_layers} layers of this {config.model_type!r} decoder, the first"
-            f" of them layer {layers[0]}, attend to the last {window} tokens only (`sliding_window`), but"
+            f"{name}: {len(layers)} of the {config.num_hidden_layers} layers of this {config.model_type!r} decoder, the"
+            f" first of them layer {layers[0]}, attend to the last {window} tokens only (`sliding_window`), but"
             f" `max_position_embeddings` is {config.max_position_embeddings}. Multi-modal causal attention has no sliding"
             f" window: take a decoder without one, or set its `max_position_embeddings` to {window}"
         )

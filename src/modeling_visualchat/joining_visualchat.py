@@ -52,9 +52,8 @@ class VisualChatJoiningMixin:
             TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
                 weights are loaded; see [`check_parts`].
             ValueError: If weights of a part are missing in its files, if a sliding window hides tokens from the decoder's
-                layers, if `gguf_file` is given for a decoder that is loaded already, or if the decoder's `generation_config` cannot be
-                saved. Sampling values without `do_sample`, as folders of LLaMA-2 hold them, are left out; with it they are
-                kept.
+                layers, if `gguf_file` is given with a model, or if the decoder's `generation_config` cannot be saved.
+                Sampling values without `do_sample`, as folders of LLaMA-2 hold them, are left out; with it they are kept.
         """
         check_parts(*(part if isinstance(part, str) else None for part in (vision, text)), gguf_file=gguf_file)
         if isinstance(vision, str):
@@ -174,7 +173,7 @@ def _read_gguf_fields(text: str, gguf_file: str) -> dict[str, str]:
     if scaling != "none" or "rope_freqs.weight" in tensors:
         found = "a tensor rope_freqs.weight" if scaling == "none" else f"{architecture}.rope.scaling.type {scaling!r}"
         raise ValueError(
-            f"`text`: {gguf_file} in {text} scales its rotary positions ({found}), which transformers does not read from GGUF:"
-            " take the decoder's original weights, with their config.json"
+            f"`text`: {gguf_file} in {text} scales its rotary positions ({found}), which transformers does not read from"
+            " GGUF: take the decoder's original weights, with their config.json"
         )
     return {"model_type": architecture}

@@ -290,6 +290,8 @@ class ModalityPlan(AttentionPlan):
             if len(self.image_index) == 0:  # their gradient, as on the other processes of a distributed run
                 text_keys = text_keys + number_keys[:1]
         image_keys, image_values = self._place_images(own_keys, own_values, number_keys, attention.layer_idx)
+        # In the order of the definition, which computes text alone: perhaps that of another process
+        queries = attention.normalize_queries(queries)
         text_keys, image_keys = attention.normalize_keys(text_keys, image_keys)
         k_BGTD = rotate(self.text.pad(text_keys).transpose(1, 2), self.text_rotary)
         k_BGID = rotate(self.images.pad(image_keys).transpose(1, 2), self.image_rotary)
@@ -302,7 +304,7 @@ class ModalityPlan(AttentionPlan):
             if not self.begins:
                 all_keys, all_values = cached
         output = self.attend_to_keys(
-            rotate(self.queries.pad(attention.normalize_queries(queries)).transpose(1, 2), self.query_rotary),
+            rotate(self.queries.pad(queries).transpose(1, 2), self.query_rotary),
             all_keys,
             all_values,
             scaling=attention.scaling,

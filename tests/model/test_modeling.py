@@ -15,10 +15,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -241,8 +237,7 @@ class TestParts:
     @pytest.mark.parametrize(
         ("part", "make", "model_type"),
         [
-            ("text", lambda: MistralForCausalLM(MistralConfig(**TINY_DECODER)), "mistral"),
-            ("text", lambda: Qwen2ForCausalLM(Qwen2Config(**TINY_DECODER)), "qwen2"),  # with biases
+            ("text", lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(num_experts=2, **TINY_DECODER)), "qwen2_moe"),
             ("text", lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)), "gpt2"),
             ("text", lambda: make_model(), "visualchat"),
             ("vision", lambda: SiglipVisionModel(SiglipVisionConfig(**TINY_TOWER)), "siglip_vision_model"),
