@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import is_tracing
 
-from .decoders_visualchat import find_family, find_head_dim
+from .decoders_visualchat import find_decoder_family, find_head_dim
 
 
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -207,7 +207,7 @@ class VisualChatAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True  # read by the backends
-        family = find_family(config)
+        family = find_decoder_family(config)
         query_size, key_size = (heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         input_bias, output_bias = family.has_input_bias(config), family.has_output_bias(config)
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=input_bias)

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .decoders_visualchat import find_family, without_sliding_window
+from .decoders_visualchat import find_decoder_family, without_sliding_window
 
 
 @strict
@@ -101,7 +101,7 @@ class VisualChatConfig(PreTrainedConfig):
         part, expected = self.vision_config, CLIPVisionConfig
         if part.model_type != expected.model_type:
             raise TypeError(f"`vision_config` must be a {expected.__name__}, got one with model_type {part.model_type!r}")
-        find_family(self.text_config)
+        find_decoder_family(self.text_config)
         self.text_config = without_sliding_window(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 

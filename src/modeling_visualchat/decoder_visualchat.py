@@ -27,7 +27,7 @@ from .attention_visualchat import (
     is_packed,
 )
 from .configuration_visualchat import VisualChatConfig
-from .decoders_visualchat import find_family
+from .decoders_visualchat import find_decoder_family
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
 from .released_attention_visualchat import ReleasedPlan
@@ -40,7 +40,7 @@ class VisualChatDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PreTrainedConfig, layer_idx: int, image_number_key_bias: bool = False):
         super().__init__()
         self.self_attn = VisualChatAttention(config, layer_idx, image_number_key_bias)
-        self.mlp = find_family(config).mlp_class(config)
+        self.mlp = find_decoder_family(config).mlp_class(config)
         self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

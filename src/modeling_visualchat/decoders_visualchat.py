@@ -72,7 +72,7 @@ DECODERS = {
 }
 
 
-def find_family(config: PreTrainedConfig) -> DecoderFamily:
+def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
     """
     The family of a decoder.
 

@@ -22,7 +22,7 @@ ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_facto
 
 def make_stock(model: VisualChatForCausalLM, implementation: str = "sdpa") -> torch.nn.Module:
     """The family's own model, with the decoder's weights."""
-    kind = families.find_family(model.config.text_config).causal_lm_class
+    kind = families.find_decoder_family(model.config.text_config).causal_lm_class
     return copy_llama_weights(model, kind._from_config(model.config.text_config, attn_implementation=implementation))
 
 

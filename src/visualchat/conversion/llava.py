@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGenerati
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.decoders_visualchat import DECODERS, find_family
+from modeling_visualchat.decoders_visualchat import DECODERS, find_decoder_family
 from modeling_visualchat.joining_visualchat import load_all_weights
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector
 from visualchat.errors import input_errors
@@ -56,7 +56,7 @@ def convert(llava: LlavaForConditionalGeneration, **config) -> tuple[VisualChatF
     """
     check_config(llava.config)
     with torch.device("meta"):
-        text = find_family(llava.config.text_config).causal_lm_class(llava.config.text_config)
+        text = find_decoder_family(llava.config.text_config).causal_lm_class(llava.config.text_config)
     text.model, text.lm_head = llava.model.language_model, llava.lm_head
     text.generation_config = llava.generation_config
     model = VisualChatForCausalLM.from_vision_text_pretrained(
