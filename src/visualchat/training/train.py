@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
@@ -51,8 +52,9 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If neither is given, or the model is no VisualChat.
+        ValueError: If neither is given, the model is no VisualChat, or the decoder cannot be used.
         TypeError: If the parts are of families that cannot be joined.
+        ImportError: If the decoder is a GGUF file and the extra `gguf` is not installed.
     """
     if model_args.model_name_or_path:
         try:
@@ -63,6 +65,8 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
             raise ValueError(f"--model_name_or_path: {error} {join}") from error
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    if model_args.text_gguf_file:
+        import_module("gguf")  # of the extra `gguf`: what is missing is named before anything is read
     check_part(model_args.vision_name_or_path)
     check_part(model_args.text_name_or_path)
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path, model_args.text_gguf_file)
