@@ -5,23 +5,25 @@ import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .decoders_visualchat import find_decoder_family, without_sliding_window
 from .towers_visualchat import find_tower_family
 
 
 @strict
 class VisualChatConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`VisualChatForCausalLM`]: a vision tower and a LLaMA-family decoder, joined by a projector and
+    Configuration of a [`VisualChatForCausalLM`]: a vision tower and a decoder of LLaMA's shape, joined by a projector and
     multi-modal causal attention (MMCA; DeepSpeed-VisualChat, arXiv 2309.14327, section 4).
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP ViT-L/14 at 224 pixels):
             The vision tower, of one of the families of `towers_visualchat.py`. A `dict` without `model_type` is CLIP's.
-        text_config (`LlamaConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
-            The decoder.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
+            The decoder, of a family in `decoders_visualchat.py`: LLaMA, Mistral, Qwen2 or Qwen3. A `dict` without a
+            `model_type` is LLaMA's. A sliding window that hides nothing is left out.
         multimodal_attention (`str`, *optional*, defaults to `"mmca"`):
             `"mmca"`: an image token attends to itself only; a text token sums a softmax over the text keys and a softmax
             over the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text token takes one softmax
@@ -91,7 +93,7 @@ class VisualChatConfig(PreTrainedConfig):
                 "projection_dim": 768,
             },
         ),
-        "text_config": SubConfigSpec(config_class=LlamaConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -119,9 +121,8 @@ class VisualChatConfig(PreTrainedConfig):
             self.pixel_shuffle_factor = 2
         if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
             self.image_size = None
-        if self.text_config.model_type != LlamaConfig.model_type:
-            got = self.text_config.model_type
-            raise TypeError(f"`text_config` must be a LlamaConfig, got one with model_type {got!r}")
+        find_decoder_family(self.text_config)
+        self.text_config = without_sliding_window(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @classmethod

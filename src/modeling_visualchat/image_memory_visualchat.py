@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from .decoders_visualchat import find_head_dim
 from .image_memory_folder_visualchat import ImageMemoryFolder
 from .towers_visualchat import find_tower_family
 from .weight_fingerprint_visualchat import ModelWeights, describe_state, fingerprint_weights
@@ -322,7 +323,7 @@ class VisualChatImageMemoryMixin:
     def image_memory_nbytes(self) -> int:
         """Bytes of one image's memory: 2 · layers · tokens · key-value heads · head size · bytes of a number."""
         text, tokens = self.config.text_config, self.config.image_seq_length
-        return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
+        return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * find_head_dim(text) * self.dtype.itemsize
 
     def check_memory_shape(self, memory: ImageMemory, name: str | os.PathLike = "The image memory") -> None:
         """
@@ -337,7 +338,7 @@ class VisualChatImageMemoryMixin:
         images, heads = (given[1], given[3]) if len(given) == 5 else (1, 0)
         if heads == 0 or text.num_key_value_heads % heads:
             heads = text.num_key_value_heads
-        expected = (text.num_hidden_layers, images, self.config.image_seq_length, heads, text.head_dim)
+        expected = (text.num_hidden_layers, images, self.config.image_seq_length, heads, find_head_dim(text))
         if not given == of_values == expected:
             raise ValueError(
                 f"{name} has keys of the shape {given} and values of the shape {of_values}, but this model's have {expected}"

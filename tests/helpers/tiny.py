@@ -6,13 +6,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
@@ -27,6 +27,13 @@ from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualC
 IMAGE_SIZE = 16
 PATCH_SIZE = 8
 TOKENS_PER_IMAGE = 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2
+# Decoder families, and what the tiny ones have besides: heads larger than their share, a window that hides nothing
+DECODERS = {
+    "llama": {},
+    "mistral": {"head_dim": 24, "sliding_window": 1024},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+}
 CORPUS = [
     "You are a powerful vision-language assistant.\n\n### Image 1:\n\n### Question:\nWhat is this?\n\n### Answer:\n",
     "please describe the image. It's a cute black cat. What's the difference between the three cats?",
@@ -90,10 +97,10 @@ def make_processor(size: dict | None = None) -> VisualChatProcessor:
     return VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=TOKENS_PER_IMAGE)
 
 
-def make_config(**overrides) -> VisualChatConfig:
+def make_config(decoder: str = "llama", **overrides) -> VisualChatConfig:
     """
-    A config whose vocabulary is that of `make_processor`. `text` and `vision` override the sub-configs' fields; `tower` is
-    one of `TOWERS`.
+    A config whose vocabulary is that of `make_processor`. `decoder` is the decoder's family, and `tower` the tower's; `text`
+    and `vision` override the fields of the sub-configs.
     """
     processor = make_processor()
     text = {
@@ -108,13 +115,15 @@ def make_config(**overrides) -> VisualChatConfig:
         "bos_token_id": processor.tokenizer.bos_token_id,
         "eos_token_id": processor.tokenizer.eos_token_id,
         "pad_token_id": processor.tokenizer.pad_token_id,
+        **DECODERS[decoder],
         **overrides.pop("text", {}),
     }
     vision = make_tower_config(overrides.pop("tower", "clip"), **overrides.pop("vision", {}))
     if overrides.get("image_number_keys"):
         overrides.setdefault("image_number_token_ids", processor.image_number_token_ids(12))
     overrides.setdefault("image_token_id", processor.image_token_id)
-    return VisualChatConfig(vision_config=vision, text_config=LlamaConfig(**text), **overrides)
+    text_config = AutoConfig.for_model(decoder, **text)
+    return VisualChatConfig(vision_config=vision, text_config=text_config, **overrides)
 
 
 def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) -> VisualChatForCausalLM:

@@ -51,7 +51,7 @@ def test_wrong_types_and_values_are_refused_with_the_fields_name(field, value):
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(TypeError, match="`text_config` must be a LlamaConfig, got one with model_type 'gpt2'"):
+    with pytest.raises(TypeError, match="`text_config` has the model_type 'gpt2', but the decoder must be of 'llama'"):
         VisualChatConfig(text_config={"model_type": "gpt2"})
     with pytest.raises(
         TypeError, match=r"`vision_config` must be a CLIPVisionConfig or .*, got one with model_type 'llama'"

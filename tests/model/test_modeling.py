@@ -15,10 +15,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Siglip2VisionConfig,
     Siglip2VisionModel,
 )
@@ -249,8 +247,7 @@ class TestParts:
     @pytest.mark.parametrize(
         ("part", "make", "model_type"),
         [
-            ("text", lambda: MistralForCausalLM(MistralConfig(**TINY_DECODER)), "mistral"),
-            ("text", lambda: Qwen2ForCausalLM(Qwen2Config(**TINY_DECODER)), "qwen2"),  # with biases
+            ("text", lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(num_experts=2, **TINY_DECODER)), "qwen2_moe"),
             ("text", lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)), "gpt2"),
             ("text", lambda: make_model(), "visualchat"),
             ("vision", lambda: Siglip2VisionModel(Siglip2VisionConfig(**TINY_TOWER)), "siglip2_vision_model"),

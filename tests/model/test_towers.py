@@ -249,6 +249,30 @@ class TestProjectors:
         torch.testing.assert_close(model.model.multi_modal_projector(features), llavas(features[:, 1:]))
 
 
+@pytest.mark.parametrize(
+    ("tower", "decoder", "projector"),
+    [
+        ("siglip", "qwen2", "mlp"),
+        ("dinov2", "llama", "pixel_shuffle"),
+        ("dinov2_with_registers", "qwen3", "linear"),
+        ("dinov3_vit", "mistral", "perceiver"),
+    ],
+)
+def test_pairs_of_families_save_reload_and_remember_images(tower, decoder, projector, tmp_path):
+    settings = {"projector": projector, "num_query_tokens": 4, "multimodal_attention": "mmca_merged"}
+    model = make_model(tower=tower, decoder=decoder, image_number_keys=True, **settings)
+    model.save_pretrained(tmp_path)
+    inputs = make_inputs(["tititt"], model)
+    is_text = inputs["input_ids"] != model.config.image_token_id
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model = AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(model(**inputs).logits, expected)
+        memory = model.encode_images(inputs.pop("pixel_values"))
+        remembered = model(**inputs, image_memory=memory).logits
+    torch.testing.assert_close(remembered[is_text], expected[is_text], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("tower", ["siglip", "dinov3_vit"])
 def test_a_saved_folder_works_where_the_package_is_not_installed(tower, tmp_path):
     model = make_model(tower=tower, projector="pixel_shuffle", image_number_keys=True)

@@ -4,10 +4,11 @@ import argparse
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.decoders_visualchat import DECODERS, find_decoder_family
 from modeling_visualchat.joining_visualchat import load_all_weights
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector, VisualChatMlpProjector
 from visualchat.errors import input_errors
@@ -32,10 +33,11 @@ def read_config(name: str) -> LlavaConfig:
 
 def check_config(config: LlavaConfig) -> None:
     """Raises a `ValueError` if VisualChat cannot use the vision tower, the decoder or the features of this LLaVA."""
-    for name, expected in (("vision_config", "clip_vision_model"), ("text_config", "llama")):
+    for name, allowed in (("vision_config", ["clip_vision_model"]), ("text_config", DECODERS)):
         model_type = getattr(config, name).model_type
-        if model_type != expected:
-            raise ValueError(f"`{name}` has the model_type {model_type!r}: VisualChat supports {expected!r} only")
+        if model_type not in allowed:
+            supported = " or ".join(map(repr, allowed))
+            raise ValueError(f"`{name}` has the model_type {model_type!r}: VisualChat supports {supported} only")
     if not isinstance(config.vision_feature_layer, int):
         layers = config.vision_feature_layer
         raise ValueError(
@@ -56,7 +58,7 @@ def convert(llava: LlavaForConditionalGeneration, **config) -> tuple[VisualChatF
     if config.get("projector") == "mlp" and llava.config.projector_hidden_act != "gelu":
         raise ValueError(f"`projector_hidden_act` is {llava.config.projector_hidden_act!r}: the projector mlp has 'gelu'")
     with torch.device("meta"):
-        text = LlamaForCausalLM(llava.config.text_config)
+        text = find_decoder_family(llava.config.text_config).causal_lm_class(llava.config.text_config)
     text.model, text.lm_head = llava.model.language_model, llava.lm_head
     text.generation_config = llava.generation_config
     model = VisualChatForCausalLM.from_vision_text_pretrained(

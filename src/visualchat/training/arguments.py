@@ -12,7 +12,10 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat model: a folder or a Hub id."})
     vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a vision tower to join (docs/parts.md) …"})
-    text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
+    text_name_or_path: str | None = field(
+        default=None, metadata={"help": "… with a decoder: LLaMA, Mistral, Qwen2 or Qwen3."}
+    )
+    text_gguf_file: str | None = field(default=None, metadata={"help": "The decoder's GGUF file there; is dequantized."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
     projector: str = field(

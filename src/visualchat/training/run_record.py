@@ -29,6 +29,7 @@ FIXED_FIELDS = (
     "mode",
     "vision_name_or_path",
     "text_name_or_path",
+    "text_gguf_file",
     "multimodal_attention",
     "image_number_keys",
     "projector",
@@ -84,7 +85,7 @@ CHANGEABLE_FIELDS = (
 )
 JOINED_FIELDS = (
     *("multimodal_attention", "image_number_keys", "projector", "pixel_shuffle_factor"),
-    *("vision_name_or_path", "text_name_or_path"),
+    *("vision_name_or_path", "text_name_or_path", "text_gguf_file"),
 )
 RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")
 SCHEDULE_FIELDS = (*RATE_FIELDS, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
