@@ -21,16 +21,18 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import is_tracing
+
+from .decoders_visualchat import find_decoder_family, find_head_dim
 
 
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
-def check_attention_implementation(config: LlamaConfig) -> None:
+def check_attention_implementation(config: PreTrainedConfig) -> None:
     """
     Raises a `ValueError` that says what to use if the decoder is to run an attention backend that cannot express the masks
     of MMCA. `None` is the default, chosen by transformers.
@@ -179,19 +181,43 @@ class AttentionPlan(Movable):
         return hidden_states
 
 
-class VisualChatAttention(LlamaAttention):
+class VisualChatRMSNorm(LlamaRMSNorm):
+    """LLaMA's norm in one kernel in place of eight, which on a GPU each go through memory."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class VisualChatAttention(nn.Module):
     """
-    LLaMA's attention (same weights, same names) with multi-modal causal attention in place of plain causal attention.
+    The attention of a decoder family (same weights, same names) with multi-modal causal attention in place of plain causal
+    attention.
 
     Args:
-        config (`LlamaConfig`): The decoder's.
+        config (`PreTrainedConfig`): The decoder's.
         layer_idx (`int`): Its index among the layers.
         image_number_key_bias (`bool`): See [`VisualChatConfig`].
     """
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, image_number_key_bias: bool = False):
-        super().__init__(config, layer_idx)
-        self.image_number_key_bias = image_number_key_bias
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, image_number_key_bias: bool = False):
+        super().__init__()
+        self.config, self.layer_idx, self.image_number_key_bias = config, layer_idx, image_number_key_bias
+        self.head_dim = find_head_dim(config)
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True  # read by the backends
+        family = find_decoder_family(config)
+        query_size, key_size = (heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        input_bias, output_bias = family.has_input_bias(config), family.has_output_bias(config)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=input_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=input_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=input_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=output_bias)
+        self.normalizes_heads = family.normalizes_heads
+        if self.normalizes_heads:
+            self.q_norm = VisualChatRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = VisualChatRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -224,6 +250,32 @@ class VisualChatAttention(LlamaAttention):
             self, queries, keys, values, number_keys, position_embeddings, past_key_values, **kwargs
         )
         return self.o_proj(output), weights
+
+    def normalize_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """
+        Each head's queries, before the rotation, as the decoder normalizes them (Qwen3); else they are returned as they are.
+
+        Args:
+            queries (`torch.Tensor` of shape `(…, head_size)`): Projected.
+        """
+        return self.q_norm(queries) if self.normalizes_heads else queries
+
+    def normalize_keys(self, *keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Each head's keys, before the rotation, as the decoder normalizes them (Qwen3); else they are returned as they are.
+
+        The key of an image's number is in them already. So the sum has the length that the decoder was trained with, however
+        long the number's key is: added behind the norm, it would make all scores of images larger. And an image's own key,
+        before the sum, depends on the image alone, so that it can be kept and numbered anew in each conversation.
+
+        Args:
+            keys (`torch.Tensor` of shape `(tokens, …, head_size)`): Projected and numbered. Several, of text and of images,
+                are normalized in one call: the processes of a distributed run have to call `k_norm` equally often, whatever
+                their batches hold.
+        """
+        if not self.normalizes_heads:
+            return keys
+        return self.k_norm(torch.cat(keys)).split([len(part) for part in keys])
 
     def _project_numbers(self, number_states_NC: torch.Tensor) -> torch.Tensor:
         """

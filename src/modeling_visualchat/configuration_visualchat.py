@@ -1,24 +1,29 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """VisualChat model configuration."""
 
+import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .decoders_visualchat import find_decoder_family, without_sliding_window
+from .towers_visualchat import find_tower_family
 
 
 @strict
 class VisualChatConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`VisualChatForCausalLM`]: a CLIP vision tower and a LLaMA-family decoder, joined by a projector
-    and multi-modal causal attention (MMCA; DeepSpeed-VisualChat, arXiv 2309.14327, section 4).
+    Configuration of a [`VisualChatForCausalLM`]: a vision tower and a decoder of LLaMA's shape, joined by a projector and
+    multi-modal causal attention (MMCA; DeepSpeed-VisualChat, arXiv 2309.14327, section 4).
 
     Args:
-        vision_config (`CLIPVisionConfig` or `dict`, *optional*, defaults to CLIP ViT-L/14 at 224 pixels):
-            The vision tower.
-        text_config (`LlamaConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
-            The decoder.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP ViT-L/14 at 224 pixels):
+            The vision tower, of one of the families of `towers_visualchat.py`. A `dict` without `model_type` is CLIP's.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to LLaMA-2-7B):
+            The decoder, of a family in `decoders_visualchat.py`: LLaMA, Mistral, Qwen2 or Qwen3. A `dict` without a
+            `model_type` is LLaMA's. A sliding window that hides nothing is left out.
         multimodal_attention (`str`, *optional*, defaults to `"mmca"`):
             `"mmca"`: an image token attends to itself only; a text token sums a softmax over the text keys and a softmax
             over the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text token takes one softmax
@@ -39,13 +44,23 @@ class VisualChatConfig(PreTrainedConfig):
         projector (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: Linear + LayerNorm. `"vit"`: one CLIP encoder layer, then the same. `"perceiver"`: `num_query_tokens`
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
-            the biases and the learned positions of the released code.
+            the biases and the learned positions of the released code. `"mlp"`: Linear, GELU, Linear (LLaVA 1.5).
+            `"pixel_shuffle"`: `pixel_shuffle_factor` × `pixel_shuffle_factor` patches become one token, then as
+            `"linear"`. `"vit"` is for CLIP and SigLIP.
         num_query_tokens (`int`, *optional*, defaults to 256):
             Learned queries of the perceiver projector, and so the tokens of an image there. A square number.
+        pixel_shuffle_factor (`int`, *optional*):
+            The side, in patches, of the squares that the `pixel_shuffle` projector makes one token of. It must divide the
+            rows and the columns of patches. By default it is 2 with this projector.
+        image_size (`int` or `list[int]`, *optional*):
+            Height and width, in pixels, of the images that the tower is given, where they are not the `image_size` of
+            `vision_config`: DINOv2 is saved with 518 and used at 224. Only DINO's towers take another size.
         vision_feature_layer (`int`, *optional*, defaults to -1):
-            The hidden state of the vision tower that is projected. -1 is the tower's last hidden state.
+            The hidden state of the vision tower that is projected. -1 is the tower's last hidden state: behind the final
+            norm, where the tower applies one to all tokens (SigLIP, DINO).
         vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
-            `"full"` keeps the class token, `"default"` drops it. The perceiver projector never reads it.
+            `"full"` keeps what the tower puts before the patches, `"default"` drops it: CLIP's class token, DINO's class
+            token and registers, nothing of SigLIP's. The projectors `perceiver` and `pixel_shuffle` never read it.
         image_token_id (`int`, *optional*, defaults to 32000):
             The id of the `<image>` placeholder in `input_ids`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -66,7 +81,8 @@ class VisualChatConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
-            config_class=CLIPVisionConfig,
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
             init_kwargs={
                 "hidden_size": 1024,
                 "intermediate_size": 4096,
@@ -77,7 +93,7 @@ class VisualChatConfig(PreTrainedConfig):
                 "projection_dim": 768,
             },
         ),
-        "text_config": SubConfigSpec(config_class=LlamaConfig),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -86,8 +102,10 @@ class VisualChatConfig(PreTrainedConfig):
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
     image_number_key_bias: bool = False
-    projector: Literal["linear", "vit", "perceiver", "perceiver_released"] = "linear"
+    projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle"] = "linear"
     num_query_tokens: int = 256
+    pixel_shuffle_factor: int | None = None
+    image_size: int | list[int] | None = None
     vision_feature_layer: int = -1
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     image_token_id: int = 32000
@@ -95,10 +113,16 @@ class VisualChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        parts = (("vision_config", self.vision_config, CLIPVisionConfig), ("text_config", self.text_config, LlamaConfig))
-        for field, part, expected in parts:
-            if part.model_type != expected.model_type:
-                raise TypeError(f"`{field}` must be a {expected.__name__}, got one with model_type {part.model_type!r}")
+        if settings := find_tower_family(self.vision_config).settings:
+            self.vision_config = copy.deepcopy(self.vision_config)  # the caller's stays as it is
+            for name, value in settings.items():
+                setattr(self.vision_config, name, value)
+        if self.projector == "pixel_shuffle" and self.pixel_shuffle_factor is None:
+            self.pixel_shuffle_factor = 2
+        if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
+            self.image_size = None
+        find_decoder_family(self.text_config)
+        self.text_config = without_sliding_window(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @classmethod
@@ -125,10 +149,27 @@ class VisualChatConfig(PreTrainedConfig):
         """Tokens that one image takes in `input_ids`."""
         if self.projector in ("perceiver", "perceiver_released"):
             return self.num_query_tokens
-        height, width = _pair(self.vision_config.image_size)
+        rows, columns = self.patch_grid
+        if self.projector == "pixel_shuffle":
+            return rows * columns // self.pixel_shuffle_factor**2
+        return rows * columns + self.num_prefix_tokens * (self.vision_feature_select_strategy == "full")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens that the vision tower puts before those of the patches: a class token, registers."""
+        return find_tower_family(self.vision_config).count_prefix_tokens(self.vision_config)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that the vision tower is given, in pixels."""
+        return _pair(self.vision_config.image_size if self.image_size is None else self.image_size)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        height, width = self.input_size
         patch_height, patch_width = _pair(self.vision_config.patch_size)
-        patches = (height // patch_height) * (width // patch_width)
-        return patches + (self.vision_feature_select_strategy == "full")
+        return height // patch_height, width // patch_width
 
     def validate_values(self):
         """Values that the types alone do not exclude."""
@@ -136,6 +177,7 @@ class VisualChatConfig(PreTrainedConfig):
             raise ValueError(f"`image_token_id` must be 0 or more, got {self.image_token_id}")
         if self.num_query_tokens < 1 or round(self.num_query_tokens**0.5) ** 2 != self.num_query_tokens:
             raise ValueError(f"`num_query_tokens` must be a square number, got {self.num_query_tokens}")
+        self.validate_tower()
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ValueError(
@@ -152,6 +194,26 @@ class VisualChatConfig(PreTrainedConfig):
         if self.image_number_token_ids is not None and not all(self.image_number_token_ids):
             empty = self.image_number_token_ids.index([]) + 1
             raise ValueError(f"`image_number_token_ids` holds no token for the number {empty}")
+
+    def validate_tower(self):
+        """That the projector and the size of the images suit the vision tower."""
+        family, (rows, columns), factor = find_tower_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
+        if factor is not None and factor < 1:
+            raise ValueError(f"`pixel_shuffle_factor` must be 1 or more, got {factor}")
+        if self.projector == "pixel_shuffle" and (rows % factor or columns % factor):
+            raise ValueError(
+                f"`pixel_shuffle_factor` is {factor}, which does not divide the vision tower's {rows} × {columns} patches"
+            )
+        if self.projector == "vit" and not family.has_clip_layers:
+            raise ValueError(f"projector='vit' adds a layer of CLIP's, which does not fit a tower of {family.name}")
+        if self.image_size is not None and not family.takes_any_size:
+            own = _pair(self.vision_config.image_size)
+            raise ValueError(
+                f"`image_size` is {self.image_size}, but this tower of {family.name} takes images of {own[0]} × {own[1]}"
+                " pixels only"
+            )
+        if min(rows, columns) < 1:
+            raise ValueError(f"`image_size`: images of {self.input_size} pixels are smaller than a patch")
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

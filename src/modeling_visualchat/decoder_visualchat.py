@@ -1,5 +1,5 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The decoder: LLaMA's, with multi-modal causal attention in place of plain causal attention."""
+"""The decoder: one of LLaMA's shape, with multi-modal causal attention in place of plain causal attention."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -21,31 +21,26 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_visualchat import (
     AttentionPlan,
     VisualChatAttention,
+    VisualChatRMSNorm,
     check_attention_implementation,
     find_conversation_starts,
     is_packed,
 )
 from .configuration_visualchat import VisualChatConfig
+from .decoders_visualchat import find_decoder_family
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
 from .released_attention_visualchat import ReleasedPlan
 from .sequence_attention_visualchat import SequencePlan
 
 
-class VisualChatRMSNorm(LlamaRMSNorm):
-    """LLaMA's norm in one kernel in place of eight, which on a GPU each go through memory."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-
-
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
-    """LLaMA's decoder layer around [`VisualChatAttention`]."""
+    """The layer of a decoder of LLaMA's shape, around [`VisualChatAttention`]."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, image_number_key_bias: bool = False):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, image_number_key_bias: bool = False):
         super().__init__()
         self.self_attn = VisualChatAttention(config, layer_idx, image_number_key_bias)
-        self.mlp = LlamaMLP(config)
+        self.mlp = find_decoder_family(config).mlp_class(config)
         self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -84,14 +79,21 @@ class SequenceOrder(nn.Module):
         return plan.restore(hidden_states)
 
 
-class VisualChatTextModel(LlamaPreTrainedModel):
+class VisualChatTextModel(PreTrainedModel):
     """
-    LLaMA's decoder with multi-modal causal attention. Its parameters have the names of a
-    [`~transformers.LlamaModel`], and its config is a plain `LlamaConfig`.
+    A decoder of LLaMA's shape with multi-modal causal attention. Its config and the names of its parameters are those of its
+    family's model in transformers, for example a [`~transformers.LlamaModel`].
     """
 
+    config: PreTrainedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["VisualChatDecoderLayer"]
-    _supports_flash_attn = False
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": SequenceOrder, "attentions": VisualChatAttention}
 
     def __init__(self, config: VisualChatConfig):

@@ -30,8 +30,8 @@ class VisualChatDistributedMixin:
 
     def post_init(self):
         super().post_init()
-        # Gathered from CLIP's classes, of which a vision tower has no text: FSDP refuses a name that no module has
-        self._no_split_modules.discard("CLIPTextEmbeddings")
+        # Gathered from the tower's classes, some of which are of text encoders: FSDP refuses a name that no module has
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args):
@@ -69,8 +69,6 @@ class VisualChatDummyImageMixin:
     def dummy_pixel_values(self) -> torch.Tensor:
         """The pixels of the dummy image, of shape `(1, channels, height, width)`."""
         config = self.config.vision_config
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
         return torch.zeros(
-            1, config.num_channels, height, width, dtype=self.vision_tower.dtype, device=self.vision_tower.device
+            1, config.num_channels, *self.config.input_size, dtype=self.vision_tower.dtype, device=self.vision_tower.device
         )

@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Images of any kind, as people see them: upright, 8-bit RGB, transparent parts on white. And on to CLIP's pixel values.
+Images of any kind, as people see them: upright, 8-bit RGB, transparent parts on white. And on to pixel values.
 """
 
 import base64
@@ -12,17 +12,17 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import CLIPImageProcessorPil
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import SizeDict
 from transformers.image_utils import load_image as fetch_image
 from transformers.utils import is_torchvision_available
 
 
-CLIP_IMAGE_PROCESSORS = (CLIPImageProcessorPil,)
+KNOWN_IMAGE_PROCESSORS = (CLIPImageProcessorPil, SiglipImageProcessorPil, BitImageProcessorPil)
 if is_torchvision_available():
-    from transformers import CLIPImageProcessor
+    from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
-    CLIP_IMAGE_PROCESSORS += (CLIPImageProcessor,)
+    KNOWN_IMAGE_PROCESSORS += (CLIPImageProcessor, SiglipImageProcessor, BitImageProcessor)
 NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 ORIENTATION = 0x0112  # the EXIF tag
 LONGEST_PATH = 255  # characters: a longer string that is no file's path is taken for base64
@@ -241,26 +241,36 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 def clip_side(image_processor) -> int | None:
     """
-    The side of the square, in pixels, to which CLIP's image processor resizes the shorter edge (or both edges) and then
-    crops. `None` for other image processors, other steps, and a size that is not the crop's.
+    The side of the square, in pixels, that an image processor keeps of a resized image, and then crops or leaves as it is.
+    CLIP's resizes the shorter edge (or both edges) to it; SigLIP's both edges; BiT's, which DINOv2 uses, the shorter edge,
+    and crops a smaller square from its centre. `None` for other image processors, other steps and other sizes.
     """
-    if type(image_processor) is not CLIPImageProcessorPil or image_processor.do_pad:
+    kind = type(image_processor)
+    if kind not in (CLIPImageProcessorPil, SiglipImageProcessorPil, BitImageProcessorPil) or image_processor.do_pad:
         return None
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    steps = ("do_resize", "do_rescale", "do_normalize")
     if not all(getattr(image_processor, step) for step in steps) or not isinstance(image_processor.resample, int):
         return None
-    side = image_processor.crop_size.height
-    square = SizeDict(height=side, width=side)
-    is_usual = image_processor.crop_size == square and image_processor.size in (square, SizeDict(shortest_edge=side))
+    if bool(image_processor.do_center_crop) is (kind is SiglipImageProcessorPil):
+        return None
+    if kind is SiglipImageProcessorPil:
+        side = image_processor.size.height
+        return side if side and image_processor.size == SizeDict(height=side, width=side) else None
+    cropped = image_processor.crop_size.height
+    side = image_processor.size.shortest_edge if kind is BitImageProcessorPil else cropped
+    square = SizeDict(height=cropped, width=cropped)
+    if not side or side < cropped or (side - cropped) % 2 or image_processor.crop_size != square:
+        return None  # an odd number of pixels would be cut off unevenly, in two steps not as in one
+    is_usual = image_processor.size == SizeDict(shortest_edge=side) or (side == cropped and image_processor.size == square)
     return side if is_usual else None
 
 
 def shorter_edge(image_processor) -> int | None:
     """
-    The pixels to which CLIP's image processor resizes the shorter edge of an image, whatever the other one becomes. `None`
-    if it bounds both, and for other image processors.
+    The pixels to which an image processor of CLIP, SigLIP or BiT resizes the shorter edge of an image, whatever the other
+    one becomes. `None` if it bounds both, and for other image processors.
     """
-    if not isinstance(image_processor, CLIP_IMAGE_PROCESSORS) or not image_processor.do_resize:
+    if not isinstance(image_processor, KNOWN_IMAGE_PROCESSORS) or not image_processor.do_resize:
         return None
     return image_processor.size.shortest_edge if image_processor.size.longest_edge is None else None
 
@@ -288,8 +298,8 @@ def check_not_too_thin(size: tuple[int, int], edge: int | None, name: str = "") 
 
 def crop_for_clip(image: Image.Image, image_processor, name: str = "") -> Image.Image:
     """
-    The part of an RGB image that CLIP's image processor keeps, resized: to the bit what it computes, and what it would
-    leave as it is. Images for other image processors are returned unchanged; see [`clip_side`]. Errors begin with `name`.
+    The part of an RGB image that the image processor keeps, resized: to the bit what it computes, and what it would resize
+    no more. Images for other image processors are returned unchanged; see [`clip_side`]. Errors begin with `name`.
 
     Raises:
         ValueError: See [`check_not_too_thin`].
@@ -311,19 +321,21 @@ def crop_for_clip(image: Image.Image, image_processor, name: str = "") -> Image.
 
 def clip_pixel_values(images: list[Image.Image], image_processor) -> torch.Tensor:
     """
-    What CLIP's image processor makes of RGB images, to the bit: a value depends on nothing but its channel and its level
+    What the image processor makes of RGB images, to the bit: a value depends on nothing but its channel and its level
     from 0 to 255, so 768 values are computed and then looked up. The image processor must have a [`clip_side`].
 
     Returns:
         `torch.Tensor` of shape `(len(images), 3, side, side)` in float32.
     """
-    side = clip_side(image_processor)
+    kept = clip_side(image_processor)
+    side = image_processor.crop_size.height if image_processor.do_center_crop else kept
+    start = (kept - side) // 2
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
     levels = image_processor.rescale(levels, image_processor.rescale_factor)
     levels = image_processor.normalize(levels, image_processor.image_mean, image_processor.image_std)[:, 0]
     values = np.empty((len(images), 3, side, side), dtype=np.float32)
     for image, image_values in zip(images, values):
-        pixels = np.asarray(crop_for_clip(image, image_processor))
+        pixels = np.asarray(crop_for_clip(image, image_processor))[start : start + side, start : start + side]
         for channel in range(3):
             np.take(levels[channel], pixels[..., channel], out=image_values[channel], mode="wrap")
     return torch.from_numpy(values)

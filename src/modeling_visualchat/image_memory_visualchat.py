@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from .decoders_visualchat import find_head_dim
 from .image_memory_folder_visualchat import ImageMemoryFolder
+from .towers_visualchat import find_tower_family
 from .weight_fingerprint_visualchat import ModelWeights, describe_state, fingerprint_weights
 
 
@@ -305,10 +307,12 @@ class VisualChatImageMemoryMixin:
         weights.check("Image memory")
         vision, text = config.vision_config, config.text_config
         joined = {
-            "vision": [vision.num_attention_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size],
+            "vision": find_tower_family(vision).describe(vision),
             "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
             "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
         }
+        if config.projector == "pixel_shuffle":
+            joined["joined"] += [config.pixel_shuffle_factor, config.patch_grid]
         state = joined, describe_state(model, weights)
         if model._image_fingerprint is None or model._image_fingerprint[0] != state:
             description = {**joined, "adapters": state[1][-1]}
@@ -319,7 +323,7 @@ class VisualChatImageMemoryMixin:
     def image_memory_nbytes(self) -> int:
         """Bytes of one image's memory: 2 · layers · tokens · key-value heads · head size · bytes of a number."""
         text, tokens = self.config.text_config, self.config.image_seq_length
-        return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
+        return 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * find_head_dim(text) * self.dtype.itemsize
 
     def check_memory_shape(self, memory: ImageMemory, name: str | os.PathLike = "The image memory") -> None:
         """
@@ -334,7 +338,7 @@ class VisualChatImageMemoryMixin:
         images, heads = (given[1], given[3]) if len(given) == 5 else (1, 0)
         if heads == 0 or text.num_key_value_heads % heads:
             heads = text.num_key_value_heads
-        expected = (text.num_hidden_layers, images, self.config.image_seq_length, heads, text.head_dim)
+        expected = (text.num_hidden_layers, images, self.config.image_seq_length, heads, find_head_dim(text))
         if not given == of_values == expected:
             raise ValueError(
                 f"{name} has keys of the shape {given} and values of the shape {of_values}, but this model's have {expected}"

@@ -4,15 +4,14 @@
 import copy
 
 import torch
-from transformers import CLIPModel, CLIPVisionModel, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.utils import cached_file
 
+from .decoders_visualchat import DECODERS, list_decoders, without_sliding_window
 from .generation_visualchat import drop_unused_flags
+from .towers_visualchat import FOLDER_TYPES, MASK_TOKEN, adopt_tower
 from .weight_checks_visualchat import find_weight_file
-
-
-# Of a CLIP the vision tower is taken
-VISION_TYPES = (CLIPVisionModel.config_class.model_type, CLIPModel.config_class.model_type)
-TEXT_TYPES = (LlamaForCausalLM.config_class.model_type,)
 
 
 class VisualChatJoiningMixin:
@@ -21,22 +20,26 @@ class VisualChatJoiningMixin:
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision: str | CLIPVisionModel | CLIPModel,
-        text: str | LlamaForCausalLM,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
         *,
+        gguf_file: str | None = None,
         dtype: str | torch.dtype = "auto",
         attn_implementation: str | dict[str, str] | None = None,
         **config,
     ) -> PreTrainedModel:
         """
-        Joins a CLIP vision tower and a LLaMA-family decoder with a new, random projector, makes room for the placeholder
+        Joins a vision tower and a decoder of LLaMA's shape with a new, random projector, makes room for the placeholder
         token in the embedding, and freezes what the paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
 
         Args:
-            vision (`str`, `CLIPVisionModel` or `CLIPModel`): The tower: a Hub id, a folder, or a model. A model's weights
-                are shared, not copied.
-            text (`str` or `LlamaForCausalLM`): The decoder: a Hub id, a folder, or a model. A model's weights are shared,
-                not copied.
+            vision (`str` or `PreTrainedModel`): The tower: a Hub id, a folder, or a model, of one of the families of
+                `towers_visualchat.py`. Of a CLIP or a SigLIP with a text encoder, the tower is taken. A model's weights are
+                shared, not copied.
+            text (`str` or `PreTrainedModel`): The decoder: a Hub id, a folder, or a model such as a `LlamaForCausalLM`, of a
+                family in `decoders_visualchat.py`. A model's weights are shared, not copied.
+            gguf_file (`str`, *optional*): The GGUF file in the decoder's repository or folder. Its weights are dequantized,
+                so that the joined model trains and saves as any other. Needs the package `gguf`.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): What ids and folders are loaded in. The
                 projector takes the decoder's.
             attn_implementation (`str` or `dict`, *optional*): As for `from_pretrained`.
@@ -46,26 +49,27 @@ class VisualChatJoiningMixin:
         Raises:
             TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
                 weights are loaded; see [`check_parts`].
-            ValueError: If weights of a part are missing in its files, or if the decoder's `generation_config` cannot be
-                saved. Sampling values without `do_sample`, as folders of LLaMA-2 hold them, are left out; with it they are
-                kept.
+            ValueError: If weights of a part are missing in its files, if a sliding window hides tokens from the decoder's
+                layers, if `gguf_file` is given with a model, or if the decoder's `generation_config` cannot be saved.
+                Sampling values without `do_sample`, as folders of LLaMA-2 hold them, are left out; with it they are kept.
         """
-        check_parts(*(part if isinstance(part, str) else None for part in (vision, text)))
+        check_parts(*(part if isinstance(part, str) else None for part in (vision, text)), gguf_file=gguf_file)
         if isinstance(vision, str):
-            vision = load_all_weights(CLIPVisionModel, vision, dtype)
-        elif isinstance(vision, CLIPModel):
-            vision = vision.vision_model
+            vision = load_all_weights(FOLDER_TYPES[read_model_type(vision)].model_class, vision, dtype)
+        vision = adopt_tower(vision)
         if isinstance(text, str):
-            text = load_all_weights(LlamaForCausalLM, text, dtype)
-        for name, part, expected in (("vision", vision, CLIPVisionModel), ("text", text, LlamaForCausalLM)):
-            if not isinstance(part, expected):
-                raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(part).__name__}")
+            text = load_all_weights(AutoModelForCausalLM, text, dtype, **({"gguf_file": gguf_file} if gguf_file else {}))
+        decoders = tuple(family.causal_lm_class for family in DECODERS.values())
+        if not isinstance(text, decoders):
+            names = " or ".join(kind.__name__ for kind in decoders)
+            raise TypeError(f"`text` must be a {names}, got {type(text).__name__}")
 
         vocab_size = text.config.vocab_size
         config.setdefault("image_token_id", vocab_size)
-        visualchat_config = cls.config_class(
-            vision_config=copy.deepcopy(vision.config), text_config=copy.deepcopy(text.config), **config
-        )
+        text_config = copy.deepcopy(text.config)
+        if text_config.to_dict().get("quantization_config", {}).get("quant_method") == "gguf":
+            del text_config.quantization_config  # the weights are dequantized, but with it nothing is saved
+        visualchat_config = cls.config_class(vision_config=copy.deepcopy(vision.config), text_config=text_config, **config)
         visualchat_config.dtype = text.dtype
         if attn_implementation is not None:
             visualchat_config._attn_implementation = attn_implementation
@@ -98,43 +102,79 @@ class VisualChatJoiningMixin:
         self.get_input_embeddings().requires_grad_(True)
 
 
-def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype) -> PreTrainedModel:
+def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype, **kwargs) -> PreTrainedModel:
     """
     `kind.from_pretrained`, which would go on with random weights where some are missing.
 
     Args:
-        kind (`type`): The class.
+        kind (`type`): The class, or an Auto class.
         source (`str`): A folder or a Hub id.
         dtype (`str` or `torch.dtype`): What it is loaded in.
+        kwargs: As for `from_pretrained`.
 
     Raises:
-        ValueError: If a weight is missing. The error names it and its file.
+        ValueError: If a weight that a VisualChat uses is missing. The error names it and its file.
     """
-    part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+    if missing := sorted(name for name in info["missing_keys"] if not name.endswith(MASK_TOKEN)):
         count = f"; {len(missing)} tensors are" if len(missing) > 1 else ""
-        raise ValueError(f"{find_weight_file(source, missing[0])}: the tensor {missing[0]} is missing{count}")
+        file = kwargs.get("gguf_file") or find_weight_file(source, missing[0])
+        raise ValueError(f"{file}: the tensor {missing[0]} is missing{count}")
     return part
 
 
-def check_parts(vision: str | None, text: str | None) -> None:
+def check_parts(vision: str | None, text: str | None, gguf_file: str | None = None) -> None:
     """
     Checks by their configs alone that a tower and a decoder can be joined.
 
     Args:
         vision (`str`, *optional*), text (`str`, *optional*): Hub ids or folders.
+        gguf_file (`str`, *optional*): The GGUF file of `text`.
 
     Raises:
         TypeError: If one is of another family. It is named, with its `model_type` and those that can be joined.
+        ValueError: If a sliding window hides tokens from the decoder's layers, or if a `gguf_file` is given without `text`.
         OSError: If there is no config.
     """
-    for name, source, allowed in (("vision", vision, VISION_TYPES), ("text", text, TEXT_TYPES)):
-        if source is None:
-            continue
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-        if model_type not in allowed:
-            kind = "vision tower" if name == "vision" else "decoder"
+    if vision is not None:
+        model_type = read_model_type(vision)
+        if model_type not in FOLDER_TYPES:
             raise TypeError(
-                f"`{name}`: {source} has the model_type {model_type!r}, but the {kind} must be of"
-                f" {' or '.join(map(repr, allowed))}"
+                f"`vision`: {vision} has the model_type {model_type!r}, but the vision tower must be of"
+                f" {' or '.join(map(repr, FOLDER_TYPES))}"
             )
+    if text is None:
+        if gguf_file is not None:
+            raise ValueError(f"`gguf_file` ({gguf_file}) needs `text`, a folder or a Hub id in which it is")
+        return
+    fields = PreTrainedConfig.get_config_dict(text)[0] if gguf_file is None else _read_gguf_fields(text, gguf_file)
+    model_type = fields.get("model_type")
+    if model_type not in DECODERS:
+        raise TypeError(f"`text`: {text} has the model_type {model_type!r}, but the decoder must be of {list_decoders()}")
+    if gguf_file is None:
+        without_sliding_window(DECODERS[model_type].config_class.from_dict(fields), f"`text`: {text}")
+
+
+def _read_gguf_fields(text: str, gguf_file: str) -> dict[str, str]:
+    """
+    The `model_type` of a GGUF file, without the vocabulary and the weights.
+
+    Raises:
+        ValueError: If it is no GGUF file, or if it scales rotary positions: transformers reads the weights alone, and would
+            compute something else.
+    """
+    metadata, tensors = read_gguf_metadata(cached_file(text, gguf_file))
+    architecture = metadata["general.architecture"]
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in tensors:
+        found = "a tensor rope_freqs.weight" if scaling == "none" else f"{architecture}.rope.scaling.type {scaling!r}"
+        raise ValueError(
+            f"`text`: {gguf_file} in {text} scales its rotary positions ({found}), which transformers does not read from"
+            " GGUF: take the decoder's original weights, with their config.json"
+        )
+    return {"model_type": architecture}
+
+
+def read_model_type(source: str) -> str | None:
+    """The `model_type` in the config of a folder or a Hub id."""
+    return PreTrainedConfig.get_config_dict(source)[0].get("model_type")

@@ -289,9 +289,13 @@ class ModalityPlan(AttentionPlan):
             number_keys = number_keys.view(-1, *keys.shape[1:])
             if len(self.image_index) == 0:  # their gradient, as on the other processes of a distributed run
                 text_keys = text_keys + number_keys[:1]
-        k_BGID, v_BGID = self._place_images(own_keys, own_values, number_keys, attention.layer_idx)
+        image_keys, image_values = self._place_images(own_keys, own_values, number_keys, attention.layer_idx)
+        # In the order of the definition, which computes text alone: perhaps that of another process
+        queries = attention.normalize_queries(queries)
+        text_keys, image_keys = attention.normalize_keys(text_keys, image_keys)
         k_BGTD = rotate(self.text.pad(text_keys).transpose(1, 2), self.text_rotary)
-        v_BGTD = self.text.pad(text_values).transpose(1, 2)
+        k_BGID = rotate(self.images.pad(image_keys).transpose(1, 2), self.image_rotary)
+        v_BGTD, v_BGID = self.text.pad(text_values).transpose(1, 2), self.images.pad(image_values).transpose(1, 2)
         all_keys, all_values = (k_BGTD, k_BGID), (v_BGTD, v_BGID)
         if past_key_values is not None:
             cached = past_key_values.update(
@@ -322,21 +326,20 @@ class ModalityPlan(AttentionPlan):
         self, keys: torch.Tensor, values: torch.Tensor, number_keys: torch.Tensor | None, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The keys and values of the images where they stand: numbered, rotated and padded.
+        The keys and values of the images where they stand: numbered, not yet normalized and rotated.
 
         Args:
             keys, values (`torch.Tensor` of shape `(image tokens, key-value heads, head_size)`): Of the image tokens of the
-                stream, before numbering and rotation.
+                stream, before numbering.
             number_keys (`torch.Tensor` of shape `(numbers + 1, key-value heads, head_size)`, *optional*): The keys of the
                 numbers, from 0, which is nothing.
             layer_idx (`int`): The decoder layer.
 
         Returns:
-            Both of shape BGID, for the new placeholders.
+            Both of shape `(placeholders, key-value heads, head_size)`.
         """
         if len(self.image_index) == 0:  # while decoding
-            nothing = keys.view(self.images.shape[0], keys.shape[1], 0, keys.shape[2])
-            return nothing, nothing
+            return keys, values
         if self.recorded is not None:
             self.recorded.append((keys, values))
         if self.memory:
@@ -347,8 +350,7 @@ class ModalityPlan(AttentionPlan):
             keys, values = keys[self.image_source], values[self.image_source]
         if number_keys is not None:
             keys = keys + number_keys[self.image_numbers]
-        k_BGID, v_BGID = (self.images.pad(part).transpose(1, 2) for part in (keys, values))
-        return rotate(k_BGID, self.image_rotary), v_BGID
+        return keys, values
 
     def attend_to_keys(
         self, q_BHWD: torch.Tensor, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], **settings: float

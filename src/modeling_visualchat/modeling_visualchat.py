@@ -2,16 +2,16 @@
 """
 PyTorch VisualChat model (DeepSpeed-VisualChat, arXiv 2309.14327).
 
-    image → CLIP vision tower → projector ─┐
-                                           ├→ LLaMA decoder with multi-modal causal attention → next token
-    text  → token embedding ───────────────┘
+    image → vision tower → projector ─┐
+                                      ├→ LLaMA decoder with multi-modal causal attention → next token
+    text  → token embedding ──────────┘
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -30,6 +30,7 @@ from .joining_visualchat import VisualChatJoiningMixin
 from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 from .released_attention_visualchat import warn_of_defects
 from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
+from .towers_visualchat import make_tower
 from .weight_checks_visualchat import VisualChatWeightChecksMixin
 
 
@@ -77,7 +78,7 @@ class VisualChatPreTrainedModel(
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualChatDecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["VisualChatDecoderLayer", "CLIPEncoderLayer"]  # of the `vit` projector; the tower has its own
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -111,7 +112,7 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = make_tower(config.vision_config)
         projectors = {**PROJECTORS, "perceiver_released": VisualChatReleasedPerceiverProjector}
         self.multi_modal_projector = projectors[config.projector](config)
         self.language_model = VisualChatTextModel(config)

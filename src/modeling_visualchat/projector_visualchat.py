@@ -19,20 +19,19 @@ class VisualChatLinearProjector(nn.Module):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__()
-        self.keeps_class_token = config.vision_feature_select_strategy == "full"
+        self.num_dropped_tokens = count_dropped_tokens(config)
         self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.text_config.hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            features (`torch.Tensor` of shape `(images, 1 + patches, vision_hidden_size)`): Class token first.
+            features (`torch.Tensor` of shape `(images, num_prefix_tokens + patches, vision_hidden_size)`): The tower's.
 
         Returns:
             `torch.Tensor` of shape `(images, config.image_seq_length, text_hidden_size)`.
         """
-        features = features if self.keeps_class_token else features[:, 1:]
-        return self.layer_norm(self.linear(features))
+        return self.layer_norm(self.linear(features[:, self.num_dropped_tokens :]))
 
 
 class VisualChatVitProjector(VisualChatLinearProjector):
@@ -46,16 +45,64 @@ class VisualChatVitProjector(VisualChatLinearProjector):
         return super().forward(self.encoder_layer(features, attention_mask=None))
 
 
+class VisualChatMlpProjector(nn.Module):
+    """Linear, GELU, Linear, with the names of LLaVA 1.5's (arXiv 2310.03744)."""
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__()
+        self.num_dropped_tokens = count_dropped_tokens(config)
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See [`VisualChatLinearProjector.forward`]."""
+        return self.linear_2(nn.functional.gelu(self.linear_1(features[:, self.num_dropped_tokens :])))
+
+
+class VisualChatPixelShuffleProjector(nn.Module):
+    """
+    Space to depth: the features of a square of patches are put one behind the other and become one token, as in Idefics3,
+    SmolVLM and InternVL. Then Linear + LayerNorm, as in the paper's projector: the tokens have the same scale at the start,
+    and learn at the same rates.
+    """
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__()
+        self.grid, self.factor = config.patch_grid, config.pixel_shuffle_factor
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.linear = nn.Linear(config.vision_config.hidden_size * self.factor**2, config.text_config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.text_config.hidden_size, eps=LAYER_NORM_EPS)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(images, num_prefix_tokens + patches, vision_hidden_size)`): The tower's.
+
+        Returns:
+            `torch.Tensor` of shape `(images, patches / factor², text_hidden_size)`.
+
+        Raises:
+            ValueError: If the image has another number of patches than the config says.
+        """
+        patches, (rows, columns), factor = features[:, self.num_prefix_tokens :], self.grid, self.factor
+        if patches.shape[1] != rows * columns:
+            raise ValueError(f"The images have {patches.shape[1]} patches, but the model takes {rows} × {columns}")
+        # Within a token, the patches of its square row by row (Idefics3's order)
+        squares = patches.unflatten(1, (rows // factor, factor, columns // factor, factor)).transpose(2, 3)
+        return self.layer_norm(self.linear(squares.flatten(3).flatten(1, 2)))
+
+
 class VisualChatPerceiverProjector(nn.Module):
     """
-    Learned queries on a square grid cross-attend to the patches (the class token is left out), then LayerNorm + Linear.
-    Queries and keys carry 2-D sine-cosine positions of their grids.
+    Learned queries on a square grid cross-attend to the patches (class token and registers are left out), then LayerNorm +
+    Linear. Queries and keys carry 2-D sine-cosine positions of their grids.
     """
 
     def __init__(self, config: VisualChatConfig):
         super().__init__()
         hidden_size = config.text_config.hidden_size
         self.num_heads = max(1, hidden_size // 128)
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.query = nn.Parameter(torch.empty(config.num_query_tokens, hidden_size))
         self.query_norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
         self.kv_proj = nn.Linear(config.vision_config.hidden_size, hidden_size, bias=False)
@@ -70,12 +117,12 @@ class VisualChatPerceiverProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            features (`torch.Tensor` of shape `(images, 1 + patches, vision_hidden_size)`): Class token first.
+            features (`torch.Tensor` of shape `(images, num_prefix_tokens + patches, vision_hidden_size)`): The tower's.
 
         Returns:
             `torch.Tensor` of shape `(images, num_query_tokens, text_hidden_size)`.
         """
-        patches = self.kv_norm(self.kv_proj(features[:, 1:]))
+        patches = self.kv_norm(self.kv_proj(features[:, self.num_prefix_tokens :]))
         queries = self.query_norm(self.query)
         patch_positions = sincos_positions(patches.shape[1], patches)
         query_positions = sincos_positions(queries.shape[0], patches)
@@ -87,6 +134,11 @@ class VisualChatPerceiverProjector(nn.Module):
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def count_dropped_tokens(config: VisualChatConfig) -> int:
+    """The tokens of the tower, from the first one, that `vision_feature_select_strategy` drops."""
+    return config.num_prefix_tokens if config.vision_feature_select_strategy == "default" else 0
 
 
 def sincos_positions(length: int, like: torch.Tensor) -> torch.Tensor:
@@ -118,4 +170,6 @@ PROJECTORS = {
     "linear": VisualChatLinearProjector,
     "vit": VisualChatVitProjector,
     "perceiver": VisualChatPerceiverProjector,
+    "mlp": VisualChatMlpProjector,
+    "pixel_shuffle": VisualChatPixelShuffleProjector,
 }

@@ -24,7 +24,7 @@ class VisualChatReleasedPerceiverProjector(VisualChatPerceiverProjector):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See [`VisualChatPerceiverProjector.forward`]."""
-        patches = self.kv_norm(self.kv_proj(features[:, 1:]))
+        patches = self.kv_norm(self.kv_proj(features[:, self.num_prefix_tokens :]))
         queries = self.query_norm(self.query)
         side = int(patches.shape[1] ** 0.5)
         if side * side != patches.shape[1]:

@@ -30,7 +30,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,7 +46,7 @@ class SequencePlan(AttentionPlan):
 
     Args:
         multimodal_attention (`str`): The variant.
-        config (`LlamaConfig`): The decoder's. Its attention implementation is the one that the masks are made for.
+        config (`PreTrainedConfig`): The decoder's. Its attention implementation is the one that the masks are made for.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): For shape, dtype and device.
         attention_mask (`torch.Tensor`, *optional*): Of shape `(batch_size, tokens seen)` with 0 for padding, or a prepared
             4-dimensional mask.
@@ -75,7 +75,7 @@ class SequencePlan(AttentionPlan):
     def __init__(
         self,
         multimodal_attention: str,
-        config: LlamaConfig,
+        config: PreTrainedConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | BlockMask | None,
         position_ids: torch.Tensor,
@@ -138,9 +138,11 @@ class SequencePlan(AttentionPlan):
             keys = keys + number_keys[:1]
         elif number_keys is not None:
             keys = keys + number_keys[self.image_numbers.long()]  # ONNX takes no other index
-        q_BHQD, k_BGQD, v_BGQD = (
-            states.view(*states.shape[:-1], -1, attention.head_dim).transpose(1, 2) for states in (queries, keys, values)
+        q_BQHD, k_BQGD, v_BQGD = (
+            states.view(*states.shape[:-1], -1, attention.head_dim) for states in (queries, keys, values)
         )
+        q_BQHD, (k_BQGD,) = attention.normalize_queries(q_BQHD), attention.normalize_keys(k_BQGD)
+        q_BHQD, k_BGQD, v_BGQD = (states.transpose(1, 2) for states in (q_BQHD, k_BQGD, v_BQGD))
         q_BHQD, k_BGQD = apply_rotary_pos_emb(q_BHQD, k_BGQD, *position_embeddings)
         k_BGKD, v_BGKD = k_BGQD, v_BGQD
         if past_key_values is not None:

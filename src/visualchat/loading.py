@@ -4,7 +4,8 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -158,6 +159,30 @@ def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProc
     if not isinstance(processor, VisualChatProcessor) and not trust_remote_code:
         raise ValueError(f"{name} has no processor of a VisualChat model, but a {type(processor).__name__}")
     return processor
+
+
+def load_image_processor(name: str) -> BaseImageProcessor:
+    """
+    The image processor of a vision tower, with the size, mean and standard deviation of its folder. It works on Pillow's
+    images where transformers has such a class: DINOv3's needs torchvision.
+
+    Args:
+        name (`str`): Folder or Hub id.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If transformers does not know it, or needs a package for it that is not installed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"the image processor of {name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def find_image_size(image_processor: BaseImageProcessor) -> list[int] | None:
+    """Height and width of the images that an image processor makes, in pixels. `None` if they depend on the image."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    return [size.height, size.width] if size.height and size.width else None
 
 
 def choose_device(name: str | None) -> torch.device:

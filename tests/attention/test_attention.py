@@ -69,12 +69,13 @@ def prepare_attention(model, layout):
     return attention, is_image, inputs["attention_mask"] == 0, rotary, plan
 
 
-@pytest.mark.parametrize("bias", ["no bias", "bias", "bias twice"])
+@pytest.mark.parametrize("bias", ["no bias", "bias", "bias twice", "bias, normalized"])
 @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_eager_is_the_definition(layout, variant, numbered, bias):
     settings = {"text": {"attention_bias": bias != "no bias"}, "image_number_key_bias": bias == "bias twice"}
+    settings["decoder"] = "qwen3" if bias == "bias, normalized" else "llama"
     model = make_model("eager", multimodal_attention=variant, image_number_keys=numbered, **settings).double()
     attention, is_image, is_padding, rotary, plan = prepare_attention(model, layout)
     batch, length = is_image.shape
@@ -94,7 +95,13 @@ def test_eager_is_the_definition(layout, variant, numbered, bias):
                 keys[b, row] += number_states[rank // model.config.image_seq_length] @ attention.k_proj.weight.T
                 if bias == "bias twice":
                     keys[b, row] += attention.k_proj.bias
-    q, k = apply_rotary_pos_emb(heads(attention.q_proj(hidden_states)), heads(keys), *rotary)
+    q, k = heads(attention.q_proj(hidden_states)), heads(keys)
+    if bias == "bias, normalized":
+        q, k = (
+            x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight
+            for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
+        )
+    q, k = apply_rotary_pos_emb(q, k, *rotary)
     v = heads(attention.v_proj(hidden_states))
     groups = attention.num_key_value_groups
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

@@ -42,7 +42,7 @@ class VisualChatModelTester:
     num_attention_heads = 4
     text_length = 7
 
-    def __init__(self, **config_fields):
+    def __init__(self, text_fields: dict, **config_fields):
         self.config_fields = config_fields
         self.vision_config = {
             "hidden_size": 32,
@@ -65,6 +65,7 @@ class VisualChatModelTester:
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
+            **text_fields,
         }
         self.image_seq_length = self.get_config().image_seq_length
         self.seq_length = self.text_length + self.image_seq_length
@@ -98,11 +99,12 @@ class VisualChatTests(ModelTesterMixin, GenerationTesterMixin):
     # Of all parameters; `test_parameters_have_gradients` names the exceptions
     test_all_params_have_gradient = False
     config_fields = {}
+    text_fields = {}
     # CLIP's pooled output alone goes through this norm, and it is not used
     without_gradient = ("vision_tower.post_layernorm.",)
 
     def setUp(self):
-        self.model_tester = VisualChatModelTester(**self.config_fields)
+        self.model_tester = VisualChatModelTester(self.text_fields, **self.config_fields)
         self.config_tester = ConfigTester(self, VisualChatConfig, has_text_modality=False, **self.config_fields)
         draws_text = patch.object(test_modeling_common, "ids_tensor", text_ids)
         draws_text.start()
@@ -150,6 +152,13 @@ class VisualChatModelTest(VisualChatTests, TrainingTesterMixin, unittest.TestCas
 
 class VisualChatNumberedKeysTest(VisualChatTests, unittest.TestCase):
     config_fields = {"image_number_keys": True, "image_number_token_ids": [[5], [6], [5, 6]], "projector": "vit"}
+
+
+class VisualChatQwen3Test(VisualChatTests, unittest.TestCase):
+    """Another decoder, whose heads are normalized and larger than their share of the hidden size."""
+
+    config_fields = {"image_number_keys": True, "image_number_token_ids": [[11], [12]]}
+    text_fields = {"model_type": "qwen3", "head_dim": 16}
 
 
 class VisualChatMergedTest(VisualChatTests, unittest.TestCase):

@@ -30,6 +30,7 @@ CODE_FILES = {
     "released_projector_visualchat.py",
     "sequence_attention_visualchat.py",
     "sequence_cache_visualchat.py",
+    "towers_visualchat.py",
     "weight_checks_visualchat.py",
     "weight_fingerprint_visualchat.py",
 }

@@ -34,13 +34,15 @@ DOUBLE = torch.float64
 
 
 @functools.cache
-def make_pair(variant="mmca", numbered=True, kv_heads=2, dtype=torch.float32, trains=False, attention="sdpa"):
+def make_pair(
+    variant="mmca", numbered=True, kv_heads=2, dtype=torch.float32, trains=False, attention="sdpa", decoder="llama"
+):
     """The same weights by modality and as the definition. The tower is the same on both sides."""
     text = {"num_key_value_heads": kv_heads}
-    options = {"multimodal_attention": variant, "image_number_keys": numbered, "text": text}
+    options = {"multimodal_attention": variant, "image_number_keys": numbered, "text": text, "decoder": decoder}
     pair = [
-        make_model({"text_config": decoder, "vision_config": "sdpa"}, **copy.deepcopy(options)).to(dtype).train(trains)
-        for decoder in (attention, "eager")
+        make_model({"text_config": backend, "vision_config": "sdpa"}, **copy.deepcopy(options)).to(dtype).train(trains)
+        for backend in (attention, "eager")
     ]
     pair[1].load_state_dict(pair[0].state_dict())
     return pair

@@ -5,8 +5,21 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import (
+    AutoConfig,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
 
@@ -14,11 +27,48 @@ from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualC
 IMAGE_SIZE = 16
 PATCH_SIZE = 8
 TOKENS_PER_IMAGE = 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2
+# Decoder families, and what the tiny ones have besides: heads larger than their share, a window that hides nothing
+DECODERS = {
+    "llama": {},
+    "mistral": {"head_dim": 24, "sliding_window": 1024},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+}
 CORPUS = [
     "You are a powerful vision-language assistant.\n\n### Image 1:\n\n### Question:\nWhat is this?\n\n### Answer:\n",
     "please describe the image. It's a cute black cat. What's the difference between the three cats?",
     "1 2 3 4 5 6 7 8 9 10 11 12",
 ]
+
+# One tiny tower of each family: the class of its config, and the fields that the others lack
+TOWERS = {
+    "clip": (CLIPVisionConfig, {"intermediate_size": 48, "initializer_factor": 5.0}),
+    "siglip": (SiglipVisionConfig, {"intermediate_size": 48}),
+    "dinov2": (Dinov2Config, {"mlp_ratio": 2, "initializer_range": 0.2}),
+    "dinov2_with_registers": (
+        Dinov2WithRegistersConfig,
+        {"mlp_ratio": 2, "initializer_range": 0.2, "num_register_tokens": 3},
+    ),
+    "dinov3_vit": (DINOv3ViTConfig, {"intermediate_size": 48, "initializer_range": 0.2, "num_register_tokens": 2}),
+}
+
+
+def make_tower_config(tower: str = "clip", **overrides) -> PreTrainedConfig:
+    """The config of a tower of `TOWERS`."""
+    config_class, fields = TOWERS[tower]
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return config_class(**{**size, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **fields, **overrides})
+
+
+def make_image_processor(tower: str) -> BaseImageProcessor:
+    """An image processor of the class and with the steps of the tower's family. DINOv3's own needs torchvision."""
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    if tower == "clip":
+        return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
+    if tower.startswith("dinov2"):
+        return BitImageProcessorPil(size={"shortest_edge": IMAGE_SIZE + 4}, crop_size=square, **imagenet)
+    return SiglipImageProcessorPil(size=square, **(imagenet if tower == "dinov3_vit" else {}))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,8 +97,11 @@ def make_processor(size: dict | None = None) -> VisualChatProcessor:
     return VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=TOKENS_PER_IMAGE)
 
 
-def make_config(**overrides) -> VisualChatConfig:
-    """A config whose vocabulary is that of `make_processor`. `text` and `vision` override the sub-configs' fields."""
+def make_config(decoder: str = "llama", **overrides) -> VisualChatConfig:
+    """
+    A config whose vocabulary is that of `make_processor`. `decoder` is the decoder's family, and `tower` the tower's; `text`
+    and `vision` override the fields of the sub-configs.
+    """
     processor = make_processor()
     text = {
         "vocab_size": len(processor.tokenizer),
@@ -62,22 +115,15 @@ def make_config(**overrides) -> VisualChatConfig:
         "bos_token_id": processor.tokenizer.bos_token_id,
         "eos_token_id": processor.tokenizer.eos_token_id,
         "pad_token_id": processor.tokenizer.pad_token_id,
+        **DECODERS[decoder],
         **overrides.pop("text", {}),
     }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-        "initializer_factor": 5.0,
-        **overrides.pop("vision", {}),
-    }
+    vision = make_tower_config(overrides.pop("tower", "clip"), **overrides.pop("vision", {}))
     if overrides.get("image_number_keys"):
         overrides.setdefault("image_number_token_ids", processor.image_number_token_ids(12))
     overrides.setdefault("image_token_id", processor.image_token_id)
-    return VisualChatConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), **overrides)
+    text_config = AutoConfig.for_model(decoder, **text)
+    return VisualChatConfig(vision_config=vision, text_config=text_config, **overrides)
 
 
 def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) -> VisualChatForCausalLM:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from helpers.commands import run_command
-from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_processor, user
+from helpers.tiny import IMAGE_SIZE, PATCH_SIZE, digit_image, make_inputs, make_processor, user
 from visualchat.conversion.llava import check_config
 from visualchat.errors import InputError
 
@@ -89,6 +89,26 @@ def test_the_processor_is_carried_over_with_our_prompt(tmp_path):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 2 * PATCHES
     assert "### Image 2:" in processor.decode(inputs["input_ids"][0])
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_with_its_projector_and_causal_attention_it_computes_llavas_logits(bias, tmp_path, capsys):
+    llava = make_llava(tmp_path / "llava", multimodal_projector_bias=bias)
+    model = convert(tmp_path, "--projector", "mlp", "--attention", "causal")
+    printed = capsys.readouterr().out
+    assert "projector: from LLaVA" in printed and "before use" not in printed
+    for layout in (["tt"], ["tit"], ["titit", "tiis"]):
+        inputs = make_inputs(layout, model)
+        is_token = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            ours, theirs = model(**inputs).logits[is_token], llava(**inputs).logits[is_token]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_mlp_projector_needs_llavas_activation(tmp_path):
+    make_llava(tmp_path / "llava", projector_hidden_act="relu")
+    with pytest.raises(InputError, match="`projector_hidden_act` is 'relu': the projector mlp has 'gelu'"):
+        convert(tmp_path, "--projector", "mlp")
 
 
 @pytest.mark.parametrize(

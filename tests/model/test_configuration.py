@@ -29,7 +29,10 @@ def test_defaults_are_clip_l_14_and_llama_2_7b():
         ("multimodal_attention", None),
         ("image_number_keys", "yes"),
         ("image_number_token_ids", [[1, "2"]]),
-        ("projector", "mlp"),
+        ("projector", "qformer"),
+        ("pixel_shuffle_factor", 0),
+        ("pixel_shuffle_factor", 1.5),
+        ("image_size", "large"),
         ("vision_feature_layer", 2.5),
         ("vision_feature_layer", 3),
         ("vision_feature_layer", -4),
@@ -48,10 +51,14 @@ def test_wrong_types_and_values_are_refused_with_the_fields_name(field, value):
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(TypeError, match="`text_config` must be a LlamaConfig, got one with model_type 'gpt2'"):
+    with pytest.raises(TypeError, match="`text_config` has the model_type 'gpt2', but the decoder must be of 'llama'"):
         VisualChatConfig(text_config={"model_type": "gpt2"})
-    with pytest.raises(TypeError, match="`vision_config` must be a CLIPVisionConfig, got one with model_type 'llama'"):
+    with pytest.raises(
+        TypeError, match=r"`vision_config` must be a CLIPVisionConfig or .*, got one with model_type 'llama'"
+    ):
         VisualChatConfig(vision_config=LlamaConfig())
+    with pytest.raises(TypeError, match=r"Dinov2Config or .* or DINOv3ViTConfig, got one with model_type 'siglip2_vision"):
+        VisualChatConfig(vision_config={"model_type": "siglip2_vision_model"})
 
 
 def test_numbered_keys_need_the_spelling_of_every_number():
@@ -66,6 +73,38 @@ def test_image_seq_length():
     assert VisualChatConfig(vision_config=vision).image_seq_length == 9
     assert VisualChatConfig(vision_config=vision, vision_feature_select_strategy="default").image_seq_length == 8
     assert VisualChatConfig(vision_config=vision, projector="perceiver").image_seq_length == 256
+    shuffled = {"projector": "pixel_shuffle", "vision_config": {"image_size": [56, 112], "patch_size": 14}}
+    assert VisualChatConfig(**shuffled).image_seq_length == 8
+    assert VisualChatConfig(**shuffled, pixel_shuffle_factor=4).image_seq_length == 2
+
+
+@pytest.mark.parametrize(
+    ("tower", "prefix"), [("clip", 1), ("siglip", 0), ("dinov2", 1), ("dinov2_with_registers", 4), ("dinov3_vit", 3)]
+)
+def test_image_seq_length_follows_from_the_tower(tower, prefix):
+    assert make_config(tower=tower).image_seq_length == 4 + prefix
+    for fields, tokens in (({"projector": "mlp"}, 4 + prefix), ({"projector": "pixel_shuffle"}, 1)):
+        assert make_config(tower=tower, **fields).image_seq_length == tokens
+    assert make_config(tower=tower, vision_feature_select_strategy="default").image_seq_length == 4
+
+
+def test_a_grid_that_the_factor_does_not_divide_is_refused_with_both_numbers():
+    with pytest.raises(StrictDataclassError, match=r"`pixel_shuffle_factor` is 3, which does not divide .* 2 × 4 patches"):
+        make_config(projector="pixel_shuffle", pixel_shuffle_factor=3, vision={"image_size": [16, 32]})
+
+
+def test_images_of_another_size_than_the_towers():
+    config = make_config(tower="dinov2", vision={"image_size": 40}, image_size=16)
+    assert (config.input_size, config.patch_grid, config.image_seq_length) == ((16, 16), (2, 2), 5)
+    assert make_config(image_size=[16, 16]).image_size is None  # the tower's own
+    for tower in ("clip", "siglip"):
+        with pytest.raises(StrictDataclassError, match=r"`image_size` is 32, but this tower of .* of 16 × 16 pixels only"):
+            make_config(tower=tower, image_size=32)
+
+
+def test_the_vit_projector_is_for_towers_with_such_layers():
+    with pytest.raises(StrictDataclassError, match="'vit' adds a layer of CLIP's, which does not fit a tower of DINOv2"):
+        make_config(tower="dinov2", projector="vit")
 
 
 def test_a_tied_decoder_ties_the_model():

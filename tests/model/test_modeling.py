@@ -15,12 +15,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
 )
 
 from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model, make_tokenizer
@@ -153,6 +151,12 @@ class TestParts:
             ({"projector": "vit"}, 5),
             ({"projector": "vit", "vision_feature_select_strategy": "default", "vision_feature_layer": -2}, 4),
             ({"projector": "perceiver", "num_query_tokens": 9}, 9),
+            ({"projector": "mlp"}, 5),
+            ({"projector": "mlp", "vision_feature_select_strategy": "default"}, 4),
+            ({"projector": "pixel_shuffle"}, 1),
+            ({"projector": "pixel_shuffle", "pixel_shuffle_factor": 1}, 4),
+            ({"projector": "vit", "tower": "siglip"}, 4),
+            ({"projector": "perceiver", "num_query_tokens": 9, "tower": "dinov3_vit"}, 9),
         ],
     )
     def test_projectors(self, settings, tokens):
@@ -235,17 +239,18 @@ class TestParts:
 
     def test_from_vision_text_pretrained_refuses_other_models(self):
         config = make_config()
-        with pytest.raises(TypeError, match="`vision` must be a CLIPVisionModel, got LlamaForCausalLM"):
+        with pytest.raises(
+            TypeError, match=r"`vision` must be a CLIPVisionModel or .* or DINOv3ViTModel, got LlamaForCausalLM"
+        ):
             VisualChatForCausalLM.from_vision_text_pretrained(LlamaForCausalLM(config.text_config), CLIPVisionModel)
 
     @pytest.mark.parametrize(
         ("part", "make", "model_type"),
         [
-            ("text", lambda: MistralForCausalLM(MistralConfig(**TINY_DECODER)), "mistral"),
-            ("text", lambda: Qwen2ForCausalLM(Qwen2Config(**TINY_DECODER)), "qwen2"),  # with biases
+            ("text", lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(num_experts=2, **TINY_DECODER)), "qwen2_moe"),
             ("text", lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)), "gpt2"),
             ("text", lambda: make_model(), "visualchat"),
-            ("vision", lambda: SiglipVisionModel(SiglipVisionConfig(**TINY_TOWER)), "siglip_vision_model"),
+            ("vision", lambda: Siglip2VisionModel(Siglip2VisionConfig(**TINY_TOWER)), "siglip2_vision_model"),
             ("vision", lambda: CLIPTextModel(CLIPTextConfig(vocab_size=9, **TINY_TOWER)), "clip_text_model"),
             ("vision", lambda: LlamaForCausalLM(make_config().text_config), "llama"),
         ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from transformers import CLIPImageProcessorPil
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image as fetch_image
 
 from helpers.tiny import make_processor, text_part
@@ -312,6 +312,38 @@ class TestPixelValues:
         cropped = [crop_for_clip(picture, image_processor) for picture in pictures]
         assert {picture.size for picture in cropped} == {(self.SIDE, self.SIDE)}
         assert torch.equal(image_processor(cropped, return_tensors="pt")["pixel_values"], expected)
+
+    @pytest.mark.parametrize("size", [32, 38, 64])
+    def test_the_image_processors_of_siglip_and_dino(self, size):
+        bit = BitImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": 32, "width": 32})
+        siglip = SiglipImageProcessorPil(size={"height": size, "width": size}, resample=Image.Resampling.BILINEAR)
+        photograph = Image.fromarray(load_sample_image("flower.jpg"))
+        edges = (1, 31, 32, 33, 38, 39, 64, 97, 211, 400)
+        pictures = [photograph.crop((150, 20, 150 + width, 20 + height)) for width in edges for height in edges]
+        for image_processor in (bit, siglip):
+            assert clip_side(image_processor) == size
+            expected = image_processor(pictures, return_tensors="pt")["pixel_values"]
+            assert torch.equal(clip_pixel_values(pictures, image_processor), expected)
+            cropped = [crop_for_clip(picture, image_processor) for picture in pictures]
+            assert {picture.size for picture in cropped} == {(size, size)}
+            assert torch.equal(image_processor(cropped, return_tensors="pt")["pixel_values"], expected)
+            assert torch.equal(clip_pixel_values(cropped, image_processor), expected)
+
+    @pytest.mark.parametrize(
+        "image_processor",
+        [
+            BitImageProcessorPil(size={"shortest_edge": 35}, crop_size={"height": 32, "width": 32}),
+            BitImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 32, "width": 32}),
+            BitImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False),
+            BitImageProcessorPil(size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}),
+            SiglipImageProcessorPil(size={"height": 32, "width": 40}),
+            SiglipImageProcessorPil(size={"shortest_edge": 32}),
+            SiglipImageProcessorPil(do_center_crop=True, crop_size={"height": 32, "width": 32}),
+        ],
+    )
+    def test_their_other_steps_are_left_to_them(self, image_processor):
+        assert clip_side(image_processor) is None
+        assert crop_for_clip(PHOTOGRAPH, image_processor) is PHOTOGRAPH
 
     def test_other_means_and_scales(self):
         image_processor = self.image_processor(image_mean=[0.1, 0.2, 0.3], image_std=0.7, rescale_factor=1 / 127)

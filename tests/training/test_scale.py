@@ -41,7 +41,8 @@ class TestTensorParallel:
 
     def test_gradients_are_those_of_one_process(self, shared_out):
         for rank in shared_out[0]:
-            assert rank["gradients"]["gradients"] < 1e-4
+            assert len(rank["gradients"]) == 2
+            assert max(rank["gradients"].values()) < 1e-4
 
     def test_the_decoder_is_shared_out_and_the_tower_is_not(self, shared_out):
         for rank in shared_out[0]:

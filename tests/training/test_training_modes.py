@@ -6,12 +6,23 @@ import datasets
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import is_torchvision_available
 
-from helpers.tiny import make_model, make_processor
+from helpers.tiny import (
+    IMAGE_SIZE,
+    digit_image,
+    make_config,
+    make_image_processor,
+    make_model,
+    make_processor,
+    make_tower_config,
+)
 from helpers.training import ALIGNMENT, FEATURES, arguments, make_row, moved
 from visualchat.cli import main as visualchat
+from visualchat.data.prepare import load_requirements
 from visualchat.training import recipe, train
-from visualchat.training.train import main
+from visualchat.training.arguments import ModelArguments
+from visualchat.training.train import join_parts, main, prepare_processor
 
 
 class TestModes:
@@ -158,3 +169,33 @@ def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_p
         match=r"decoder holds a model of the type 'llama', not 'visualchat'\. To join a tower and a decoder, give",
     ):
         main(arguments(parts, tmp_path / "run", model_name_or_path=tmp_path / "decoder"))
+
+
+def test_a_joined_model_takes_image_processor_and_size_of_the_towers_folder(tmp_path):
+    from transformers import BitImageProcessorPil, LlamaForCausalLM
+
+    AutoModel.from_config(make_tower_config("dinov2", image_size=40)).save_pretrained(tmp_path / "tower")
+    make_image_processor("dinov2").save_pretrained(tmp_path / "tower")
+    LlamaForCausalLM(make_config().text_config).save_pretrained(tmp_path / "decoder")
+    make_processor().tokenizer.save_pretrained(tmp_path / "decoder")
+    parts = {"vision_name_or_path": str(tmp_path / "tower"), "text_name_or_path": str(tmp_path / "decoder")}
+    args = ModelArguments(**parts, projector="pixel_shuffle")
+    processor = prepare_processor(args)
+    assert type(processor.image_processor) is BitImageProcessorPil
+    join_parts(args, processor, tmp_path / "joined")
+    model, processor = AutoModel.from_pretrained(tmp_path / "joined"), AutoProcessor.from_pretrained(tmp_path / "joined")
+    assert model.config.image_size == [IMAGE_SIZE, IMAGE_SIZE]
+    assert processor.image_seq_length == model.config.image_seq_length == 1
+    inputs = processor(text="<image>What?", images=[digit_image(0)], return_tensors="pt")
+    assert model(**inputs).logits.isfinite().all()
+    # The tower alone says how `visualchat prepare` checks images
+    assert load_requirements(parts["vision_name_or_path"]).shorter_edge == IMAGE_SIZE + 4
+
+    if not is_torchvision_available():
+        (tmp_path / "tower/preprocessor_config.json").write_text('{"image_processor_type": "DINOv3ViTImageProcessor"}')
+        with pytest.raises(ValueError, match=r"the image processor of .*tower cannot be loaded: .*[Tt]orchvision"):
+            prepare_processor(args)
+
+    args.pixel_shuffle_factor = 3
+    with pytest.raises(ValueError, match=r"`pixel_shuffle_factor` is 3, which does not divide .* 2 × 2 patches"):
+        join_parts(args, processor, tmp_path / "undivided")

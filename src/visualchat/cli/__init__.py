@@ -32,6 +32,7 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "deepspeed", "matplotlib", "peft", "tensorboard"), "train"),
     **dict.fromkeys(("fastapi", "prometheus_client", "uvicorn"), "serve"),
     **dict.fromkeys(("gradio", "sklearn"), "web"),
+    "gguf": "gguf",
 }
 EXIT_STATUSES = """\
 Exit status: 0 if all is done; 1 if a part failed, or the program did (with a traceback); 2 if an option, a file or a model

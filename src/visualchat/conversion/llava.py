@@ -4,12 +4,13 @@ import argparse
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.decoders_visualchat import DECODERS, find_decoder_family
 from modeling_visualchat.joining_visualchat import load_all_weights
-from modeling_visualchat.projector_visualchat import VisualChatLinearProjector
+from modeling_visualchat.projector_visualchat import VisualChatLinearProjector, VisualChatMlpProjector
 from visualchat.errors import input_errors
 from visualchat.loading import check_name, check_part
 
@@ -32,10 +33,11 @@ def read_config(name: str) -> LlavaConfig:
 
 def check_config(config: LlavaConfig) -> None:
     """Raises a `ValueError` if VisualChat cannot use the vision tower, the decoder or the features of this LLaVA."""
-    for name, expected in (("vision_config", "clip_vision_model"), ("text_config", "llama")):
+    for name, allowed in (("vision_config", ["clip_vision_model"]), ("text_config", DECODERS)):
         model_type = getattr(config, name).model_type
-        if model_type != expected:
-            raise ValueError(f"`{name}` has the model_type {model_type!r}: VisualChat supports {expected!r} only")
+        if model_type not in allowed:
+            supported = " or ".join(map(repr, allowed))
+            raise ValueError(f"`{name}` has the model_type {model_type!r}: VisualChat supports {supported} only")
     if not isinstance(config.vision_feature_layer, int):
         layers = config.vision_feature_layer
         raise ValueError(
@@ -53,8 +55,10 @@ def convert(llava: LlavaForConditionalGeneration, **config) -> tuple[VisualChatF
         The model, and a line of text for each of its parts, which says where the weights come from.
     """
     check_config(llava.config)
+    if config.get("projector") == "mlp" and llava.config.projector_hidden_act != "gelu":
+        raise ValueError(f"`projector_hidden_act` is {llava.config.projector_hidden_act!r}: the projector mlp has 'gelu'")
     with torch.device("meta"):
-        text = LlamaForCausalLM(llava.config.text_config)
+        text = find_decoder_family(llava.config.text_config).causal_lm_class(llava.config.text_config)
     text.model, text.lm_head = llava.model.language_model, llava.lm_head
     text.generation_config = llava.generation_config
     model = VisualChatForCausalLM.from_vision_text_pretrained(
@@ -71,18 +75,26 @@ def convert(llava: LlavaForConditionalGeneration, **config) -> tuple[VisualChatF
 @torch.no_grad()
 def _init_projector(model: VisualChatForCausalLM, llava: LlavaForConditionalGeneration) -> list[str]:
     ours, theirs = model.model.multi_modal_projector, llava.model.multi_modal_projector
+    if isinstance(ours, VisualChatMlpProjector):
+        for name in ("linear_1", "linear_2"):
+            _copy_linear(getattr(ours, name), getattr(theirs, name))
+        return ["projector: from LLaVA"]
     if not isinstance(ours, VisualChatLinearProjector):
         return ["projector: random, since the weights of LLaVA's two-layer MLP do not fit its architecture"]
-    ours.linear.weight.copy_(theirs.linear_1.weight)
-    nn.init.zeros_(ours.linear.bias)
-    if theirs.linear_1.bias is not None:
-        ours.linear.bias.copy_(theirs.linear_1.bias)
+    _copy_linear(ours.linear, theirs.linear_1)
     shape = tuple(theirs.linear_2.weight.shape)
     lines = [
         "projector, linear: from the first layer of LLaVA's MLP",
         f"projector, layer_norm: newly initialized; the second layer {shape} of LLaVA's MLP does not fit and is dropped",
     ]
     return lines + (["projector, encoder_layer: random"] if model.config.projector == "vit" else [])
+
+
+def _copy_linear(ours: nn.Linear, theirs: nn.Linear) -> None:
+    ours.weight.copy_(theirs.weight)
+    nn.init.zeros_(ours.bias)
+    if theirs.bias is not None:
+        ours.bias.copy_(theirs.bias)
 
 
 def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcessor:
@@ -114,4 +126,7 @@ def run(args: argparse.Namespace) -> None:
     processor.save_pretrained(args.output)
     model.save_pretrained(args.output)
     print(f"{args.output}: {model.num_parameters():,} parameters, {model.dtype}", *lines, sep="\n  ")
-    print("Train the projector before use: LLaVA's weights were trained with another attention and another projector")
+    if args.projector != "mlp":
+        print("Train the projector before use: LLaVA's weights were trained with another attention and another projector")
+    elif args.attention != "causal":
+        print("Fine-tune before use: LLaVA's weights were trained with another attention")

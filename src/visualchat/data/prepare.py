@@ -19,7 +19,6 @@ from pathlib import Path
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoProcessor, PreTrainedConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig
 from modeling_visualchat.image_loading_visualchat import shorter_edge
@@ -29,6 +28,7 @@ from visualchat.data.formats import Context, Sample
 from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_atomically
 from visualchat.data.sources import SOURCES, open_source
 from visualchat.errors import input_errors
+from visualchat.loading import load_image_processor
 from visualchat.training.dataset import load_examples
 
 
@@ -83,7 +83,7 @@ def load_requirements(model: str | None) -> ModelRequirements:
             check_parts(model, None)
         except TypeError as error:
             raise ValueError(f"--model takes a VisualChat or its tower: {error}") from error
-        return ModelRequirements(shorter_edge=shorter_edge(CLIPImageProcessorPil.from_pretrained(model)))
+        return ModelRequirements(shorter_edge=shorter_edge(load_image_processor(model)))
     return ModelRequirements.of(AutoProcessor.from_pretrained(model), VisualChatConfig.from_dict(config))
 
 

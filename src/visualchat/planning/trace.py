@@ -279,9 +279,8 @@ def trace_step(model: torch.nn.Module, shape: StepShape, device: str = "cuda", g
         stack.enter_context(log)
         batch = make_tokens(config, shape)
         if shape.images:
-            vision = config.vision_config
             log.part = "image features"
-            pixels = (shape.batch_size * shape.images, vision.num_channels, vision.image_size, vision.image_size)
+            pixels = (shape.batch_size * shape.images, config.vision_config.num_channels, *config.input_size)
             batch["pixel_values"] = torch.empty(pixels, dtype=model.dtype, device="meta")
             log.part = PARTS[0]
         loss = model(**batch, use_cache=False).loss

@@ -11,11 +11,19 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A VisualChat model: a folder or a Hub id."})
-    vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a CLIP vision tower to join …"})
-    text_name_or_path: str | None = field(default=None, metadata={"help": "… with a LLaMA-family decoder."})
+    vision_name_or_path: str | None = field(default=None, metadata={"help": "Or a vision tower to join (docs/parts.md) …"})
+    text_name_or_path: str | None = field(
+        default=None, metadata={"help": "… with a decoder: LLaMA, Mistral, Qwen2 or Qwen3."}
+    )
+    text_gguf_file: str | None = field(default=None, metadata={"help": "The decoder's GGUF file there; is dequantized."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
-    projector: str = field(default="linear", metadata={"help": "Of a joined model: linear, vit or perceiver."})
+    projector: str = field(
+        default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, vit or perceiver."}
+    )
+    pixel_shuffle_factor: int | None = field(
+        default=None, metadata={"help": "With pixel_shuffle: the side, in patches, of what becomes one token; 2 by default."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}

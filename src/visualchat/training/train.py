@@ -3,20 +3,29 @@
 import json
 import logging
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, set_seed
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, set_seed
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.decoders_visualchat import find_head_dim
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, push
-from visualchat.loading import check_model_type, check_part, load_model, load_processor
+from visualchat.loading import (
+    check_model_type,
+    check_part,
+    find_image_size,
+    load_image_processor,
+    load_model,
+    load_processor,
+)
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.checkpoints import world_size_changed
@@ -40,7 +49,7 @@ logger = logging.getLogger("train")
 
 LORA_TARGETS = {
     "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-    "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+    "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
 }
 
 
@@ -50,8 +59,9 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If neither is given, or the model is no VisualChat.
+        ValueError: If neither is given, the model is no VisualChat, or the decoder cannot be used.
         TypeError: If the parts are of families that cannot be joined.
+        ImportError: If the decoder is a GGUF file and the extra `gguf` is not installed.
     """
     if model_args.model_name_or_path:
         try:
@@ -62,31 +72,45 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
             raise ValueError(f"--model_name_or_path: {error} {join}") from error
     if not (model_args.vision_name_or_path and model_args.text_name_or_path):
         raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    if model_args.text_gguf_file:
+        import_module("gguf")  # of the extra `gguf`: what is missing is named before anything is read
     check_part(model_args.vision_name_or_path)
     check_part(model_args.text_name_or_path)
-    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
-    image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
-    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
+    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path, model_args.text_gguf_file)
+    image_processor = load_image_processor(model_args.vision_name_or_path)
+    gguf = {"gguf_file": model_args.text_gguf_file} if model_args.text_gguf_file else {}
+    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path, **gguf))
 
 
 def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
-    """Joins tower and decoder once and saves them, so that every process can load its share of the result."""
-    model = VisualChatForCausalLM.from_vision_text_pretrained(
-        model_args.vision_name_or_path,
-        model_args.text_name_or_path,
-        dtype=model_args.dtype,
-        image_token_id=processor.image_token_id,
-        multimodal_attention=model_args.multimodal_attention,
-        projector=model_args.projector,
-        image_number_keys=model_args.image_number_keys,
-        image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
-    )
+    """
+    Joins tower and decoder once and saves them, so that every process can load its share of the result.
+
+    Raises:
+        ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
+    """
+    try:
+        model = VisualChatForCausalLM.from_vision_text_pretrained(
+            model_args.vision_name_or_path,
+            model_args.text_name_or_path,
+            gguf_file=model_args.text_gguf_file,
+            dtype=model_args.dtype,
+            image_token_id=processor.image_token_id,
+            multimodal_attention=model_args.multimodal_attention,
+            projector=model_args.projector,
+            pixel_shuffle_factor=model_args.pixel_shuffle_factor,
+            image_size=find_image_size(processor.image_processor),
+            image_number_keys=model_args.image_number_keys,
+            image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     processor.image_seq_length = model.config.image_seq_length
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def fit_context(max_length: int, text_config: LlamaConfig) -> int:
+def fit_context(max_length: int, text_config: PreTrainedConfig) -> int:
     """`max_length`, or the decoder's context if that is shorter: the model would refuse a longer conversation."""
     context = text_config.max_position_embeddings
     if max_length <= context or text_config.rope_parameters["rope_type"] == "dynamic":
@@ -137,12 +161,12 @@ def fastest_attention(config: VisualChatConfig, device: torch.device) -> str:
     return "flex_attention"
 
 
-def try_flex_attention(config: LlamaConfig, device: torch.device) -> None:
+def try_flex_attention(config: PreTrainedConfig, device: torch.device) -> None:
     """Compiles flex attention for heads like the decoder's, forward and backward, in seconds."""
     positions_BK = torch.arange(2 * BLOCK_SIZE, device=device)[None]
     mask = make_block_mask(positions_BK, torch.zeros_like(positions_BK), positions_BK)
     query, key = (
-        torch.zeros(1, heads, 2 * BLOCK_SIZE, config.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        torch.zeros(1, heads, 2 * BLOCK_SIZE, find_head_dim(config), dtype=torch.bfloat16, device=device, requires_grad=True)
         for heads in (config.num_attention_heads, config.num_key_value_heads)
     )
     softmax(query, key, key, mask).sum().backward()
