@@ -175,7 +175,7 @@ def load_image_processor(name: str) -> BaseImageProcessor:
     """
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil")
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"the image processor of {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
