@@ -2,6 +2,9 @@
 """A pretrained vision tower and a pretrained decoder, joined with a new projector to be aligned."""
 
 import copy
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -58,7 +61,7 @@ class VisualChatJoiningMixin:
             vision = load_all_weights(FOLDER_TYPES[read_model_type(vision)].model_class, vision, dtype)
         vision = adopt_tower(vision)
         if isinstance(text, str):
-            text = load_all_weights(AutoModelForCausalLM, text, dtype, **({"gguf_file": gguf_file} if gguf_file else {}))
+            text = _load_gguf(text, gguf_file, dtype) if gguf_file else load_all_weights(AutoModelForCausalLM, text, dtype)
         decoders = tuple(family.causal_lm_class for family in DECODERS.values())
         if not isinstance(text, decoders):
             names = " or ".join(kind.__name__ for kind in decoders)
@@ -102,7 +105,7 @@ class VisualChatJoiningMixin:
         self.get_input_embeddings().requires_grad_(True)
 
 
-def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype, **kwargs) -> PreTrainedModel:
+def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype) -> PreTrainedModel:
     """
     `kind.from_pretrained`, which would go on with random weights where some are missing.
 
@@ -110,17 +113,33 @@ def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torc
         kind (`type`): The class, or an Auto class.
         source (`str`): A folder or a Hub id.
         dtype (`str` or `torch.dtype`): What it is loaded in.
-        kwargs: As for `from_pretrained`.
 
     Raises:
         ValueError: If a weight that a VisualChat uses is missing. The error names it and its file.
     """
-    part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+    part, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := sorted(name for name in info["missing_keys"] if not name.endswith(MASK_TOKEN)):
         count = f"; {len(missing)} tensors are" if len(missing) > 1 else ""
-        file = kwargs.get("gguf_file") or find_weight_file(source, missing[0])
-        raise ValueError(f"{file}: the tensor {missing[0]} is missing{count}")
+        raise ValueError(f"{find_weight_file(source, missing[0])}: the tensor {missing[0]} is missing{count}")
     return part
+
+
+def _load_gguf(text: str, gguf_file: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    with _readable(text, gguf_file):
+        settings = {"dtype": dtype, "gguf_file": gguf_file, "output_loading_info": True}
+        decoder, info = AutoModelForCausalLM.from_pretrained(text, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{gguf_file} in {text}: the tensor {missing[0]} is missing")
+    return decoder
+
+
+@contextmanager
+def _readable(text: str, gguf_file: str) -> Iterator[None]:
+    """Turns what a damaged GGUF file raises in its readers into a `ValueError` that names it."""
+    try:
+        yield
+    except (ValueError, IndexError, struct.error) as error:
+        raise ValueError(f"{gguf_file} in {text} cannot be read as GGUF: {error}") from error
 
 
 def check_parts(vision: str | None, text: str | None, gguf_file: str | None = None) -> None:
@@ -163,7 +182,8 @@ def _read_gguf_fields(text: str, gguf_file: str) -> dict[str, str]:
         ValueError: If it is no GGUF file, or if it scales rotary positions: transformers reads the weights alone, and would
             compute something else.
     """
-    metadata, tensors = read_gguf_metadata(cached_file(text, gguf_file))
+    with _readable(text, gguf_file):
+        metadata, tensors = read_gguf_metadata(cached_file(text, gguf_file))
     architecture = metadata["general.architecture"]
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:

@@ -12,6 +12,7 @@ CODE_FILES = {
     "chat_visualchat.py",
     "configuration_visualchat.py",
     "decoder_visualchat.py",
+    "decoders_visualchat.py",
     "distributed_visualchat.py",
     "generation_visualchat.py",
     "image_inputs_visualchat.py",

@@ -27,7 +27,10 @@ NAMES = {
 
 
 def write_gguf(path: Path, decoder, tokenizer: PreTrainedTokenizerBase, rope_scaling: str | None = None) -> None:
-    """Matrices in 8 bits (Q8_0), where their width is a multiple of 32; all else in float32."""
+    """
+    Matrices in 8 bits (Q8_0), where their width is a multiple of 32; all else in float32. `rope_scaling` is written as for
+    LLaMA 3 (`"llama3"`: factors of the frequencies) or by its name (`"yarn"`).
+    """
     config = decoder.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_name("tiny")
@@ -40,7 +43,9 @@ def write_gguf(path: Path, decoder, tokenizer: PreTrainedTokenizerBase, rope_sca
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    if rope_scaling is not None:
+    if rope_scaling == "llama3":
+        writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
+    elif rope_scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope_scaling))
     write_tokenizer(writer, tokenizer)
     for name, weight in decoder.state_dict().items():

@@ -57,13 +57,28 @@ def test_a_gguf_decoder_joins_dequantized_and_saves(decoder, tmp_path):
     assert tokenizer.decode(tokenizer("a cute black cat").input_ids, skip_special_tokens=True) == "a cute black cat"
 
 
-def test_what_transformers_does_not_read_from_gguf_is_refused(tmp_path):
-    make_parts(tmp_path, rope_scaling="yarn")
+@pytest.mark.parametrize(
+    ("rope_scaling", "found"),
+    [("yarn", r"llama\.rope\.scaling\.type 'yarn'"), ("llama3", r"a tensor rope_freqs\.weight")],
+)
+def test_what_transformers_does_not_read_from_gguf_is_refused(rope_scaling, found, tmp_path):
+    make_parts(tmp_path, rope_scaling=rope_scaling)
+    with pytest.raises(ValueError, match=rf"{FILE} in .* scales its rotary positions \({found}\)"):
+        VisualChatForCausalLM.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"), gguf_file=FILE)
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    make_parts(tmp_path)
     parts = [str(tmp_path / "vision"), str(tmp_path / "text")]
-    with pytest.raises(ValueError, match=rf"{FILE} in .* scales its rotary positions \(llama.rope.scaling.type 'yarn'\)"):
-        VisualChatForCausalLM.from_vision_text_pretrained(*parts, gguf_file=FILE)
     with pytest.raises(OSError, match=r"nothing\.gguf"):
         VisualChatForCausalLM.from_vision_text_pretrained(*parts, gguf_file="nothing.gguf")
     (tmp_path / "text" / "other.gguf").write_bytes(b"no such file" * 9)
-    with pytest.raises(ValueError, match=r"other.gguf does not start with the GGUF magic bytes"):
+    with pytest.raises(
+        ValueError, match=r"other\.gguf in .* cannot be read as GGUF: .*does not start with the GGUF magic bytes"
+    ):
         VisualChatForCausalLM.from_vision_text_pretrained(*parts, gguf_file="other.gguf")
+    whole = (tmp_path / "text" / FILE).read_bytes()
+    for size in (100, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "text" / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.gguf in .* cannot be read as GGUF"):
+            VisualChatForCausalLM.from_vision_text_pretrained(*parts, gguf_file="cut.gguf")

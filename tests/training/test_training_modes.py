@@ -5,9 +5,10 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, Qwen2ForCausalLM
 from transformers.utils import is_torchvision_available
 
+from helpers.gguf_files import write_gguf
 from helpers.tiny import (
     IMAGE_SIZE,
     digit_image,
@@ -15,6 +16,7 @@ from helpers.tiny import (
     make_image_processor,
     make_model,
     make_processor,
+    make_tokenizer,
     make_tower_config,
 )
 from helpers.training import ALIGNMENT, FEATURES, arguments, make_row, moved
@@ -148,6 +150,21 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.image_number_keys
     assert trained.config.image_token_id == 320
+
+
+def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
+    model = make_model(decoder="qwen2", text={"vocab_size": len(make_tokenizer())}, image_token_id=5)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    make_processor().image_processor.save_pretrained(tmp_path / "tower")
+    (tmp_path / "decoder").mkdir()
+    write_gguf(tmp_path / "decoder" / "tiny.gguf", Qwen2ForCausalLM(model.config.text_config), make_tokenizer())
+    joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
+    words = arguments(parts, tmp_path / "run", **joined, text_gguf_file="tiny.gguf")
+    where = words.index("--model_name_or_path")
+    main([*words[:where], *words[where + 2 :], "--max_steps", "2"])
+    trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.text_config.model_type == "qwen2"
+    assert AutoProcessor.from_pretrained(tmp_path / "run" / "model").image_token_id == trained.config.image_token_id
 
 
 def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
