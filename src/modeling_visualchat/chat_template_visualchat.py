@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Chat templates: the paper's prompt, and the prompt of an instruct decoder, made from its tokenizer's own chat template. Nothing
-else in the project assembles a prompt.
+Chat templates: the paper's prompt, and that of an instruct decoder, made from its tokenizer's own chat template. Nothing else
+in the project assembles a prompt.
 """
 
 import itertools
@@ -26,7 +26,8 @@ IMAGES_IN_FRONT = """\
 # … or: images before the first text stand before the question, to the letter as above, and others where they are in it
 IMAGES_IN_PLACE = """\
         {%- set turn = namespace(text='', begun=false, opened=false) -%}
-        {%- for part in [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] -%}
+        {%- set text_only = [{'type': 'text', 'text': message['content']}] -%}
+        {%- for part in text_only if message['content'] is string else message['content'] -%}
             {%- if part['type'] == 'image' -%}
                 {%- set numbered.images = numbered.images + 1 -%}
                 {%- set lines = '### Image ' + numbered.images | string + ':\\n<image>' -%}
@@ -244,7 +245,8 @@ def _find_parts(render, tokenizer) -> dict[str, str]:
         raise _refusal("it writes the second round otherwise than the first")
     question_end = _split(render(_talk(*CONTENTS[:1])), CONTENTS[:1])[-1]
     answer_end = _split(render(_talk(*CONTENTS[:2])), CONTENTS[:2])[-1]
-    if not to_question.startswith(answer_end) or not (to_answer.startswith(question_end) and prompt.startswith(question_end)):
+    pairs = (to_question, answer_end), (to_answer, question_end), (prompt, question_end)
+    if not all(text.startswith(beginning) for text, beginning in pairs):
         raise _refusal("a later message changes what it writes behind an earlier one")
     lead = ""
     if to_answer.startswith(prompt) and not to_answer.removeprefix(prompt).strip():
@@ -271,8 +273,9 @@ def _find_parts(render, tokenizer) -> dict[str, str]:
 def _find_system(render, parts: dict[str, str]) -> tuple[str, str]:
     """What stands before and behind a system message, up to the first question."""
     before, behind, end = _split(render(_talk("QUESTION1", system="SYSTEM1")), ("SYSTEM1", "QUESTION1"))
-    if end != parts["QUESTION_END"]:
-        raise _refusal("a system message changes the rounds")
+    pieces = _split(render(_talk(*CONTENTS, system="SYSTEM1")), ("SYSTEM1", *CONTENTS))
+    if end != parts["QUESTION_END"] or pieces[:2] != [before, behind]:
+        raise _refusal("a system message changes what stands around others")
     return before, behind
 
 
@@ -323,5 +326,5 @@ def _fill(parts: dict[str, str], system: tuple[str, str] | None, filters: dict[s
 def _literal(text: str) -> str:
     """A text as a template writes it, with today's date where the original has it."""
     pieces = DATE.split(text)
-    dates = [f"strftime_now({ascii(piece)})" if k % 2 else ascii(piece) for k, piece in enumerate(pieces)]
+    dates = [f"strftime_now({piece!a})" if k % 2 else ascii(piece) for k, piece in enumerate(pieces)]
     return dates[0] if len(dates) == 1 else f"({' + '.join(dates)})"

@@ -104,7 +104,7 @@ class VisualChatProcessor(ProcessorMixin):
             beginning, self.answer_lead, turn_end = read_turn(chat_template, tokenizer.special_tokens_map)
             # The tokens of the decoder's own template are those of its text: it may begin otherwise than texts do
             self._begin = self._begin if beginning.startswith(self._begin) else ""
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer(turn_end, add_special_tokens=False)["input_ids"][-1])
+            tokenizer.eos_token = tokenizer.tokenize(turn_end)[-1]
         tokenizer.chat_template = chat_template or write_chat_template(tokenizer, self._begin, image_position)
         super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         # `save_pretrained` would add it: with it, a processor that was saved equals the one that is loaded
