@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from .data_collator_visualchat import fill_images
 from .image_loading_visualchat import ImageSource
-from .processing_visualchat import list_images
+from .processing_visualchat import fill_images, list_images
 
 
 @dataclass

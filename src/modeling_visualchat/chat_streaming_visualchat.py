@@ -13,7 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 
 # An answer to the paper's prompt ends where a line of the prompt's own begins a new section. Empty lines before it belong to
-# the section. The search begins at the first of several newlines only: else its time would grow with the square of their number
+# the section. The search begins at the first of several newlines only: else its time would grow with the square of their
+# number
 NEWLINES = r"(?:\A|(?<!\n)\n+)"
 SECTION = NEWLINES + r"### (?:Image \d+|Question|Answer):"
 SECTION_START = re.compile(SECTION + r"(?=\n)")

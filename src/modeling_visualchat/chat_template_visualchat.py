@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Chat templates: the paper's prompt, and that of an instruct decoder, made from its tokenizer's own chat template. Nothing else
-in the project assembles a prompt.
+Chat templates: the paper's prompt, and that of an instruct decoder, made from its tokenizer's own chat template. Nothing
+else in the project assembles a prompt.
 """
 
 import itertools

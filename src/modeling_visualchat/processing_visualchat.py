@@ -353,4 +353,36 @@ def list_images(conversation: list[dict]) -> list[ImageSource]:
     return [part[next(key for key in PART_KEYS["image"] if key in part)] for part in parts if part["type"] == "image"]
 
 
+def fill_images(example: dict, name: str) -> list[dict]:
+    """
+    The messages of an example, with its images put into the image parts that carry none, in reading order. An image may be
+    what datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
+    """
+    images = [undecoded(image) for image in example.get("images") or []]
+    given = len(images)
+    empty = 0
+    messages = []
+    for message in check_conversation(example.get("messages"), name=f"{name}: "):
+        content = message["content"]
+        if isinstance(content, list):
+            filled = []
+            for part in content:
+                if part["type"] == "image" and all(part.get(key) is None for key in ("image", "url", "path", "base64")):
+                    empty += 1
+                    part = {"type": "image", "image": images.pop(0) if images else None}
+                filled.append(part)
+            content = filled
+        messages.append({**message, "content": content})
+    if empty != given:
+        raise ValueError(f"{name}: {empty} image parts wait for an image, but `images` holds {given}")
+    return messages
+
+
+def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
+    """An image of an example, or what is in it if it is what datasets' undecoded Image feature holds."""
+    if isinstance(image, dict):
+        return image["path"] if image.get("bytes") is None else image["bytes"]
+    return image
+
+
 __all__ = ["VisualChatProcessor"]
