@@ -16,6 +16,13 @@ class ModelArguments:
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
     projector: str = field(default="linear", metadata={"help": "Of a joined model: linear, vit or perceiver."})
+    chat_format: Literal["paper", "decoder"] = field(
+        default="paper", metadata={"help": "Of a joined model: the paper's prompt, or the decoder's own chat template."}
+    )
+    image_position: Literal["front", "in_place"] | None = field(
+        default=None,
+        metadata={"help": "Of a joined model: images before the question, or in_place. Left out: by the format."},
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}

@@ -32,6 +32,8 @@ FIXED_FIELDS = (
     "multimodal_attention",
     "image_number_keys",
     "projector",
+    "chat_format",
+    "image_position",
     "lora_target",
     "lora_rank",
     "lora_alpha",
@@ -81,7 +83,15 @@ CHANGEABLE_FIELDS = (
     "metric_for_best_model",
     "greater_is_better",
 )
-JOINED_FIELDS = ("multimodal_attention", "image_number_keys", "projector", "vision_name_or_path", "text_name_or_path")
+JOINED_FIELDS = (
+    "multimodal_attention",
+    "image_number_keys",
+    "projector",
+    "chat_format",
+    "image_position",
+    "vision_name_or_path",
+    "text_name_or_path",
+)
 RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")
 SCHEDULE_FIELDS = (*RATE_FIELDS, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 LOSS_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they follow the losses, and their state holds the rates

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaCon
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.chat_streaming_visualchat import find_end_tokens
 from modeling_visualchat.generation_visualchat import drop_unused_flags
 from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
@@ -50,7 +51,8 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If neither is given, or the model is no VisualChat.
+        ValueError: If neither is given, the model is no VisualChat, or the decoder has no chat template that can be used for
+            `chat_format: decoder`.
         TypeError: If the parts are of families that cannot be joined.
     """
     if model_args.model_name_or_path:
@@ -66,7 +68,12 @@ def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     check_part(model_args.text_name_or_path)
     check_parts(model_args.vision_name_or_path, model_args.text_name_or_path)
     image_processor = CLIPImageProcessorPil.from_pretrained(model_args.vision_name_or_path)
-    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path))
+    return VisualChatProcessor(
+        image_processor,
+        AutoTokenizer.from_pretrained(model_args.text_name_or_path),
+        chat_format=model_args.chat_format,
+        image_position=model_args.image_position,
+    )
 
 
 def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
@@ -81,6 +88,9 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
         image_number_keys=model_args.image_number_keys,
         image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
     )
+    if processor.chat_format == "decoder":  # a turn may end with another token than a text does
+        end_tokens = find_end_tokens(processor, model.generation_config.eos_token_id)
+        model.generation_config.eos_token_id = sorted(end_tokens)
     processor.image_seq_length = model.config.image_seq_length
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
