@@ -121,7 +121,7 @@ def test_what_is_no_decoders_template_is_refused():
     paper.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has none"):
         VisualChatProcessor(paper.image_processor, paper.tokenizer, chat_format="decoder")
-    with pytest.raises(ValueError, match="no {% generation %} block"):
+    with pytest.raises(ValueError, match=r"no {% generation %} block"):
         VisualChatProcessor(paper.image_processor, paper.tokenizer, chat_format="decoder", chat_template=LLAMA3)
     with pytest.raises(ValueError, match="chat_format is 'chatml': use 'paper' or 'decoder'"):
         make_decoder_processor(chat_format="chatml")

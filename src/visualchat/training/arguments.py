@@ -21,7 +21,7 @@ class ModelArguments:
     )
     image_position: Literal["front", "in_place"] | None = field(
         default=None,
-        metadata={"help": "Of a joined model: images before the question, or in_place. Left out: by the format."},
+        metadata={"help": "Of a joined model: images in front of a question, or in_place."},
     )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(
