@@ -107,7 +107,7 @@ class ChatPage:
                 show_label=True,
                 file_count="multiple",
                 file_types=["image"],
-                placeholder=f"Type a question, and drop images here ({IMAGE_MARK} in the question is where one of them stands)",
+                placeholder=f"Type a question, and drop images here. {IMAGE_MARK} in the question: where an image stands",
                 max_plain_text_length=MAX_TEXT_LENGTH,  # Gradio makes a file of a longer text that is pasted
                 elem_id="box",
             )
