@@ -27,7 +27,7 @@ IMAGES_IN_FRONT = """\
 IMAGES_IN_PLACE = """\
         {%- set turn = namespace(text='', begun=false, opened=false) -%}
         {%- set text_only = [{'type': 'text', 'text': message['content']}] -%}
-        {%- for part in text_only if message['content'] is string else message['content'] -%}
+        {%- for part in (text_only if message['content'] is string else message['content']) -%}
             {%- if part['type'] == 'image' -%}
                 {%- set numbered.images = numbered.images + 1 -%}
                 {%- set lines = '### Image ' + numbered.images | string + ':\\n<image>' -%}
@@ -224,7 +224,7 @@ def _talk(*contents: str, system: str | None = None) -> list[dict]:
     return turns if system is None else [_message("system", system), *turns]
 
 
-CONTENTS = ("QUESTION1", "ANSWER1", "QUESTION2", "ANSWER2", "QUESTION3")
+CONTENTS = ("Question1", "Answer1", "Question2", "Answer2", "Question3")
 
 
 def _split(text: str, contents: tuple[str, ...]) -> list[str]:
@@ -272,8 +272,8 @@ def _find_parts(render, tokenizer) -> dict[str, str]:
 
 def _find_system(render, parts: dict[str, str]) -> tuple[str, str]:
     """What stands before and behind a system message, up to the first question."""
-    before, behind, end = _split(render(_talk("QUESTION1", system="SYSTEM1")), ("SYSTEM1", "QUESTION1"))
-    pieces = _split(render(_talk(*CONTENTS, system="SYSTEM1")), ("SYSTEM1", *CONTENTS))
+    before, behind, end = _split(render(_talk("Question1", system="System1")), ("System1", "Question1"))
+    pieces = _split(render(_talk(*CONTENTS, system="System1")), ("System1", *CONTENTS))
     if end != parts["QUESTION_END"] or pieces[:2] != [before, behind]:
         raise _refusal("a system message changes what stands around others")
     return before, behind

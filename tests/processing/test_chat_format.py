@@ -99,7 +99,7 @@ def test_a_later_turn_changes_no_earlier_one(decoders):
         ("{% for message in messages %}{{ message['content'] | upper }}{% endfor %}", "the content of each message once"),
         (SMOLLM2.replace("<|im_end|>", "###"), "no special token ends an answer"),
         (SMOLLM2.replace("message['content']", "message['content'] | replace('é', 'e')"), "a conversation of 1 messages"),
-        (SMOLLM2.replace("'\\n' + message['content']", "''"), "once, in order"),
+        (SMOLLM2.replace("message['content']", "'?'"), "once, in order"),
         ("{{ raise_exception('No.') }}", "TemplateError: No."),
         ("{{ messages[5] }}", "once, in order"),
         (
