@@ -14,6 +14,7 @@ from modeling_visualchat import ChatSession, VisualChatProcessor
 from modeling_visualchat.chat_rounds_visualchat import Round
 from visualchat.chat.image_marks import read_marks, write_marks
 from visualchat.chat.page_conversation import Conversation
+from visualchat.chat.terminal import Terminal
 from visualchat.evaluation.answers import generate_answers
 
 
@@ -220,6 +221,17 @@ class TestMarks:
         assert chat.rounds[0].text == "<image>\nis it,\n<image>\n?"
         list(chat.edit(0, "Which?", **GREEDY))
         assert chat.rounds[0].text == "Which?"
+
+    def test_the_terminal(self, models, processors, tmp_path, capsys):
+        digit_image(0).save(tmp_path / "a.png")
+        terminal = Terminal(models["Qwen2"].start_chat(processors["Qwen2"]), GREEDY, interactive=False)
+        lines = [f"/image {tmp_path}/a.png {tmp_path}/a.png", "Is <image> or <image> larger?", "/edit 1 <image> or <image>?"]
+        assert terminal.run(iter(lines[:2])) == 0
+        assert terminal.session.rounds[0].image_lines == [1, 2]
+        assert terminal.run(iter([*lines[2:], "/retry", "/show"])) == 0
+        assert terminal.session.rounds[0].image_lines == [0, 1]
+        assert "1: <image>\nor\n<image>\n?" in "".join(capsys.readouterr())
+        assert terminal.run(iter(["/edit 2 What?"])) == 1
 
 
 @pytest.mark.parametrize("name", ["in_place", "Qwen2"])

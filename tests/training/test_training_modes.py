@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
+from helpers.chat_templates import make_decoder_tokenizer
 from helpers.tiny import make_model, make_processor
 from helpers.training import ALIGNMENT, FEATURES, arguments, make_row, moved
 from visualchat.cli import main as visualchat
@@ -137,6 +138,33 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.image_number_keys
     assert trained.config.image_token_id == 320
+
+
+def test_joining_a_decoder_with_its_own_chat_template(parts, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    tokenizer = make_decoder_tokenizer("Qwen2")
+    model = make_model(text={"vocab_size": len(tokenizer)}, image_token_id=5)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    make_processor().image_processor.save_pretrained(tmp_path / "tower")
+    decoder = LlamaForCausalLM(model.config.text_config)
+    decoder.generation_config.eos_token_id = 2
+    decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    words = arguments(
+        parts, tmp_path / "run", vision_name_or_path=tmp_path / "tower", text_name_or_path=tmp_path / "decoder"
+    )
+    where = words.index("--model_name_or_path")
+    words = [*words[:where], *words[where + 2 :], "--chat_format", "decoder", "--max_steps", "2"]
+    main([*words, "--image_number_keys", "True"])
+    trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "run" / "model")
+    assert processor.chat_format == "decoder" and "Image " in processor.chat_template
+    assert trained.config.image_number_token_ids == processor.image_number_token_ids()
+    assert trained.generation_config.eos_token_id == [2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    make_processor().tokenizer.save_pretrained(tmp_path / "decoder")  # the paper's template
+    with pytest.raises(ValueError, match="chat_format='decoder' cannot use the tokenizer's chat template"):
+        main([*words, "--overwrite", "True"])
 
 
 def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
