@@ -105,7 +105,11 @@ class VisualChatProcessor(ProcessorMixin):
             # The tokens of the decoder's own template are those of its text: it may begin otherwise than texts do
             self._begin = self._begin if beginning.startswith(self._begin) else ""
             tokenizer.eos_token = tokenizer.tokenize(turn_end)[-1]
-        tokenizer.chat_template = chat_template or write_chat_template(tokenizer, self._begin, image_position)
+        else:
+            # A saved template of the paper's prompt follows `image_position`; one of another origin stays as it is
+            own = {position: write_chat_template(tokenizer, self._begin, position) for position in positions}
+            chat_template = own[image_position] if chat_template in (None, *own.values()) else chat_template
+        tokenizer.chat_template = chat_template
         super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         # `save_pretrained` would add it: with it, a processor that was saved equals the one that is loaded
         self.auto_map = {"AutoProcessor": "processing_visualchat.VisualChatProcessor"}

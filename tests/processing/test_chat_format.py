@@ -190,6 +190,17 @@ class TestPaper:
             assert processor.apply_chat_template(plain).endswith("assistant.\n\n### Question:\nHi\n")
 
 
+    def test_a_saved_processor_is_given_another_position(self, tmp_path):
+        make_processor().save_pretrained(tmp_path)
+        again = AutoProcessor.from_pretrained(tmp_path, image_position="in_place")
+        assert again.image_position == "in_place"
+        assert again.chat_template == again.tokenizer.chat_template == make_paper_processor("in_place").chat_template
+        again.save_pretrained(tmp_path)
+        assert AutoProcessor.from_pretrained(tmp_path).chat_template == again.chat_template
+        front = AutoProcessor.from_pretrained(tmp_path, image_position="front")
+        assert front.chat_template == make_processor().chat_template
+
+
 def make_paper_processor(image_position: str | None) -> VisualChatProcessor:
     one = make_processor()
     return VisualChatProcessor(one.image_processor, fresh_tokenizer(one), TOKENS_PER_IMAGE, image_position=image_position)
