@@ -189,7 +189,6 @@ class TestPaper:
             plain = [{"role": "user", "content": "Hi"}]
             assert processor.apply_chat_template(plain).endswith("assistant.\n\n### Question:\nHi\n")
 
-
     def test_a_saved_processor_is_given_another_position(self, tmp_path):
         make_processor().save_pretrained(tmp_path)
         again = AutoProcessor.from_pretrained(tmp_path, image_position="in_place")
