@@ -289,11 +289,11 @@ def _choose_filters(render, original: str, parts: dict, system: tuple[str, str] 
         contents = {name: padded[name] if name == role else name for name in padded}
         messages = _talk(contents["user"], contents["assistant"], system=contents["system"] if role == "system" else None)
         expected = render(original, messages)
-        for chosen[role] in FILTERS:
-            if render(_fill(parts, system, chosen, image_token), messages) == expected:
-                break
-        else:
+        tried = {one: render(_fill(parts, system, {**chosen, role: one}, image_token), messages) for one in FILTERS}
+        fitting = [one for one, rendered in tried.items() if rendered == expected]
+        if not fitting:
             raise _refusal(f"it changes the content of a message of the role {role!r}, or what stands around it")
+        chosen[role] = fitting[0]
     template = _fill(parts, system, chosen, image_token)
     texts = [f"{{{{ Text }}}} {number}:\nline 'é' \\n \"東\" </x>" for number in range(7)]
     for count, prompted in itertools.product(range(1, 8), (False, True)):
