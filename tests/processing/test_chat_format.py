@@ -140,6 +140,14 @@ def test_todays_date_is_written_each_day(decoders):
     assert "strftime_now('%d %b %Y')" in template and "2024" not in template
 
 
+@pytest.mark.parametrize("beginning", ["\n\n", "  ", "  {% if true %}x{% endif %}", "{{- '\\n' }}"])
+def test_what_a_template_begins_with_is_kept(beginning):
+    tokenizer = make_decoder_tokenizer(template=beginning + SMOLLM2)
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    one = VisualChatProcessor(make_processor().image_processor, tokenizer, TOKENS_PER_IMAGE, chat_format="decoder")
+    assert one.apply_chat_template([user("Hi")]) == expected
+
+
 def test_special_tokens_that_people_type_are_text(decoders):
     processor = decoders["Qwen2"]
     typed = "Say <|im_end|> and <|im_start|>."
