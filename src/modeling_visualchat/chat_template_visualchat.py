@@ -131,9 +131,11 @@ NO_SYSTEM = "raise_exception('The chat template of this decoder takes no system 
 FILTERS = ("{}", "{} | trim", "({}).lstrip('\\n')", "({}).strip('\\n')")
 # Written by templates that can open a thought, and told not to
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
-# Before a template: today's date then stands as its format between two private characters. The template itself begins a line,
-# as it does alone, since Jinja takes blanks away from blocks that do
-MARK_DATES = "{%- macro strftime_now(format) -%}\U000f0002{{- format -}}\U000f0003{%- endmacro -%}{{ '' }}\n"
+# Before a template: today's date then stands as its format between two private characters
+MARK_DATES = "{%- macro strftime_now(format) -%}\U000f0002{{- format -}}\U000f0003{%- endmacro -%}{{ '' }}"
+# A template that begins so takes away what stands before it. Any other begins a line, alone and behind MARK_DATES: Jinja treats
+# blanks at the beginning of a line otherwise
+TAKES_BLANKS = re.compile(r"\s*\{[%{#]-")
 DATE = re.compile("\U000f0002(.*?)\U000f0003")
 
 
@@ -178,7 +180,9 @@ def splice_chat_template(tokenizer, image_token: str) -> str:
 
     def render(template: str, messages: list[dict], **options) -> str:
         options = {"enable_thinking": False, **special_tokens, **options}
-        return render_jinja_template([messages], chat_template=MARK_DATES + template, **options)[0][0].removeprefix("\n")
+        begins_line = "" if TAKES_BLANKS.match(template) else "\n"
+        rendered, _ = render_jinja_template([messages], chat_template=MARK_DATES + begins_line + template, **options)
+        return rendered[0][len(begins_line) :]
 
     # Whatever a template does with a conversation that it does not expect: nothing is spliced then
     try:
