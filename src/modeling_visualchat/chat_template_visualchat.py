@@ -133,8 +133,8 @@ FILTERS = ("{}", "{} | trim", "({}).lstrip('\\n')", "({}).strip('\\n')")
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 # Before a template: today's date then stands as its format between two private characters
 MARK_DATES = "{%- macro strftime_now(format) -%}\U000f0002{{- format -}}\U000f0003{%- endmacro -%}{{ '' }}"
-# A template that begins so takes away what stands before it. Any other begins a line, alone and behind MARK_DATES: Jinja treats
-# blanks at the beginning of a line otherwise
+# A template that begins so takes away what stands before it. Any other begins a line, alone and behind MARK_DATES: Jinja
+# treats blanks at the beginning of a line otherwise
 TAKES_BLANKS = re.compile(r"\s*\{[%{#]-")
 DATE = re.compile("\U000f0002(.*?)\U000f0003")
 
