@@ -53,8 +53,8 @@ def read_question(text: str | list[dict], images: list[ImageSource]) -> tuple[st
     Raises:
         ValueError: If a part cannot be used, or `images` and the image parts that wait for one differ in number.
     """
-    if not isinstance(text, list):
-        return text, images, []
+    if not isinstance(text, list) or not all(isinstance(part, dict) for part in text):
+        return text, images, []  # a text, or what is refused as none
     (question,) = fill_images({"messages": [{"role": "user", "content": text}], "images": images}, "the question")
     text, image_lines = join_texts([part.get("text") for part in question["content"]])
     return text, list_images([question]), image_lines

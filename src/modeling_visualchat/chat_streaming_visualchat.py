@@ -169,9 +169,12 @@ def choose_settings(model, generation: dict) -> dict:
 
 
 def check_texts(question: str, begin_with: str, chat_format: str) -> None:
-    for name, verb, text in (("A question", "is", question), ("An answer", "begins with", begin_with)):
+    for name, form, text in (
+        ("A question", "is a string or a list of parts", question),
+        ("An answer", "begins with a string", begin_with),
+    ):
         if not isinstance(text, str):
-            raise TypeError(f"{name} {verb} a string, got {type(text).__name__}")
+            raise TypeError(f"{name} {form}, got {type(text).__name__}")
         check_characters(text, name)
     if chat_format == "paper" and cut_section(begin_with) != begin_with:
         raise ValueError(f"`begin_with` holds a section line of the prompt, which would end the answer: {begin_with!r:.80}")

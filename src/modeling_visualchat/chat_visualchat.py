@@ -159,10 +159,10 @@ class ChatSession:
         if not 0 <= index < len(self.rounds):
             raise IndexError(f"There is no round {index}: the conversation has {len(self.rounds)}")
         one = self.rounds[index]
-        if isinstance(text, list):
-            text, _, image_lines = read_question(text, one.images)
-        else:
+        if isinstance(text, str):
             image_lines = [min(line, text.count("\n") + 1) for line in one.image_lines]
+        else:
+            text, _, image_lines = read_question(text, one.images)
         asked = Round(text, one.images, begin_with, image_lines, one.pixel_values)
         check_texts(text, begin_with, self.processor.chat_format)
         return self._ask([*self.rounds[:index], asked], stream, generation)
