@@ -7,7 +7,6 @@ else in the project assembles a prompt.
 import itertools
 import re
 
-from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
@@ -181,19 +180,18 @@ def splice_chat_template(tokenizer, image_token: str) -> str:
     def render(template: str, messages: list[dict], **options) -> str:
         options = {"enable_thinking": False, **special_tokens, **options}
         begins_line = "" if TAKES_BLANKS.match(template) else "\n"
-        rendered, _ = render_jinja_template([messages], chat_template=MARK_DATES + begins_line + template, **options)
+        try:
+            rendered, _ = render_jinja_template([messages], chat_template=MARK_DATES + begins_line + template, **options)
+        except Exception as error:  # a template is a program of anybody's: it may raise anything
+            raise _refusal(f"it fails with {type(error).__name__}: {error}") from error
         return rendered[0][len(begins_line) :]
 
-    # Whatever a template does with a conversation that it does not expect: nothing is spliced then
+    parts = _find_parts(lambda messages, **options: render(original, messages, **options), tokenizer)
     try:
-        parts = _find_parts(lambda messages, **options: render(original, messages, **options), tokenizer)
-        try:
-            system = _find_system(lambda messages: render(original, messages), parts)
-        except (TemplateError, ValueError):
-            system = None
-        return _choose_filters(render, original, parts, system, image_token)
-    except (TemplateError, TypeError) as error:
-        raise _refusal(f"it fails with {type(error).__name__}: {error}") from error
+        system = _find_system(lambda messages: render(original, messages), parts)
+    except ValueError:  # many templates take no system message, or move it about
+        system = None
+    return _choose_filters(render, original, parts, system, image_token)
 
 
 def read_turn(template: str, special_tokens: dict[str, str]) -> tuple[str, str, str]:
