@@ -44,13 +44,13 @@ class SavedConversation(NamedTuple):
     Args:
         system (`str`, *optional*): In place of the prompt's first line.
         dropped_rounds (`int`): Rounds that were dropped for lack of room.
-        rounds (`list[tuple[str, list, str]]`): The question, its images (in `conversation.json`, the names of their files)
-            and the answer of each round.
+        rounds (`list[tuple[str, list, str, list[int]]]`): The question, its images (in `conversation.json`, the names of
+            their files), the answer and the `image_lines` of each round; see [`Round`].
     """
 
     system: str | None
     dropped_rounds: int
-    rounds: list[tuple[str, list[Image.Image] | list[str], str]]
+    rounds: list[tuple[str, list[Image.Image] | list[str], str, list[int]]]
 
 
 def save_conversation(folder: str | os.PathLike, conversation: SavedConversation) -> None:
@@ -70,7 +70,7 @@ def save_conversation(folder: str | os.PathLike, conversation: SavedConversation
 
     taken, rounds, files = {*os.listdir(folder)}, [], {}
     positions = itertools.count(1)
-    for text, images, answer in conversation.rounds:
+    for text, images, answer, image_lines in conversation.rounds:
         names = []
         for image, position in zip(images, positions):
             png = io.BytesIO()
@@ -82,7 +82,9 @@ def save_conversation(folder: str | os.PathLike, conversation: SavedConversation
                 files[name] = png.getvalue()
             taken.add(name)
             names.append(name)
-        rounds.append({"text": text, "images": names, "answer": answer})
+        # As before images had positions, where none has one
+        positions_in_text = {"image_lines": image_lines} if image_lines else {}
+        rounds.append({"text": text, "images": names, "answer": answer, **positions_in_text})
     content = {"system": conversation.system, "dropped_rounds": conversation.dropped_rounds, "rounds": rounds}
     encoded = json.dumps(content, ensure_ascii=False, indent=1).encode()
     _parse(encoded)
@@ -116,10 +118,10 @@ def load_conversation(folder: str | os.PathLike) -> SavedConversation:
     try:
         conversation = _read(folder, FILE_NAME)
         rounds = []
-        for index, (text, names, answer) in enumerate(conversation.rounds):
+        for index, (text, names, answer, image_lines) in enumerate(conversation.rounds):
             fields = (f"rounds[{index}].images[{k}], {name!r:.80}" for k, name in enumerate(names))
             images = [load_own_image(_find(folder, name, field), field) for name, field in zip(names, fields)]
-            rounds.append((text, images, answer))
+            rounds.append((text, images, answer, image_lines))
         return conversation._replace(rounds=rounds)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}") from error
@@ -130,7 +132,7 @@ def load_conversation(folder: str | os.PathLike) -> SavedConversation:
 def _own_images(folder: str | os.PathLike, name: str) -> set[str]:
     """The images that a file lists, and whose names [`save_conversation`] gives. None of a file that cannot be read."""
     try:
-        return {image for _, names, _ in _read(folder, name).rounds for image in names if OWN_IMAGE.fullmatch(image)}
+        return {image for _, names, _, _ in _read(folder, name).rounds for image in names if OWN_IMAGE.fullmatch(image)}
     except (OSError, ValueError):
         return set()
 
@@ -208,11 +210,25 @@ def _parse(data: bytes) -> SavedConversation:
         text, names, answer = (_get(one, field, kind, where=where) for field, kind in fields.items())
         for k, name in enumerate(names):
             _check(name, f"{where}.images[{k}]", str)
-        rounds.append((text, names, answer))
+        image_lines = _get({"image_lines": [], **one}, "image_lines", list, where=where)
+        _check_lines(image_lines, f"{where}.image_lines", len(names), text)
+        rounds.append((text, names, answer, image_lines))
         num_images += len(names)
     if num_images > MAX_IMAGES:
         raise ValueError(f"rounds has {num_images} images, at most {MAX_IMAGES} are read")
     return SavedConversation(system, dropped_rounds, rounds)
+
+
+def _check_lines(image_lines: list, field: str, num_images: int, text: str) -> None:
+    """Raises a `ValueError` unless each image has its number of lines before it, of those of the text, in order."""
+    if image_lines and len(image_lines) != num_images:
+        raise ValueError(f"{field} has {len(image_lines)} numbers for {num_images} images")
+    least, most = 0, text.count("\n") + 1
+    for k, line in enumerate(image_lines):
+        _check(line, f"{field}[{k}]", int)
+        if not least <= line <= most:
+            raise ValueError(f"{field}[{k}] is {line}: expected {least} to {most}, the lines of the text")
+        least = line
 
 
 def _get(record: dict, field: str, *kinds: type, where: str = ""):

@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""An answer while it is generated: its settings, its text so far, and where a new section of the prompt ends it."""
+"""An answer while it is generated: its settings, its text so far, and where it ends."""
 
+import itertools
 import queue
 import re
 import threading
@@ -11,8 +12,9 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 
-# An answer ends where a line of the prompt's own begins a new section. Empty lines before it belong to the section.
-# The search begins at the first of several newlines only: else its time would grow with the square of their number
+# An answer to the paper's prompt ends where a line of the prompt's own begins a new section. Empty lines before it belong to
+# the section. The search begins at the first of several newlines only: else its time would grow with the square of their
+# number
 NEWLINES = r"(?:\A|(?<!\n)\n+)"
 SECTION = NEWLINES + r"### (?:Image \d+|Question|Answer):"
 SECTION_START = re.compile(SECTION + r"(?=\n)")
@@ -29,24 +31,28 @@ def _beginning_of(text: str, rest: str = "") -> str:
 
 # The end of an unfinished text that may yet turn out otherwise: the beginning of a section, or half a character
 NAMES = (_beginning_of("Image ", r"(?:\d+:?)?"), _beginning_of("Question:"), _beginning_of("Answer:"))
-UNSURE = re.compile(rf"{NEWLINES}{_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|(?<!\uFFFD)\uFFFD+\Z")
+HALF_CHARACTER = r"(?<!\uFFFD)\uFFFD+\Z"
+UNSURE_END = re.compile(HALF_CHARACTER)
+UNSURE = re.compile(rf"{NEWLINES}{_beginning_of('### ', '(?:' + '|'.join(NAMES) + ')')}\Z|{HALF_CHARACTER}")
 MAX_NEW_TOKENS = 512
 
 
 class AnswerReader(BaseStreamer, StoppingCriteria):
     """
-    Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where a
-    section of the prompt begins or where it is asked to.
+    Reads an answer while `generate` makes it: iterates over the text so far, token by token, and ends the answer where it is
+    asked to, or where the prompt's format ends it: where a section of the paper's prompt begins, or at the token that ends a
+    turn of the decoder's.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Decodes.
+        processor (`VisualChatProcessor`): Its tokenizer decodes, and its `chat_format` says where answers end.
         prompt_length (`int`): Tokens before the answer, without the beginning that it was given.
         end_tokens (`int` or `list[int]`, *optional*): With which of them the model ends an answer itself.
     """
 
-    def __init__(self, tokenizer, prompt_length: int, end_tokens: int | list[int] | None):
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
-        self.end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
+    def __init__(self, processor, prompt_length: int, end_tokens: int | list[int] | None):
+        self.tokenizer, self.prompt_length = processor.tokenizer, prompt_length
+        self.end_tokens = find_end_tokens(processor, end_tokens)
+        self._has_sections, self._lead = processor.chat_format == "paper", processor.answer_lead
         self._stopped = threading.Event()
         self._tokens = queue.SimpleQueue()
 
@@ -60,13 +66,20 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
         self._stopped.set()
 
     def decode(self, ids: torch.LongTensor | list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.removeprefix(self._lead)
 
     def answer(self, ids: torch.LongTensor) -> str:
-        """The answer in what `generate` returned for one prompt, of shape `(tokens,)`: without the section behind it."""
+        """The answer in what `generate` returned for one prompt, of shape `(tokens,)`: without what is behind its end."""
         new = ids[self.prompt_length :].tolist()
+        if not self._has_sections:
+            return self.decode(list(itertools.takewhile(lambda token: token not in self.end_tokens, new)))
         section = SECTION_START if self.end_tokens.intersection(new) else SECTION_START_OR_END
         return section.split(self.decode(new), maxsplit=1)[0]
+
+    def find_sure_part(self, answer: str) -> str:
+        """What is sure to stay of an unfinished answer."""
+        return find_sure_part(answer) if self._has_sections else UNSURE_END.split(answer, maxsplit=1)[0]
 
     def __iter__(self) -> Iterator[str]:
         tokens = []
@@ -77,8 +90,13 @@ class AnswerReader(BaseStreamer, StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         stopped = self._stopped.is_set()
-        done = [stopped or SECTION_START.search(self.decode(ids)) is not None for ids in input_ids[:, self.prompt_length :]]
+        done = [stopped or self._has_ended(ids) for ids in input_ids[:, self.prompt_length :]]
         return torch.tensor(done, device=input_ids.device)
+
+    def _has_ended(self, ids: torch.LongTensor) -> bool:
+        if self._has_sections:
+            return SECTION_START.search(self.decode(ids)) is not None
+        return int(ids[-1]) in self.end_tokens
 
 
 class AnswerThread(threading.Thread):
@@ -110,6 +128,12 @@ class AnswerThread(threading.Thread):
             self.error = error
         finally:
             self.reader.end()
+
+
+def find_end_tokens(processor, end_tokens: int | list[int] | None) -> set[int]:
+    """The tokens that end an answer: those of `generate`, and the one that ends a turn of the decoder's own prompt."""
+    found = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
+    return found if processor.chat_format == "paper" else found | {processor.tokenizer.eos_token_id}
 
 
 def find_setting(model, generation: dict, name: str):
@@ -144,12 +168,15 @@ def choose_settings(model, generation: dict) -> dict:
     return {**generation, **own, "max_new_tokens": new_tokens}
 
 
-def check_texts(question: str, begin_with: str) -> None:
-    for name, verb, text in (("A question", "is", question), ("An answer", "begins with", begin_with)):
+def check_texts(question: str, begin_with: str, chat_format: str) -> None:
+    for name, form, text in (
+        ("A question", "is a string or a list of parts", question),
+        ("An answer", "begins with a string", begin_with),
+    ):
         if not isinstance(text, str):
-            raise TypeError(f"{name} {verb} a string, got {type(text).__name__}")
+            raise TypeError(f"{name} {form}, got {type(text).__name__}")
         check_characters(text, name)
-    if cut_section(begin_with) != begin_with:
+    if chat_format == "paper" and cut_section(begin_with) != begin_with:
         raise ValueError(f"`begin_with` holds a section line of the prompt, which would end the answer: {begin_with!r:.80}")
 
 
@@ -170,5 +197,5 @@ def cut_section(answer: str) -> str:
 
 
 def find_sure_part(answer: str) -> str:
-    """What is sure to stay of an unfinished answer."""
+    """What is sure to stay of an unfinished answer to the paper's prompt."""
     return UNSURE.split(cut_section(answer), maxsplit=1)[0]

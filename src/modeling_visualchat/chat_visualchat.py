@@ -8,7 +8,7 @@ import os
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteriaList
 from transformers.utils import logging
 
+from .chat_rounds_visualchat import Round, read_question
 from .chat_saving_visualchat import SavedConversation, load_conversation, save_conversation
 from .chat_streaming_visualchat import (
     AnswerReader,
@@ -23,7 +24,6 @@ from .chat_streaming_visualchat import (
     check_texts,
     choose_settings,
     find_setting,
-    find_sure_part,
 )
 from .image_loading_visualchat import ImageSource, load_own_image
 from .image_memory_visualchat import ImageMemoryStore
@@ -32,25 +32,6 @@ from .weight_fingerprint_visualchat import ModelWeights, describe_state
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Round:
-    """
-    A question and its answer.
-
-    Args:
-        text (`str`): The question.
-        images (`list[PIL.Image.Image]`): The images that came with it.
-        answer (`str`): The answer.
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*): What the processor made of
-            the images, once they were needed.
-    """
-
-    text: str
-    images: list[Image.Image] = field(default_factory=list)
-    answer: str = ""
-    pixel_values: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
 
 class Computed(NamedTuple):
@@ -114,7 +95,7 @@ class ChatSession:
 
     def send(
         self,
-        text: str,
+        text: str | list[dict],
         images: ImageSource | list[ImageSource] = (),
         stream: bool = False,
         begin_with: str = "",
@@ -124,7 +105,8 @@ class ChatSession:
         Asks, and adds the question and its answer to the conversation.
 
         Args:
-            text (`str`): The question. What looks like a special token in it is text.
+            text (`str` or `list[dict]`): The question. What looks like a special token in it is text. A list holds its texts
+                and images in order, as the content of a message does; `images` are those of the parts that carry none.
             images (*optional*): An image that comes with it, or a list of them: anything that [`load_image`] takes.
             stream (`bool`, *optional*, defaults to `False`): Returns an iterator over the answer's pieces, as they are made;
                 reading begins the answer. The conversation holds it when it ends. Closing the iterator, Ctrl-C, or asking
@@ -138,10 +120,11 @@ class ChatSession:
             ValueError: If an image cannot be read, if `begin_with` holds a section of the prompt, or if the conversation
                 does not fit the model's context. The conversation is as before, as after any other error.
         """
-        check_texts(text, begin_with)
-        images = [images] if isinstance(images, ImageSource) else images
+        images = [images] if isinstance(images, ImageSource) else list(images)
+        text, images, image_lines = read_question(text, images)
+        check_texts(text, begin_with, self.processor.chat_format)
         images = [load_own_image(image, f"image {number}") for number, image in enumerate(images, 1)]
-        asked = Round(text, images, answer=begin_with)
+        asked = Round(text, images, begin_with, image_lines)
         self._take_turn()
         return self._ask([*self.rounds, asked], stream, generation)
 
@@ -157,13 +140,16 @@ class ChatSession:
             raise IndexError("There is nothing to take back: the conversation has no rounds")
         return self.rounds.pop()
 
-    def edit(self, index: int, text: str, stream: bool = False, begin_with: str = "", **generation) -> str | Iterator[str]:
+    def edit(
+        self, index: int, text: str | list[dict], stream: bool = False, begin_with: str = "", **generation
+    ) -> str | Iterator[str]:
         """
         Asks another question in place of an earlier one, about the same images. The rounds after it are dropped.
 
         Args:
             index (`int`): The round, from 0.
-            text (`str`): The new question.
+            text (`str` or `list[dict]`): The new question. The image parts of a list say where the images stand; in a text
+                they stay at their lines.
             stream, begin_with, generation: As for [`~ChatSession.send`].
 
         Raises:
@@ -172,9 +158,13 @@ class ChatSession:
         self._take_turn()
         if not 0 <= index < len(self.rounds):
             raise IndexError(f"There is no round {index}: the conversation has {len(self.rounds)}")
-        check_texts(text, begin_with)
         one = self.rounds[index]
-        asked = Round(text, one.images, answer=begin_with, pixel_values=one.pixel_values)
+        if isinstance(text, str):
+            image_lines = [min(line, text.count("\n") + 1) for line in one.image_lines]
+        else:
+            text, _, image_lines = read_question(text, one.images)
+        asked = Round(text, one.images, begin_with, image_lines, one.pixel_values)
+        check_texts(text, begin_with, self.processor.chat_format)
         return self._ask([*self.rounds[:index], asked], stream, generation)
 
     def clear(self) -> None:
@@ -199,7 +189,7 @@ class ChatSession:
             OSError: If it cannot be written. An earlier conversation is then still whole.
             ValueError: If it is longer than [`~ChatSession.load`] reads: see there.
         """
-        rounds = [(one.text, one.images, one.answer) for one in self.rounds]
+        rounds = [(one.text, one.images, one.answer, one.image_lines) for one in self.rounds]
         save_conversation(folder, SavedConversation(self.system, self.dropped_rounds, rounds))
 
     @classmethod
@@ -229,8 +219,7 @@ class ChatSession:
     def _messages_of(self, rounds: list[Round]) -> list[dict]:
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         for one in rounds:
-            images = [{"type": "image", "image": image} for image in one.images]
-            messages.append({"role": "user", "content": [*images, {"type": "text", "text": one.text}]})
+            messages.append({"role": "user", "content": one.content})
             messages.append({"role": "assistant", "content": one.answer})
         return messages
 
@@ -308,7 +297,7 @@ class ChatSession:
             "past_key_values": cache,
         }
         begin_with, start = rounds[-1].answer, self.find_answer(rounds, input_ids)
-        reader = AnswerReader(self.processor.tokenizer, start, find_setting(self.model, generation, "eos_token_id"))
+        reader = AnswerReader(self.processor, start, find_setting(self.model, generation, "eos_token_id"))
         generation["stopping_criteria"] = StoppingCriteriaList([*generation.get("stopping_criteria", []), reader])
         streams = num_beams == 1
         worker = AnswerThread(self.model, reader, streams, inputs, generation)
@@ -316,7 +305,7 @@ class ChatSession:
         try:
             worker.start()
             for text in reader:
-                piece = find_sure_part(text)[len(shown) :]
+                piece = reader.find_sure_part(text)[len(shown) :]
                 if piece:
                     shown += piece
                     yield piece

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_loading_visualchat import ImageSource, crop_for_clip, load_image
-from .processing_visualchat import VisualChatProcessor, check_conversation, list_images
+from .processing_visualchat import VisualChatProcessor, fill_images, list_images
 
 
 IGNORE_INDEX = -100
@@ -109,35 +109,3 @@ def _pad(sequences: list[np.ndarray], length: int, value: int | bool) -> torch.T
     for sequence, padded_sequence in zip(sequences, padded):
         padded_sequence[: len(sequence)] = sequence
     return torch.from_numpy(padded)
-
-
-def fill_images(example: dict, name: str) -> list[dict]:
-    """
-    The messages of an example, with its images put into the image parts that carry none, in reading order. An image may be
-    what datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
-    """
-    images = [undecoded(image) for image in example.get("images") or []]
-    given = len(images)
-    empty = 0
-    messages = []
-    for message in check_conversation(example.get("messages"), name=f"{name}: "):
-        content = message["content"]
-        if isinstance(content, list):
-            filled = []
-            for part in content:
-                if part["type"] == "image" and all(part.get(key) is None for key in ("image", "url", "path", "base64")):
-                    empty += 1
-                    part = {"type": "image", "image": images.pop(0) if images else None}
-                filled.append(part)
-            content = filled
-        messages.append({**message, "content": content})
-    if empty != given:
-        raise ValueError(f"{name}: {empty} image parts wait for an image, but `images` holds {given}")
-    return messages
-
-
-def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
-    """An image of an example, or what is in it if it is what datasets' undecoded Image feature holds."""
-    if isinstance(image, dict):
-        return image["path"] if image.get("bytes") is None else image["bytes"]
-    return image

@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Processor of VisualChat: messages with text and images in, model inputs out. `CHAT_TEMPLATE` is the one place in the project
-that assembles a prompt, and the processor the one place that decides what of it is a special token and what is text.
+Processor of VisualChat: messages with text and images in, model inputs out. The chat template assembles a prompt, and the
+processor is the one place that decides what of it is a special token and what is text.
 """
 
 import re
@@ -15,62 +15,10 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
+from .chat_template_visualchat import read_turn, splice_chat_template, write_chat_template
 from .image_loading_visualchat import ImageSource, clip_pixel_values, clip_side, crop_for_clip, load_image
 
 
-# The paper's prompt (DeepSpeed-VisualChat, arXiv 2309.14327, section 4.2): plain text, images numbered through the whole
-# conversation and placed before the question of the turn that brings them. The generation block is what is learned: it ends
-# with the end token, and the newline after it belongs to what follows, so that nothing after the end token is ever learned.
-CHAT_TEMPLATE = """\
-{%- set numbered = namespace(images=0, rounds=0, gap='') -%}
-{%- macro text_of(message) -%}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
-    {%- else -%}
-        {%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}
-            {{- '' if loop.first else '\\n' -}}{{- part['text'] -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- if messages[0]['role'] != 'system' -%}
-    {{- 'You are a powerful vision-language assistant.\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {{- numbered.gap -}}
-    {%- set numbered.gap = '' -%}
-    {%- if message['role'] == 'system' -%}
-        {{- text_of(message) + '\\n' -}}
-    {%- elif message['role'] == 'user' -%}
-        {%- if message['content'] is not string -%}
-            {%- for part in message['content'] | selectattr('type', 'equalto', 'image') -%}
-                {%- set numbered.images = numbered.images + 1 -%}
-                {{- '\\n' if loop.first and numbered.rounds == 0 else '' -}}
-                {{- '### Image ' + numbered.images | string + ':\\n<image>\\n' -}}
-            {%- endfor -%}
-        {%- endif -%}
-        {%- set numbered.rounds = numbered.rounds + 1 -%}
-        {{- '\\n### Question:\\n' + text_of(message) + '\\n' -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- '\\n### Answer:\\n' -}}
-        {%- generation -%}{{- text_of(message) + eos_token -}}{%- endgeneration -%}
-        {%- set numbered.gap = '\\n' -%}
-    {%- else -%}
-        {{- raise_exception('Unknown role ' + message['role'] + ': use system, user or assistant') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- numbered.gap + '\\n### Answer:\\n' -}}
-{%- endif -%}
-"""
-# How the prompt begins, for tokenizers that begin a text with `<s>`, and for those (LLaMA's "first" prefix) that besides put
-# a blank before a text, but none before a text behind a token: there it is written, unless the text begins with one
-OPENING = "{{- bos_token -}}\n"
-OPENING_WITH_BLANK = """\
-{%- set begins_blank = messages[0]['role'] == 'system' and (text_of(messages[0]) + '\\n')[0] in ' \\u2581' -%}
-{{- bos_token + ('' if begins_blank else ' ') -}}
-"""
-FIRST_LINE = "You are a powerful vision-language assistant.\n"
 # Stands within a special token that people typed: the tokenizer finds none there, and its normalizer, which is asked later,
 # takes the mark out. A private character that no text holds; if one does, it is taken out as well.
 MARK = "\U000f0001"
@@ -107,10 +55,19 @@ class VisualChatProcessor(ProcessorMixin):
             end token that it puts behind every text (`add_eos_token`) is taken from it: an open prompt does not end.
         image_seq_length (`int`, *optional*, defaults to 257): Tokens of one image: `model.config.image_seq_length`.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, as the chat template writes it.
-        chat_template (`str`, *optional*): Jinja template. Defaults to the paper's prompt.
+        chat_template (`str`, *optional*): Jinja template. Defaults to the one that `chat_format` names.
+        chat_format (`str`, *optional*, defaults to `"paper"`): `"paper"`, or `"decoder"`: the tokenizer's own chat template,
+            with images as lines "Image k:" and placeholders in the user's turns. The token that ends an answer there becomes
+            the tokenizer's end token.
+        image_position (`str`, *optional*): `"front"`, the default of `"paper"`: images stand before the question of their
+            turn; or `"in_place"`: they stand among its texts as in the message, which is so in `"decoder"`.
+
+    Attributes:
+        answer_lead (`str`): In `"decoder"`, what an answer begins with that is not its text, such as a blank.
 
     Raises:
-        ValueError: If the tokenizer is not one of the `tokenizers` library, whose offsets tell answers from questions.
+        ValueError: If the tokenizer is not one of the `tokenizers` library, whose offsets tell answers from questions; or if
+            its own chat template cannot be used for `"decoder"`, with the reason.
     """
 
     def __init__(
@@ -120,7 +77,16 @@ class VisualChatProcessor(ProcessorMixin):
         image_seq_length: int = 257,
         image_token: str = "<image>",
         chat_template: str | None = None,
+        chat_format: str = "paper",
+        image_position: str | None = None,
     ):
+        if chat_format not in ("paper", "decoder"):
+            raise ValueError(f"chat_format is {chat_format!r}: use 'paper' or 'decoder'")
+        positions = ("front", "in_place") if chat_format == "paper" else ("in_place",)
+        image_position = image_position or positions[0]
+        if image_position not in positions:
+            allowed = " or ".join(map(repr, positions))
+            raise ValueError(f"image_position is {image_position!r}: in the chat_format {chat_format!r}, use {allowed}")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of the `tokenizers` library: convert it to one")
         if image_token not in tokenizer.get_added_vocab():  # an ordinary token of this name becomes a special one
@@ -130,9 +96,20 @@ class VisualChatProcessor(ProcessorMixin):
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.chat_format, self.image_position, self.answer_lead = chat_format, image_position, ""
         _take_out_marks(tokenizer)
         self._begin = _begin_texts_only(tokenizer, image_token)
-        tokenizer.chat_template = chat_template or write_chat_template(tokenizer, self._begin)
+        if chat_format == "decoder":
+            chat_template = chat_template or splice_chat_template(tokenizer, image_token)
+            beginning, self.answer_lead, turn_end = read_turn(chat_template, tokenizer.special_tokens_map)
+            # The tokens of the decoder's own template are those of its text: it may begin otherwise than texts do
+            self._begin = self._begin if beginning.startswith(self._begin) else ""
+            tokenizer.eos_token = tokenizer.tokenize(turn_end)[-1]
+        else:
+            # A saved template of the paper's prompt follows `image_position`; one of another origin stays as it is
+            own = {position: write_chat_template(tokenizer, self._begin, position) for position in positions}
+            chat_template = own[image_position] if chat_template in (None, *own.values()) else chat_template
+        tokenizer.chat_template = chat_template
         super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         # `save_pretrained` would add it: with it, a processor that was saved equals the one that is loaded
         self.auto_map = {"AutoProcessor": "processing_visualchat.VisualChatProcessor"}
@@ -144,7 +121,7 @@ class VisualChatProcessor(ProcessorMixin):
         """
         numbers = []
         for number in range(1, count + 1):
-            header = f"\n### Image {number}:\n"
+            header = f"\n{'### ' if self.chat_format == 'paper' else ''}Image {number}:\n"
             start, end = header.index(str(number)), header.index(":")
             encoded = self.tokenizer(header, add_special_tokens=False, return_offsets_mapping=True)
             spans = zip(encoded["input_ids"], encoded["offset_mapping"])
@@ -228,8 +205,8 @@ class VisualChatProcessor(ProcessorMixin):
             conversation (`list[dict]` or `list[list[dict]]`): One conversation or a batch. A message has a `role` (`system`,
                 first only; then `user` and `assistant` in turn) and a `content`, a string or a list of parts:
                 `{"type": "text", "text": …}` and, for the user, `{"type": "image", "image" or "path" or "url": …}`. Text
-                parts are joined by newlines; images stand before the question of their turn, numbered through the
-                conversation.
+                parts are joined by newlines; images are numbered through the conversation, and stand before the question of
+                their turn or where they are in it, by `image_position`.
             sanitize_control_tokens (`bool`, *optional*, defaults to `False`): Takes the placeholder `<image>` in a text as
                 text too, in place of an error.
 
@@ -279,22 +256,6 @@ class VisualChatProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
-
-
-def write_chat_template(tokenizer, begin: str) -> str:
-    """The paper's prompt with `begin` before it, token for token as if the tokenizer began the text itself."""
-    if not begin:
-        return CHAT_TEMPLATE.replace(OPENING, "")
-
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    expected = tokenizer(FIRST_LINE)["input_ids"]
-    needs_blank = encode(begin + FIRST_LINE) != expected == encode(f"{begin} {FIRST_LINE}")
-    opening = OPENING_WITH_BLANK if needs_blank else OPENING
-    if begin != tokenizer.bos_token:
-        opening = opening.replace("bos_token", repr(begin))
-    return CHAT_TEMPLATE.replace(OPENING, opening)
 
 
 def _begin_texts_only(tokenizer, known: str) -> str:
@@ -394,6 +355,38 @@ def list_images(conversation: list[dict]) -> list[ImageSource]:
     """The sources of the images of a conversation that was checked, in reading order."""
     parts = [part for message in conversation if not isinstance(message["content"], str) for part in message["content"]]
     return [part[next(key for key in PART_KEYS["image"] if key in part)] for part in parts if part["type"] == "image"]
+
+
+def fill_images(example: dict, name: str) -> list[dict]:
+    """
+    The messages of an example, with its images put into the image parts that carry none, in reading order. An image may be
+    what datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
+    """
+    images = [undecoded(image) for image in example.get("images") or []]
+    given = len(images)
+    empty = 0
+    messages = []
+    for message in check_conversation(example.get("messages"), name=f"{name}: "):
+        content = message["content"]
+        if isinstance(content, list):
+            filled = []
+            for part in content:
+                if part["type"] == "image" and all(part.get(key) is None for key in ("image", "url", "path", "base64")):
+                    empty += 1
+                    part = {"type": "image", "image": images.pop(0) if images else None}
+                filled.append(part)
+            content = filled
+        messages.append({**message, "content": content})
+    if empty != given:
+        raise ValueError(f"{name}: {empty} image parts wait for an image, but `images` holds {given}")
+    return messages
+
+
+def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
+    """An image of an example, or what is in it if it is what datasets' undecoded Image feature holds."""
+    if isinstance(image, dict):
+        return image["path"] if image.get("bytes") is None else image["bytes"]
+    return image
 
 
 __all__ = ["VisualChatProcessor"]

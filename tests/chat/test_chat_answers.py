@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from helpers.chat import GREEDY, PROCESSOR, ROUNDS, assert_as_from_scratch, hold, writes
 from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model
 from modeling_visualchat import VisualChatProcessor
+from modeling_visualchat.chat_rounds_visualchat import Round
 from modeling_visualchat.chat_streaming_visualchat import cut_section, find_sure_part
-from modeling_visualchat.chat_visualchat import ChatSession, Round
+from modeling_visualchat.chat_visualchat import ChatSession
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -11,7 +11,8 @@ from PIL import Image
 from helpers.chat import GREEDY, PROCESSOR
 from helpers.tiny import digit_image, make_model
 from modeling_visualchat import chat_saving_visualchat as saving
-from modeling_visualchat.chat_visualchat import ChatSession, Round
+from modeling_visualchat.chat_rounds_visualchat import Round
+from modeling_visualchat.chat_visualchat import ChatSession
 
 
 @pytest.fixture(scope="module")

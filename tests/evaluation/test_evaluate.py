@@ -18,7 +18,7 @@ from PIL import Image
 from helpers.commands import command
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from modeling_visualchat import VisualChatDataCollator
-from modeling_visualchat.data_collator_visualchat import fill_images
+from modeling_visualchat.processing_visualchat import fill_images
 from visualchat.cli import main as visualchat
 from visualchat.evaluation import answers, evaluate
 

@@ -7,8 +7,10 @@ import textwrap
 
 CODE_FILES = {
     "attention_visualchat.py",
+    "chat_rounds_visualchat.py",
     "chat_saving_visualchat.py",
     "chat_streaming_visualchat.py",
+    "chat_template_visualchat.py",
     "chat_visualchat.py",
     "configuration_visualchat.py",
     "decoder_visualchat.py",

@@ -34,8 +34,8 @@ KNOWN_FIELDS = inspect.signature(Completions.create).parameters
 class Server:
     """A server in a thread. While `slow` is set, each of its tokens takes 20 ms."""
 
-    def __init__(self, limits=None, concurrency=1, queue=8, max_per_client=None, **connections):
-        self.model, self.processor = make_model(image_number_keys=True), make_processor()
+    def __init__(self, limits=None, concurrency=1, queue=8, max_per_client=None, model=None, processor=None, **connections):
+        self.model, self.processor = model or make_model(image_number_keys=True), processor or make_processor()
         # Random weights end an answer anywhere
         self.model.generation_config.eos_token_id = None
         self.slow = threading.Event()

@@ -21,7 +21,7 @@ from transformers import (
 
 from helpers.tiny import digit_image, make_model, make_processor, user
 from modeling_visualchat import VisualChatForCausalLM
-from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE, OPENING, OPENING_WITH_BLANK
+from modeling_visualchat.chat_template_visualchat import CHAT_TEMPLATE, OPENING, OPENING_WITH_BLANK
 from visualchat.hub.configs import main
 
 

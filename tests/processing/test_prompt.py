@@ -14,8 +14,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, user
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
-from modeling_visualchat.chat_visualchat import Round
-from modeling_visualchat.processing_visualchat import CHAT_TEMPLATE, FIRST_LINE, MARK, list_images
+from modeling_visualchat.chat_rounds_visualchat import Round
+from modeling_visualchat.chat_template_visualchat import CHAT_TEMPLATE, FIRST_LINE
+from modeling_visualchat.processing_visualchat import MARK, list_images
 from visualchat.evaluation.answers import generate_answers
 
 

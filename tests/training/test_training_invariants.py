@@ -12,7 +12,8 @@ from helpers.training import ALIGNMENT, arguments, losses, moved, undo_end
 from visualchat.training import trainer as training_loop
 from visualchat.training.collator import TrainingCollator
 from visualchat.training.dataset import prepare_dataset
-from visualchat.training.train import main, parse_arguments, prepare_model, prepare_processor
+from visualchat.training.joining import prepare_processor
+from visualchat.training.train import main, parse_arguments, prepare_model
 from visualchat.training.trainer import VisualChatTrainer, VisualChatTrainingArguments, group_parameters
 
 

@@ -5,9 +5,10 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, Qwen2ForCausalLM
+from transformers import AutoModel, AutoProcessor, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.utils import is_torchvision_available
 
+from helpers.chat_templates import make_decoder_tokenizer
 from helpers.gguf_files import write_gguf
 from helpers.tiny import (
     IMAGE_SIZE,
@@ -24,7 +25,8 @@ from visualchat.cli import main as visualchat
 from visualchat.data.prepare import load_requirements
 from visualchat.training import recipe, train
 from visualchat.training.arguments import ModelArguments
-from visualchat.training.train import join_parts, main, prepare_processor
+from visualchat.training.joining import join_parts, prepare_processor
+from visualchat.training.train import main
 
 
 class TestModes:
@@ -135,7 +137,6 @@ def test_trls_sft_trainer_needs_no_glue(parts, tmp_path, answers_only):
 
 
 def test_joining_a_tower_and_a_decoder(parts, tmp_path):
-    from transformers import LlamaForCausalLM
 
     model = make_model(text={"vocab_size": 320}, image_token_id=5)
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
@@ -167,8 +168,34 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "run" / "model").image_token_id == trained.config.image_token_id
 
 
+def test_joining_a_decoder_with_its_own_chat_template(parts, tmp_path):
+
+    tokenizer = make_decoder_tokenizer("Qwen2")
+    model = make_model(text={"vocab_size": len(tokenizer)}, image_token_id=5)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    make_processor().image_processor.save_pretrained(tmp_path / "tower")
+    decoder = LlamaForCausalLM(model.config.text_config)
+    decoder.generation_config.eos_token_id = 2
+    decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    words = arguments(
+        parts, tmp_path / "run", vision_name_or_path=tmp_path / "tower", text_name_or_path=tmp_path / "decoder"
+    )
+    where = words.index("--model_name_or_path")
+    words = [*words[:where], *words[where + 2 :], "--chat_format", "decoder", "--max_steps", "2"]
+    main([*words, "--image_number_keys", "True"])
+    trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "run" / "model")
+    assert processor.chat_format == "decoder" and "Image " in processor.chat_template
+    assert trained.config.image_number_token_ids == processor.image_number_token_ids()
+    end_tokens = {2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert set(trained.generation_config.eos_token_id) == end_tokens
+    make_processor().tokenizer.save_pretrained(tmp_path / "decoder")  # the paper's template
+    with pytest.raises(ValueError, match="chat_format='decoder' cannot use the tokenizer's chat template"):
+        main([*words, "--overwrite", "True"])
+
+
 def test_parts_of_other_families_are_refused_before_any_work_starts(parts, tmp_path):
-    from transformers import LlamaForCausalLM
 
     model = make_model()
     model.model.vision_tower.save_pretrained(tmp_path / "tower")

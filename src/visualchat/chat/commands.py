@@ -2,7 +2,8 @@
 """The commands of a chat in the terminal, as `/help` and `visualchat chat --help` print them."""
 
 COMMANDS = """\
-/image PATH…       attach images (files or URLs) to the next question; quote names with spaces
+/image PATH…       attach images (files or URLs) to the next question; quote names with spaces.
+                   <image> in the question, once for each, says where they stand
 /retry             ask the last question again
 /edit NUMBER TEXT  replace an earlier question; its images stay, later rounds are dropped
 /undo              remove the last question and its answer

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
+from visualchat.chat.image_marks import IMAGE_MARK
 from visualchat.chat.page_conversation import EXAMPLES, Conversation, DisplayedRound, Example
 from visualchat.chat.page_routes import PageRoutes
 from visualchat.errors import input_errors
@@ -106,7 +107,7 @@ class ChatPage:
                 show_label=True,
                 file_count="multiple",
                 file_types=["image"],
-                placeholder="Type a question, and drop images here",
+                placeholder=f"Type a question, and drop images here. {IMAGE_MARK} in the question: where an image stands",
                 max_plain_text_length=MAX_TEXT_LENGTH,  # Gradio makes a file of a longer text that is pasted
                 elem_id="box",
             )

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
+from visualchat.chat.image_marks import read_marks, write_marks
 from visualchat.data.digits import split_digits
 
 
@@ -28,7 +29,8 @@ class DisplayedRound(NamedTuple):
 
     Args:
         images (`list[PIL.Image.Image]`): The images of the round, cropped to the part that the model sees.
-        text, answer (`str`): The question, and the answer so far.
+        text (`str`): The question, with marks where its images stand if they do not stand before it; see [`write_marks`].
+        answer (`str`): The answer so far.
     """
 
     images: list[Image.Image]
@@ -66,7 +68,7 @@ class Conversation:
 
     @property
     def rounds(self) -> list[DisplayedRound]:
-        return [DisplayedRound(one.images, one.text, one.answer) for one in self._chat.rounds]
+        return [DisplayedRound(one.images, write_marks(one), one.answer) for one in self._chat.rounds]
 
     @property
     def num_images(self) -> int:
@@ -79,7 +81,7 @@ class Conversation:
         Asks a question. Yields all rounds, again after each new piece of the answer.
 
         Args:
-            text (`str`): The question.
+            text (`str`): The question. A mark for each of its images says where they stand; see [`read_marks`].
             images (`list`): The files or PIL images that the question brings.
             seed (`int`, *optional*): The random seed of sampling. On the same machine, the same seed gives the same answer.
             generation: Keyword arguments of `model.generate`.
@@ -102,7 +104,8 @@ class Conversation:
                     f"The {len(files)} images have {size:,} bytes together: at most {self.max_bytes:,} are allowed"
                 )
             opened = [self._open_image(image, f"image {k}") for k, image in enumerate(images, 1)]
-            pieces = self._chat.send(text, images=opened, stream=True, **self._stoppable(generation))
+            parts = read_marks(text, len(opened))
+            pieces = self._chat.send(parts, images=opened, stream=True, **self._stoppable(generation))
             yield from _stream_rounds([*self.rounds, DisplayedRound(opened, text, "")], pieces, seed)
 
     def ask_all(
@@ -117,13 +120,14 @@ class Conversation:
     def edit(self, index: int, text: str, seed: int | None = None, **generation) -> Iterator[list[DisplayedRound]]:
         """
         Replaces the question of a round (counted from 0) by `text`, which may be the same, and answers it. The images of the
-        round stay, and later rounds are dropped. Yields and raises as [`~Conversation.ask`].
+        round stay, where marks say so, and later rounds are dropped. Yields and raises as [`~Conversation.ask`].
         """
         with self._exclusively():
             _check_text(text, "Type a new question in place of the one that you edit")
             if not 0 <= index < len(self.rounds):
                 raise ValueError(f"There is no question {index + 1}: {len(self.rounds)} have been asked")
-            pieces = self._chat.edit(index, text, stream=True, **self._stoppable(generation))
+            parts = read_marks(text, len(self.rounds[index].images))
+            pieces = self._chat.edit(index, parts, stream=True, **self._stoppable(generation))
             yield from _stream_rounds(
                 [*self.rounds[:index], self.rounds[index]._replace(text=text, answer="")], pieces, seed
             )

@@ -15,6 +15,7 @@ from transformers import set_seed
 from modeling_visualchat import ChatSession
 from modeling_visualchat.image_loading_visualchat import load_image
 from visualchat.chat.commands import COMMANDS
+from visualchat.chat.image_marks import read_marks, write_marks
 from visualchat.errors import input_errors, is_panic
 from visualchat.loading import load_model, load_processor
 
@@ -66,14 +67,15 @@ class Terminal:
         if not line:
             return
         if not line.startswith("/"):
-            self.answer(lambda: self.session.send(line, self.attached, stream=True, **self.generation))
+            parts = read_marks(line, len(self.attached))
+            self.answer(lambda: self.session.send(parts, self.attached, stream=True, **self.generation))
             return
         name, _, rest = line.partition(" ")
         if name == "/edit":
             number, _, text = rest.strip().partition(" ")
             if not number.isdecimal() or not text:
                 raise ValueError("Give the number of a question and its new text, as in: /edit 2 What colour is it?")
-            self.answer(lambda: self.session.edit(int(number) - 1, text, stream=True, **self.generation))
+            self.answer(lambda: self.edit(int(number) - 1, text))
             return
         commands = {
             "/image": (self.attach, None),
@@ -116,6 +118,11 @@ class Terminal:
         for number, path in enumerate(paths, first):
             print_status(f"[image {number}: {path}]")
 
+    def edit(self, index: int, text: str) -> Iterator[str]:
+        rounds = self.session.rounds
+        images = rounds[index].images if 0 <= index < len(rounds) else []
+        return self.session.edit(index, read_marks(text, len(images)), stream=True, **self.generation)
+
     def retry(self) -> None:
         last = len(self.session.rounds) - 1
         if last < 0:
@@ -132,7 +139,7 @@ class Terminal:
             for _ in one.images:
                 image_number += 1
                 print_status(f"[image {image_number}]")
-            print_status(f"{number}: {one.text}\n{one.answer}")
+            print_status(f"{number}: {write_marks(one)}\n{one.answer}")
 
     def save(self, folder: str) -> None:
         self.session.save(Path(folder).expanduser())

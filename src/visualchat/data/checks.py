@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from modeling_visualchat import VisualChatConfig, VisualChatProcessor
-from modeling_visualchat.data_collator_visualchat import undecoded
 from modeling_visualchat.image_loading_visualchat import (
     LONGEST_PATH,
     ImageSource,
@@ -21,7 +20,7 @@ from modeling_visualchat.image_loading_visualchat import (
     load_image,
     shorter_edge,
 )
-from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH, PART_KEYS
+from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH, PART_KEYS, undecoded
 
 
 PLACEHOLDER = "<image>"

@@ -36,7 +36,7 @@ def generate_answers(
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(model.device)
     end_tokens = generation.get("eos_token_id", model.generation_config.eos_token_id)
-    reader = AnswerReader(processor.tokenizer, inputs["input_ids"].shape[1], end_tokens)
+    reader = AnswerReader(processor, inputs["input_ids"].shape[1], end_tokens)
     tokens = model.generate(**inputs, **generation, stopping_criteria=[reader])
     return [reader.answer(sequence) for sequence in tokens]
 

@@ -12,7 +12,8 @@ from anyio import CapacityLimiter, move_on_after
 from starlette.types import Receive
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.chat_visualchat import Round
+from modeling_visualchat.chat_rounds_visualchat import Round
+from modeling_visualchat.chat_streaming_visualchat import find_end_tokens
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
 from visualchat.serving.choices import AnswerChunk, Choice, Conversation
 from visualchat.serving.errors import RequestError, overloaded_error, panics_as_errors, stopping_error
@@ -166,9 +167,8 @@ class AnswerService:
         self._pool = ThreadPoolExecutor(concurrency, "answer")
 
     @property
-    def end_tokens(self) -> list[int]:
-        end = self.model.generation_config.eos_token_id
-        return end if isinstance(end, list) else [end]
+    def end_tokens(self) -> set[int]:
+        return find_end_tokens(self.processor, self.model.generation_config.eos_token_id)
 
     @property
     def used_slots(self) -> int:
@@ -290,9 +290,9 @@ class AnswerService:
         if request.repetition_penalty is not None:
             settings["repetition_penalty"] = request.repetition_penalty
         if choice.index > 0:
-            return session.edit(len(session.rounds) - 1, question.text, **settings)
+            return session.edit(len(session.rounds) - 1, question.text, **settings)  # the images stay in their positions
         session.rounds = conversation.rounds[:-1]
-        return session.send(question.text, question.images, **settings)
+        return session.send(question.content, **settings)
 
     @contextmanager
     def count_running(self) -> Iterator[None]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from modeling_visualchat.chat_visualchat import ChatSession, Round
+from modeling_visualchat.chat_rounds_visualchat import Round
+from modeling_visualchat.chat_visualchat import ChatSession
 from visualchat.serving.sampling import DECODE_KWARGS, LogprobsRecorder, PenaltyProcessor, SamplingProcessor
 
 

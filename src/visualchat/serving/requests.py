@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from modeling_visualchat.chat_rounds_visualchat import Round, join_texts
 from modeling_visualchat.chat_streaming_visualchat import cut_section
-from modeling_visualchat.chat_visualchat import Round
 from visualchat.serving.errors import MAX_PARAM, RequestError, cut, show
 from visualchat.serving.images import check_url
 from visualchat.serving.json_limits import check_json
@@ -219,10 +219,13 @@ def check_consistency(request: ChatRequest) -> None:
         raise RequestError(message, "top_logprobs", "invalid_value")
 
 
-def read_rounds(request: ChatRequest, limits: Limits) -> tuple[str | None, list[Round], list[int]]:
+def read_rounds(request: ChatRequest, limits: Limits, chat_format: str) -> tuple[str | None, list[Round], list[int]]:
     """
     Converts messages to rounds. Consecutive messages of the user are joined with a newline, as are those of the system and
-    the developer, which must come first.
+    the developer, which must come first. Texts and images keep their order.
+
+    Args:
+        chat_format (`str`): The processor's. In `"paper"`, an answer that is to be continued may hold no section heading.
 
     Returns:
         The system message; the rounds without their images, of which the last is to be answered (if the last message is of
@@ -244,9 +247,8 @@ def read_rounds(request: ChatRequest, limits: Limits) -> tuple[str | None, list[
     for param, url in images:
         check_url(url, param, limits)
     systems: list[str] = []
-    questions: list[list[str]] = []
+    questions: list[list[Part]] = []
     answers: list[list[str]] = []
-    counts: list[int] = []
     previous = None
     for index, message in enumerate(request.messages):
         where, role = f"messages[{index}]", message.role
@@ -259,9 +261,7 @@ def read_rounds(request: ChatRequest, limits: Limits) -> tuple[str | None, list[
             if previous != "user":
                 questions.append([])
                 answers.append([])
-                counts.append(0)
-            questions[-1] += message.texts
-            counts[-1] += num_images
+            questions[-1] += message.content
         elif role == "assistant":
             if previous != "user":
                 raise invalid_message_error(where, "it has the role 'assistant', but does not follow a message of the user")
@@ -275,8 +275,12 @@ def read_rounds(request: ChatRequest, limits: Limits) -> tuple[str | None, list[
         previous = role
     if not questions:
         raise RequestError("messages: there is no message of the user", "messages", "invalid_value")
-    rounds = [Round("\n".join(question), answer="\n".join(answer)) for question, answer in zip(questions, answers)]
-    if cut_section(rounds[-1].answer) != rounds[-1].answer:
+    rounds, counts = [], []
+    for question, answer in zip(questions, answers):
+        text, image_lines = join_texts([part.text for part in question])
+        rounds.append(Round(text, answer="\n".join(answer), image_lines=image_lines))
+        counts.append(sum(part.type == "image_url" for part in question))
+    if chat_format == "paper" and cut_section(rounds[-1].answer) != rounds[-1].answer:
         raise invalid_message_error(
             where, "it contains a section heading of the prompt format, so the answer cannot be continued"
         )

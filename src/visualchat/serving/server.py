@@ -151,7 +151,7 @@ def to_logprobs(chat_request: ChatRequest, tokens: list[dict]) -> dict | None:
 
 async def prepare_conversation(chat_request: ChatRequest, service: AnswerService, limits: Limits) -> Conversation:
     """Reads and opens the images, then tokenizes the conversation. Cheap checks come first."""
-    system, rounds, counts = await run_sync(read_rounds, chat_request, limits)
+    system, rounds, counts = await run_sync(read_rounds, chat_request, limits, service.processor.chat_format)
     images = []
     for param, url in chat_request.images:
         if DATA_URL.match(url):

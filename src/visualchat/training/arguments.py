@@ -24,6 +24,13 @@ class ModelArguments:
     pixel_shuffle_factor: int | None = field(
         default=None, metadata={"help": "With pixel_shuffle: the side, in patches, of what becomes one token; 2 by default."}
     )
+    chat_format: Literal["paper", "decoder"] = field(
+        default="paper", metadata={"help": "Of a joined model: the paper's prompt, or the decoder's own chat template."}
+    )
+    image_position: Literal["front", "in_place"] | None = field(
+        default=None,
+        metadata={"help": "Of a joined model: images in front of a question, or in_place."},
+    )
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as they are saved."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The decoder's: eager, sdpa or flex_attention. Left out: the fastest here."}

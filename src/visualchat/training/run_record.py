@@ -34,6 +34,8 @@ FIXED_FIELDS = (
     "image_number_keys",
     "projector",
     "pixel_shuffle_factor",
+    "chat_format",
+    "image_position",
     "lora_target",
     "lora_rank",
     "lora_alpha",
@@ -84,7 +86,7 @@ CHANGEABLE_FIELDS = (
     "greater_is_better",
 )
 JOINED_FIELDS = (
-    *("multimodal_attention", "image_number_keys", "projector", "pixel_shuffle_factor"),
+    *("multimodal_attention", "image_number_keys", "projector", "pixel_shuffle_factor", "chat_format", "image_position"),
     *("vision_name_or_path", "text_name_or_path", "text_gguf_file"),
 )
 RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")

@@ -3,35 +3,26 @@
 import json
 import logging
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, set_seed
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, set_seed
 
-from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat import VisualChatConfig
 from modeling_visualchat.decoders_visualchat import find_head_dim
 from modeling_visualchat.generation_visualchat import drop_unused_flags
-from modeling_visualchat.joining_visualchat import check_parts
 from modeling_visualchat.modality_kernels_visualchat import BLOCK_SIZE, make_block_mask, softmax
 from visualchat.data.checks import ModelRequirements
 from visualchat.hub.push import check_access, push
-from visualchat.loading import (
-    check_model_type,
-    check_part,
-    find_image_size,
-    load_image_processor,
-    load_model,
-    load_processor,
-)
+from visualchat.loading import load_model, load_processor
 from visualchat.training.arguments import DataArguments, ModelArguments
 from visualchat.training.card import write_card
 from visualchat.training.checkpoints import world_size_changed
 from visualchat.training.collator import TrainingCollator
 from visualchat.training.dataset import prepare_dataset, report_statistics
 from visualchat.training.interruption import Interrupted
+from visualchat.training.joining import join_parts, prepare_processor
 from visualchat.training.output_folder import is_finished, on_main_process, open_folder, take_lock, write_record
 from visualchat.training.recipe import check_arguments, parse_arguments
 from visualchat.training.run_record import check_same_run, record_arguments, record_config, record_data
@@ -51,63 +42,6 @@ LORA_TARGETS = {
     "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
 }
-
-
-def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
-    """
-    The processor of the model, or a new one made of the image processor and tokenizer of the parts.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If neither is given, the model is no VisualChat, or the decoder cannot be used.
-        TypeError: If the parts are of families that cannot be joined.
-        ImportError: If the decoder is a GGUF file and the extra `gguf` is not installed.
-    """
-    if model_args.model_name_or_path:
-        try:
-            check_model_type(model_args.model_name_or_path, model_args.trust_remote_code)
-            return load_processor(model_args.model_name_or_path, model_args.trust_remote_code)
-        except ValueError as error:
-            join = "To join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
-            raise ValueError(f"--model_name_or_path: {error} {join}") from error
-    if not (model_args.vision_name_or_path and model_args.text_name_or_path):
-        raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
-    if model_args.text_gguf_file:
-        import_module("gguf")  # of the extra `gguf`: what is missing is named before anything is read
-    check_part(model_args.vision_name_or_path)
-    check_part(model_args.text_name_or_path)
-    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path, model_args.text_gguf_file)
-    image_processor = load_image_processor(model_args.vision_name_or_path)
-    gguf = {"gguf_file": model_args.text_gguf_file} if model_args.text_gguf_file else {}
-    return VisualChatProcessor(image_processor, AutoTokenizer.from_pretrained(model_args.text_name_or_path, **gguf))
-
-
-def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
-    """
-    Joins tower and decoder once and saves them, so that every process can load its share of the result.
-
-    Raises:
-        ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
-    """
-    try:
-        model = VisualChatForCausalLM.from_vision_text_pretrained(
-            model_args.vision_name_or_path,
-            model_args.text_name_or_path,
-            gguf_file=model_args.text_gguf_file,
-            dtype=model_args.dtype,
-            image_token_id=processor.image_token_id,
-            multimodal_attention=model_args.multimodal_attention,
-            projector=model_args.projector,
-            pixel_shuffle_factor=model_args.pixel_shuffle_factor,
-            image_size=find_image_size(processor.image_processor),
-            image_number_keys=model_args.image_number_keys,
-            image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
-        )
-    except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    processor.image_seq_length = model.config.image_seq_length
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def fit_context(max_length: int, text_config: PreTrainedConfig) -> int:

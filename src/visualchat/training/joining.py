@@ -1,0 +1,78 @@
+"""The processor of a recipe, and the model of one that joins a tower and a decoder."""
+
+from importlib import import_module
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
+
+from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.chat_streaming_visualchat import find_end_tokens
+from modeling_visualchat.joining_visualchat import check_parts
+from visualchat.loading import check_model_type, check_part, find_image_size, load_image_processor, load_processor
+from visualchat.training.arguments import ModelArguments
+
+
+def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
+    """
+    The processor of the model, or a new one made of the image processor and tokenizer of the parts.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If neither is given, the model is no VisualChat, or the decoder cannot be used, or has no chat template
+            that can be used for `chat_format: decoder`.
+        TypeError: If the parts are of families that cannot be joined.
+        ImportError: If the decoder is a GGUF file and the extra `gguf` is not installed.
+    """
+    if model_args.model_name_or_path:
+        try:
+            check_model_type(model_args.model_name_or_path, model_args.trust_remote_code)
+            return load_processor(model_args.model_name_or_path, model_args.trust_remote_code)
+        except ValueError as error:
+            join = "To join a tower and a decoder, give --vision_name_or_path and --text_name_or_path"
+            raise ValueError(f"--model_name_or_path: {error} {join}") from error
+    if not (model_args.vision_name_or_path and model_args.text_name_or_path):
+        raise ValueError("Give --model_name_or_path, or both --vision_name_or_path and --text_name_or_path")
+    if model_args.text_gguf_file:
+        import_module("gguf")  # of the extra `gguf`: what is missing is named before anything is read
+    check_part(model_args.vision_name_or_path)
+    check_part(model_args.text_name_or_path)
+    check_parts(model_args.vision_name_or_path, model_args.text_name_or_path, model_args.text_gguf_file)
+    gguf = {"gguf_file": model_args.text_gguf_file} if model_args.text_gguf_file else {}
+    return VisualChatProcessor(
+        load_image_processor(model_args.vision_name_or_path),
+        AutoTokenizer.from_pretrained(model_args.text_name_or_path, **gguf),
+        chat_format=model_args.chat_format,
+        image_position=model_args.image_position,
+    )
+
+
+def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folder: Path) -> None:
+    """
+    Joins tower and decoder once and saves them, so that every process can load its share of the result.
+
+    Raises:
+        ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
+    """
+    try:
+        model = VisualChatForCausalLM.from_vision_text_pretrained(
+            model_args.vision_name_or_path,
+            model_args.text_name_or_path,
+            gguf_file=model_args.text_gguf_file,
+            dtype=model_args.dtype,
+            image_token_id=processor.image_token_id,
+            multimodal_attention=model_args.multimodal_attention,
+            projector=model_args.projector,
+            pixel_shuffle_factor=model_args.pixel_shuffle_factor,
+            image_size=find_image_size(processor.image_processor),
+            image_number_keys=model_args.image_number_keys,
+            image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if processor.chat_format == "decoder":  # a turn may end with another token than a text does
+        end_tokens = find_end_tokens(processor, model.generation_config.eos_token_id)
+        model.generation_config.eos_token_id = sorted(end_tokens)
+    processor.image_seq_length = model.config.image_seq_length
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
