@@ -197,6 +197,9 @@ class VisualChatConfig(PreTrainedConfig):
 
     def validate_tower(self):
         """That the projector and the size of the images suit the vision tower."""
+        for name in ("image_size", "patch_size"):
+            if getattr(self.vision_config, name) is None:
+                raise ValueError(f"`vision_config.{name}` is None, but the number of patches depends on it")
         family, (rows, columns), factor = find_tower_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
         if factor is not None and factor < 1:
             raise ValueError(f"`pixel_shuffle_factor` must be 1 or more, got {factor}")
