@@ -213,7 +213,7 @@ CONFIGS = {
     ("text_config", "hidden_act"): {"abc": "text_config.hidden_act is 'abc', which transformers does not know"},
     ("text_config",): {(1,): "Field 'text_config'", None: "but config.json needs"},
     ("vision_config", "patch_size"): {None: "`vision_config.patch_size` is None"},
-    ("vision_config", "hidden_size"): {33: "config.json describes no model"},  # its heads do not divide it
+    ("text_config", "pad_token_id"): {99999: "config.json describes no model"},  # beyond the vocabulary
     ("vision_config", "num_channels"): {"abc": "'num_channels' expected int, got str"},
     ("quantization_config",): {"abc": "config.json is no config of a VisualChat"},
     ("image_token_id",): {1.5: "'image_token_id' expected int, got float"},
