@@ -5,6 +5,12 @@ import unicodedata
 from dataclasses import dataclass
 
 
+IRREGULAR_PLURALS = {
+    "blowfish": "blowfish", "deer": "deer", "die": "dice", "fish": "fish", "knife": "knives", "leaf": "leaves", "loaf": "loaves",
+    "mouse": "mice", "ox": "oxen", "scarf": "scarves", "sheep": "sheep", "snowman": "snowmen", "tooth": "teeth", "wolf": "wolves",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of thing. `name` is a singular noun in lower case, such as "apple"; `group` such as "fruit"."""
@@ -16,21 +22,23 @@ class Kind:
     @property
     def phrase(self) -> str:
         """The name with its indefinite article."""
-        return f"{'an' if self.name[0] in 'aeio' or self.name == 'umbrella' else 'a'} {self.name}"
+        vowel = self.name[0] in "aeio" or self.name in ("hourglass", "umbrella")
+        return f"{'an' if vowel else 'a'} {self.name}"
 
     @property
     def plural(self) -> str:
-        irregular = {"mouse": "mice", "sheep": "sheep", "fish": "fish", "loaf": "loaves", "scarf": "scarves", "deer": "deer"}
-        *before, last = self.name.split()
-        if last in irregular:
-            last = irregular[last]
-        elif last.endswith(("s", "sh", "ch", "x", "tomato", "potato", "mango", "flamingo", "volcano", "mosquito")):
-            last += "es"
-        elif last.endswith("y") and last[-2] not in "aeiou":
-            last = f"{last[:-1]}ies"
+        """The name for two or more of them. In "slice of pizza" the word before "of" is counted."""
+        counted, of, rest = self.name.partition(" of ")
+        *before, word = counted.split()
+        if word in IRREGULAR_PLURALS:
+            word = IRREGULAR_PLURALS[word]
+        elif word.endswith(("s", "sh", "ch", "x", "mango", "mosquito", "potato", "tomato", "volcano")):
+            word += "es"
+        elif word.endswith("y") and word[-2] not in "aeiou":
+            word = f"{word[:-1]}ies"
         else:
-            last += "s"
-        return " ".join([*before, last])
+            word += "s"
+        return " ".join([*before, word]) + of + rest
 
 
 # Per group the names in Unicode; `=` gives the plain name where it is not the one in Unicode without "face". Only what has a
@@ -63,12 +71,12 @@ NAMES = {
     """,
     "drink": """
         hot beverage=cup of coffee, wine glass=glass of wine, cocktail glass=cocktail, beer mug=mug of beer,
-        baby bottle, glass of milk, cup with straw=soda, teapot, bubble tea, bottle with popping corn
-    """.replace("bottle with popping corn", "bottle with popping cork=bottle of champagne"),
+        baby bottle, glass of milk, cup with straw=soda, teapot, bubble tea, bottle with popping cork=bottle of champagne
+    """,
     "plant": """
         seedling, evergreen tree=fir tree, deciduous tree=tree, palm tree, cactus, tulip, rose, hibiscus, sunflower,
-        four leaf clover=clover, maple leaf, bouquet, potted plant, christmas tree, lotus, shamrock
-    """.replace(", shamrock", ""),
+        four leaf clover=clover, maple leaf, bouquet, potted plant, christmas tree, lotus
+    """,
     "vehicle": """
         rocket, helicopter, steam locomotive=train, tram, bus, ambulance, fire engine=fire truck, police car, taxi, automobile=car,
         delivery truck=truck, tractor, ship, rowboat, speedboat, bicycle, airplane, sailboat, scooter, motor scooter,
@@ -94,18 +102,18 @@ NAMES = {
     """,
     "sport": """
         soccer ball=football, baseball, basketball and hoop=basketball, tennis racquet and ball=tennis ball, volleyball, trophy,
-        boxing glove, kite, yo-yo, skateboard, ice skate, roller skate, bow and arrow=bow, game die=die, dart
-    """.replace(", dart", ""),
+        boxing glove, kite, yo-yo, skateboard, ice skate, roller skate, bow and arrow=bow, game die=die
+    """,
     "thing": """
         watch, hourglass, alarm clock, black telephone=telephone, mobile phone, television, camera, personal computer=laptop,
-        printer, radio, battery, electric light bulb=light bulb, book=book, envelope, wrapped present=gift, balloon, teddy bear,
+        printer, radio, battery, electric light bulb=light bulb, open book=book, envelope, wrapped present=gift, balloon, teddy bear,
         chair, bed, door, toilet, bathtub, mirror, window, basket, shopping trolley=shopping cart, bell, anchor,
         umbrella, snowman without snow=snowman, bomb, pill, syringe, coin, bone, tooth, brain, crystal ball, gem stone=diamond,
         jack-o-lantern=pumpkin, compass, telescope, microscope, test tube, coffin, spoon, hocho=knife, amphora=vase,
-        money bag, credit card, ticket, dna double helix=dna strand, feather, rock, brick, shield, crayon, volcano, rainbow,
+        money bag, credit card, ticket, dna double helix=dna strand, feather, rock, brick, shield, volcano, rainbow,
         crescent moon=moon, black sun with rays=sun, cloud, white medium star=star, snowflake, fire, droplet=drop,
-        black heart suit=heart, nazar amulet, magic wand, robot face, alien monster, ghost, skull
-    """.replace("book=book, ", "open book=book, ").replace("crayon, ", "").replace("nazar amulet, ", ""),
+        black heart suit=heart, magic wand, robot face, alien monster, ghost, skull
+    """,
 }
 
 
