@@ -126,7 +126,7 @@ def list_kinds() -> list[Kind]:
     kinds = []
     for group, names in NAMES.items():
         for entry in names.split(","):
-            unicode_name, _, name = entry.strip().partition("=")
+            unicode_name, _, name = " ".join(entry.split()).partition("=")
             character = unicodedata.lookup(unicode_name.upper())
             kinds.append(Kind(character, name or unicode_name.removesuffix(" face"), group))
     return kinds
