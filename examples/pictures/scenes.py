@@ -17,7 +17,6 @@ from examples.pictures.kinds import Kind
 GROUNDS = {
     "white": (255, 255, 255),
     "gray": (170, 170, 170),
-    "black": (25, 25, 25),
     "red": (225, 120, 110),
     "orange": (250, 185, 110),
     "yellow": (250, 235, 140),
@@ -27,7 +26,7 @@ GROUNDS = {
     "pink": (250, 190, 215),
     "brown": (175, 135, 100),
 }
-"""Colours of the ground, in sRGB."""
+"""Colours of the ground, in sRGB. None is dark, since the drawings have black outlines."""
 
 DRAWING_SIZE = 160
 """Side of the square that a drawing is rendered in, in pixels, before it is resized to its size in the scene."""
@@ -79,20 +78,18 @@ def draw_kind(character: str, font: Path) -> Image.Image:
 
 def make_scene(kinds: list[Kind], rng: Random) -> Scene:
     """
-    Puts things of these kinds at random positions: one alone large, two side by side, and three or four each in a quarter.
-    Positions of two or more are in reading order, from the upper left to the lower right.
+    Puts one to four things of these kinds at random positions: one alone is large, and of several each has a quarter of the
+    image to itself. They stand in reading order, from the upper left to the lower right.
     """
-    cells = {
-        1: [(0.5, 0.5)],
-        2: [(0.25, 0.5), (0.75, 0.5)],
-    }.get(len(kinds), [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)])
+    if len(kinds) == 1:
+        cells, side, size_range = [(0.5, 0.5)], 1.0, (0.6, 0.9)
+    else:
+        cells, side, size_range = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)], 0.5, (0.36, 0.46)
     chosen = sorted(rng.sample(range(len(cells)), len(kinds)))
     things = []
     for kind, (x, y) in zip(kinds, (cells[index] for index in chosen)):
-        size = rng.uniform(0.6, 0.9) if len(kinds) == 1 else rng.uniform(0.36, 0.46)
-        free = (1 - size) / 2 if len(kinds) == 1 else (0.5 - size) / 2
-        # Two things side by side have the whole height to move in
-        free_y = (1 - size) / 2 if len(kinds) == 2 else free
+        size = rng.uniform(*size_range)
+        free = (side - size) / 2
         angle = rng.uniform(-20, 20)
-        things.append(Thing(kind, x + rng.uniform(-free, free), y + rng.uniform(-free_y, free_y), size, angle))
+        things.append(Thing(kind, x + rng.uniform(-free, free), y + rng.uniform(-free, free), size, angle))
     return Scene(rng.choice(list(GROUNDS)), tuple(things))
