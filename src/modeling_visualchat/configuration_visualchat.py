@@ -45,7 +45,7 @@ class VisualChatConfig(PreTrainedConfig):
             The image prefix: token ids of a constant text, such as those of `"Image:"`, that each image token attends to
             besides itself, in one softmax and at a fixed distance. By default an image token sees itself only, as in the
             paper. Pretrained decoders treat such a token like the first of a sequence, from which they read nothing: give a
-            prefix where the decoder is frozen (`image_prefix_visualchat.py`). For `"mmca"` and `"mmca_merged"`.
+            prefix where the decoder is frozen (`modality_prefix_visualchat.py`). For `"mmca"` and `"mmca_merged"`.
         projector (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: Linear + LayerNorm. `"vit"`: one CLIP encoder layer, then the same. `"perceiver"`: `num_query_tokens`
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with

@@ -27,10 +27,10 @@ from .attention_visualchat import (
 )
 from .configuration_visualchat import VisualChatConfig
 from .decoders_visualchat import find_decoder_family
-from .image_prefix_visualchat import ImagePrefix
 from .input_checks_visualchat import check_image_numbers, find_sequence_arguments
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
+from .modality_prefix_visualchat import ImagePrefix
 from .released_attention_visualchat import ReleasedPlan
 from .sequence_attention_visualchat import SequencePlan
 

@@ -7,8 +7,8 @@ have equal hidden states: an image is computed once, wherever and however often 
 carry one stream without padding: the text tokens of the batch, then the tokens of its different images. Where an image
 stands (its position, its number) matters only for the keys that text tokens attend to.
 
-With an image prefix (`image_prefix_visualchat.py`), images have queries for it, and its tokens are the last of the stream.
-All other queries are those of text tokens. They attend to text keys and to image keys in separate calls, so no matrix of all
+With an image prefix (`modality_prefix_visualchat.py`), images have queries for it, and its tokens end the stream. All other
+queries are those of text tokens. They attend to text keys and to image keys in separate calls, so no matrix of all
 tokens by all tokens is made.
 
 Where a graph is traced (`torch.compile`, `torch.export`, a CUDA graph), shapes must not depend on data. There, padding is
@@ -28,7 +28,6 @@ from transformers.cache_utils import Cache
 from transformers.utils import is_tracing
 
 from .attention_visualchat import AttentionPlan, VisualChatAttention
-from .image_prefix_visualchat import ImagePrefix
 from .modality_kernels_visualchat import (
     PackedTokens,
     Visibility,
@@ -41,6 +40,7 @@ from .modality_kernels_visualchat import (
     without_cudnn,
 )
 from .modality_positions_visualchat import NO_KEY, ModalityPositions, cut_mask, sort_by_modality
+from .modality_prefix_visualchat import ImagePrefix
 
 
 class ModalityPlan(AttentionPlan):
