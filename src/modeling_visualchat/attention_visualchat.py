@@ -121,7 +121,9 @@ class AttentionPlan(Movable):
         moved.device = device
         return moved
 
-    def arrange(self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None) -> torch.Tensor:
+    def arrange(
+        self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None, prefix_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         The hidden states that the first layer takes.
 
@@ -129,6 +131,8 @@ class AttentionPlan(Movable):
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings. Those at
                 image placeholders are not read.
             image_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*): Projected image features.
+            prefix_embeds (`torch.Tensor` of shape `(tokens, hidden_size)`, *optional*): Of the image prefix, where the plan
+                has one.
         """
         raise NotImplementedError
 

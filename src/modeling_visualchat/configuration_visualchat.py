@@ -41,6 +41,11 @@ class VisualChatConfig(PreTrainedConfig):
             Whether the key of a number has the bias of `k_proj` too, for decoders with `attention_bias`. The image's own key
             has it, so that it counts twice. Folders saved before this field existed were trained so: they load
             with `True`.
+        image_prefix_ids (`list[int]`, *optional*):
+            The image prefix: token ids of a constant text, such as those of `"Image:"`, that each image token attends to
+            besides itself, in one softmax and at a fixed distance. By default an image token sees itself only, as in the
+            paper. Pretrained decoders treat such a token like the first of a sequence, from which they read nothing: give a
+            prefix where the decoder is frozen (`modality_prefix_visualchat.py`). For `"mmca"` and `"mmca_merged"`.
         projector (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: Linear + LayerNorm. `"vit"`: one CLIP encoder layer, then the same. `"perceiver"`: `num_query_tokens`
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
@@ -102,6 +107,7 @@ class VisualChatConfig(PreTrainedConfig):
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
     image_number_key_bias: bool = False
+    image_prefix_ids: list[int] | None = None
     projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle"] = "linear"
     num_query_tokens: int = 256
     pixel_shuffle_factor: int | None = None
@@ -194,6 +200,28 @@ class VisualChatConfig(PreTrainedConfig):
         if self.image_number_token_ids is not None and not all(self.image_number_token_ids):
             empty = self.image_number_token_ids.index([]) + 1
             raise ValueError(f"`image_number_token_ids` holds no token for the number {empty}")
+
+    def validate_image_prefix(self):
+        """That image tokens can attend to the image prefix, and that it is text."""
+        ids, vocab_size, limit = self.image_prefix_ids, self.text_config.vocab_size, self.text_config.max_position_embeddings
+        if ids is None:
+            return
+        if self.multimodal_attention not in ("mmca", "mmca_merged"):
+            raise ValueError(
+                f"`image_prefix_ids` is not for multimodal_attention={self.multimodal_attention!r}, whose image tokens see"
+                " the text before them: leave it out (None)"
+            )
+        if not ids:
+            raise ValueError("`image_prefix_ids` is an empty list: give the ids of at least one token, or None")
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size or token_id == self.image_token_id:
+                reason = "is that of the image placeholder" if token_id == self.image_token_id else "is no token"
+                raise ValueError(
+                    f"`image_prefix_ids` holds {token_id}, which {reason}: it takes ids from 0 to {vocab_size - 1} that are"
+                    " text"
+                )
+        if len(ids) >= limit:
+            raise ValueError(f"`image_prefix_ids` has {len(ids)} tokens, but `max_position_embeddings` is {limit}")
 
     def validate_tower(self):
         """That the projector and the size of the images suit the vision tower."""

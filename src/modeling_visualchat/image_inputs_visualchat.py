@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 The images of a batch on their way to the decoder: which tokens are their placeholders, which features or which image memory
-each placeholder stands for, and the embeddings of the images' numbers.
+each placeholder stands for, and the embeddings of the images' numbers and of the image prefix.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_tracing
 
-from .decoder_visualchat import check_values, find_sequence_arguments
 from .image_memory_visualchat import ImageMemory
+from .input_checks_visualchat import check_values, find_sequence_arguments
 
 
 @dataclass
@@ -184,6 +184,10 @@ class VisualChatImageInputsMixin:
             refuse_adapters_by_sequence("k_proj", layer.self_attn.k_proj, len(means))
         return means.to(device, inputs_embeds.dtype)
 
+    def embed_image_prefix(self, device: torch.device) -> torch.Tensor:
+        """The embeddings of `config.image_prefix_ids`, of shape `(tokens, hidden_size)`, on this device."""
+        return self._embed_without_noise(torch.tensor(self.config.image_prefix_ids, device=device)).to(device)
+
     def _embed_without_noise(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """
         The embeddings of tokens that are not the prompt's, `(tokens, hidden_size)`. NEFTune's noise, which a hook adds where
@@ -261,6 +265,7 @@ def refuse_adapters_by_sequence(name: str, part: nn.Module, num_inputs: int) -> 
         if max(len(of_sequences), num_inputs) > 1:
             raise ValueError(
                 f"PEFT's `{argument}` is for {len(of_sequences)} sequences of a batch, but the adapters change {name} too,"
-                f" where {num_inputs} images or image numbers go in, and not sequences: use one adapter at a time"
+                f" where {num_inputs} images, image numbers or tokens of the image prefix go in, and not sequences: use one"
+                " adapter at a time"
                 " (`set_adapter`)"
             )

@@ -68,6 +68,26 @@ def test_numbered_keys_need_the_spelling_of_every_number():
         VisualChatConfig(image_number_keys=True, image_number_token_ids=[[1], [], [2]])
 
 
+@pytest.mark.parametrize(
+    ("ids", "attention", "message"),
+    [
+        ([], "mmca", "is an empty list"),
+        ([5, 999], "mmca", r"holds 999, which is no token: it takes ids from 0 to \d+"),
+        ([-1], "mmca_merged", "holds -1, which is no token"),
+        ([5, None], "mmca", r"\[5, None\]"),
+        (["5"], "mmca", r"\['5'\]"),
+        ([5], "causal", "is not for multimodal_attention='causal'"),
+        ([5], "mmca_released", "is not for multimodal_attention='mmca_released'"),
+        ([5] * 1024, "mmca", "has 1024 tokens, but `max_position_embeddings` is 1024"),
+    ],
+)
+def test_an_image_prefix_is_text_for_attentions_that_have_one(ids, attention, message):
+    with pytest.raises(StrictDataclassError, match=f"image_prefix_ids.*{message}"):
+        make_config(image_prefix_ids=ids, multimodal_attention=attention)
+    with pytest.raises(StrictDataclassError, match="`image_prefix_ids` holds 7, which is that of the image placeholder"):
+        make_config(image_prefix_ids=[5, 7], image_token_id=7)
+
+
 def test_image_seq_length():
     vision = {"image_size": [28, 56], "patch_size": 14}
     assert VisualChatConfig(vision_config=vision).image_seq_length == 9
@@ -116,6 +136,7 @@ def test_saving_and_loading_keeps_every_field(tmp_path):
     config = make_config(
         multimodal_attention="mmca_merged",
         image_number_keys=True,
+        image_prefix_ids=[5, 7],
         projector="perceiver",
         num_query_tokens=9,
         vision_feature_layer=-2,

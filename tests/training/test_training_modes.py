@@ -183,11 +183,14 @@ def test_joining_a_decoder_with_its_own_chat_template(parts, tmp_path):
     )
     where = words.index("--model_name_or_path")
     words = [*words[:where], *words[where + 2 :], "--chat_format", "decoder", "--max_steps", "2"]
-    main([*words, "--image_number_keys", "True"])
+    prefix = "<|im_start|>user\nImage:"
+    main([*words, "--image_number_keys", "True", "--image_prefix", prefix])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "run" / "model")
     assert processor.chat_format == "decoder" and "Image " in processor.chat_template
     assert trained.config.image_number_token_ids == processor.image_number_token_ids()
+    assert trained.config.image_prefix_ids[0] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert processor.tokenizer.decode(trained.config.image_prefix_ids) == prefix
     end_tokens = {2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert set(trained.generation_config.eos_token_id) == end_tokens
     make_processor().tokenizer.save_pretrained(tmp_path / "decoder")  # the paper's template

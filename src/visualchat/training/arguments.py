@@ -18,6 +18,9 @@ class ModelArguments:
     text_gguf_file: str | None = field(default=None, metadata={"help": "The decoder's GGUF file there; is dequantized."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
+    image_prefix: str | None = field(
+        default=None, metadata={"help": "Of a joined model: a text that each image token attends to besides itself."}
+    )
     projector: str = field(
         default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, vit or perceiver."}
     )
