@@ -41,6 +41,10 @@ class VisualChatConfig(PreTrainedConfig):
             Whether the key of a number has the bias of `k_proj` too, for decoders with `attention_bias`. The image's own key
             has it, so that it counts twice. Folders saved before this field existed were trained so: they load
             with `True`.
+        learned_image_numbers (`int`, *optional*, defaults to 0):
+            In the place of `image_number_keys`, which rests on how the decoder spells numbers: how many numbers have a
+            learned embedding in each layer. Its key is added to the keys of the image's tokens. It is 0 at the start, trains
+            with the projector, and is the most images that a conversation can hold.
         image_prefix_ids (`list[int]`, *optional*):
             The image prefix: token ids of a constant text, such as those of `"Image:"`, that each image token attends to
             besides itself, in one softmax and at a fixed distance. By default an image token sees itself only, as in the
@@ -107,6 +111,7 @@ class VisualChatConfig(PreTrainedConfig):
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
     image_number_key_bias: bool = False
+    learned_image_numbers: int = 0
     image_prefix_ids: list[int] | None = None
     projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle"] = "linear"
     num_query_tokens: int = 256
@@ -161,6 +166,13 @@ class VisualChatConfig(PreTrainedConfig):
         return rows * columns + self.num_prefix_tokens * (self.vision_feature_select_strategy == "full")
 
     @property
+    def max_image_number(self) -> int | None:
+        """The most images that a conversation can hold, since the model numbers them. `None`: it does not."""
+        if self.image_number_keys:
+            return len(self.image_number_token_ids)
+        return self.learned_image_numbers or None
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens that the vision tower puts before those of the patches: a class token, registers."""
         return find_tower_family(self.vision_config).count_prefix_tokens(self.vision_config)
@@ -195,8 +207,13 @@ class VisualChatConfig(PreTrainedConfig):
                 "`image_number_keys` needs `image_number_token_ids`, the token ids that spell 1, 2, 3, … in the prompt:"
                 " `processor.image_number_token_ids()` gives them"
             )
-        if self.image_number_keys and self.multimodal_attention == "mmca_released":
-            raise ValueError("`image_number_keys` is not for multimodal_attention='mmca_released', trained without them")
+        for name in ("image_number_keys", "learned_image_numbers"):
+            if getattr(self, name) and self.multimodal_attention == "mmca_released":
+                raise ValueError(f"`{name}` is not for multimodal_attention='mmca_released', trained without them")
+        if self.learned_image_numbers < 0:
+            raise ValueError(f"`learned_image_numbers` must be 0 or more, got {self.learned_image_numbers}")
+        if self.learned_image_numbers and self.image_number_keys:
+            raise ValueError("`learned_image_numbers` takes the place of `image_number_keys`: set one of them")
         if self.image_number_token_ids is not None and not all(self.image_number_token_ids):
             empty = self.image_number_token_ids.index([]) + 1
             raise ValueError(f"`image_number_token_ids` holds no token for the number {empty}")

@@ -97,7 +97,7 @@ class TestInputs:
     def test_more_images_than_numbers_raise(self):
         model = make_model(image_number_keys=True, image_number_token_ids=[[20], [21]])
         model(**make_inputs(["ititt"], model))
-        with pytest.raises(ValueError, match=r"holds 3 images.*spells only 2 numbers"):
+        with pytest.raises(ValueError, match=r"holds 3 images.*has only 2 numbers"):
             model(**make_inputs(["ititit"], model))
 
     @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])

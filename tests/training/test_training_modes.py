@@ -158,13 +158,20 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
     make_processor().image_processor.save_pretrained(tmp_path / "tower")
     (tmp_path / "decoder").mkdir()
-    write_gguf(tmp_path / "decoder" / "tiny.gguf", Qwen2ForCausalLM(model.config.text_config), make_tokenizer())
+    qwen = Qwen2ForCausalLM(model.config.text_config)
+    write_gguf(tmp_path / "decoder" / "tiny.gguf", qwen, make_tokenizer())
     joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
     words = arguments(parts, tmp_path / "run", **joined, text_gguf_file="tiny.gguf")
     where = words.index("--model_name_or_path")
-    main([*words[:where], *words[where + 2 :], "--max_steps", "2"])
+    words = [*words[:where], *words[where + 2 :], "--max_steps", "2", "--learned_image_numbers", "4"]
+    main([*words, "--train_embedding", "False"])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.text_config.model_type == "qwen2"
+    decoder = trained.model.language_model.state_dict()
+    decoder["embed_tokens.weight"] = decoder["embed_tokens.weight"][: len(make_tokenizer())]
+    numbers = {name for name in decoder if "image_numbers" in name}
+    assert len(numbers) == trained.config.text_config.num_hidden_layers and all(decoder[name].any() for name in numbers)
+    assert not moved(qwen.model.state_dict(), decoder)  # text alone is answered as before
     assert AutoProcessor.from_pretrained(tmp_path / "run" / "model").image_token_id == trained.config.image_token_id
 
 

@@ -70,6 +70,7 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
             image_size=find_image_size(processor.image_processor),
             image_number_keys=model_args.image_number_keys,
             image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+            learned_image_numbers=model_args.learned_image_numbers,
             image_prefix_ids=prefix_ids,
         )
     except StrictDataclassError as error:
