@@ -158,8 +158,7 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
     make_processor().image_processor.save_pretrained(tmp_path / "tower")
     (tmp_path / "decoder").mkdir()
-    qwen = Qwen2ForCausalLM(model.config.text_config)
-    write_gguf(tmp_path / "decoder" / "tiny.gguf", qwen, make_tokenizer())
+    write_gguf(tmp_path / "decoder" / "tiny.gguf", Qwen2ForCausalLM(model.config.text_config), make_tokenizer())
     joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
     words = arguments(parts, tmp_path / "run", **joined, text_gguf_file="tiny.gguf")
     where = words.index("--model_name_or_path")
@@ -167,11 +166,8 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     main([*words, "--train_embedding", "False"])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.text_config.model_type == "qwen2"
-    decoder = trained.model.language_model.state_dict()
-    decoder["embed_tokens.weight"] = decoder["embed_tokens.weight"][: len(make_tokenizer())]
-    numbers = {name for name in decoder if "image_numbers" in name}
-    assert len(numbers) == trained.config.text_config.num_hidden_layers and all(decoder[name].any() for name in numbers)
-    assert not moved(qwen.model.state_dict(), decoder)  # text alone is answered as before
+    joined = AutoModel.from_pretrained(tmp_path / "run" / "joined").state_dict()
+    assert {name.split(".")[-2] for name in moved(joined, trained.state_dict())} == {"linear", "layer_norm", "image_numbers"}
     assert AutoProcessor.from_pretrained(tmp_path / "run" / "model").image_token_id == trained.config.image_token_id
 
 
