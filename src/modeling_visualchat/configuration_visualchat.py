@@ -55,12 +55,17 @@ class VisualChatConfig(PreTrainedConfig):
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
             the biases and the learned positions of the released code. `"mlp"`: Linear, GELU, Linear (LLaVA 1.5).
             `"pixel_shuffle"`: `pixel_shuffle_factor` × `pixel_shuffle_factor` patches become one token, then as
-            `"linear"`. `"vit"` is for CLIP and SigLIP.
+            `"linear"`. `"pooled"`: the mean and the maximum of `pool_factor` × `pool_factor` patches become one token, and
+            the class token becomes `class_token_outputs` tokens, each by an MLP. `"vit"` is for CLIP and SigLIP.
         num_query_tokens (`int`, *optional*, defaults to 256):
             Learned queries of the perceiver projector, and so the tokens of an image there. A square number.
         pixel_shuffle_factor (`int`, *optional*):
             The side, in patches, of the squares that the `pixel_shuffle` projector makes one token of. It must divide the
             rows and the columns of patches. By default it is 2 with this projector.
+        pool_factor (`int`, *optional*):
+            The same of the `pooled` projector.
+        class_token_outputs (`int`, *optional*):
+            How many tokens the `pooled` projector makes of the class token. By default 1; 0 where the tower has none.
         image_size (`int` or `list[int]`, *optional*):
             Height and width, in pixels, of the images that the tower is given, where they are not the `image_size` of
             `vision_config`: DINOv2 is saved with 518 and used at 224. Only DINO's towers take another size.
@@ -69,7 +74,8 @@ class VisualChatConfig(PreTrainedConfig):
             norm, where the tower applies one to all tokens (SigLIP, DINO).
         vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
             `"full"` keeps what the tower puts before the patches, `"default"` drops it: CLIP's class token, DINO's class
-            token and registers, nothing of SigLIP's. The projectors `perceiver` and `pixel_shuffle` never read it.
+            token and registers, nothing of SigLIP's. The projectors `perceiver` and `pixel_shuffle` never read it;
+            `pooled` reads the class token, by `class_token_outputs`.
         image_token_id (`int`, *optional*, defaults to 32000):
             The id of the `<image>` placeholder in `input_ids`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -113,9 +119,11 @@ class VisualChatConfig(PreTrainedConfig):
     image_number_key_bias: bool = False
     learned_image_numbers: int = 0
     image_prefix_ids: list[int] | None = None
-    projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle"] = "linear"
+    projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle", "pooled"] = "linear"
     num_query_tokens: int = 256
     pixel_shuffle_factor: int | None = None
+    pool_factor: int | None = None
+    class_token_outputs: int | None = None
     image_size: int | list[int] | None = None
     vision_feature_layer: int = -1
     vision_feature_select_strategy: Literal["default", "full"] = "full"
@@ -130,6 +138,10 @@ class VisualChatConfig(PreTrainedConfig):
                 setattr(self.vision_config, name, value)
         if self.projector == "pixel_shuffle" and self.pixel_shuffle_factor is None:
             self.pixel_shuffle_factor = 2
+        if self.projector == "pooled":
+            self.pool_factor = 2 if self.pool_factor is None else self.pool_factor
+            if self.class_token_outputs is None:
+                self.class_token_outputs = min(1, self.num_prefix_tokens)
         if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
             self.image_size = None
         find_decoder_family(self.text_config)
@@ -163,6 +175,8 @@ class VisualChatConfig(PreTrainedConfig):
         rows, columns = self.patch_grid
         if self.projector == "pixel_shuffle":
             return rows * columns // self.pixel_shuffle_factor**2
+        if self.projector == "pooled":
+            return self.class_token_outputs + rows * columns // self.pool_factor**2
         return rows * columns + self.num_prefix_tokens * (self.vision_feature_select_strategy == "full")
 
     @property
@@ -245,12 +259,20 @@ class VisualChatConfig(PreTrainedConfig):
         for name in ("image_size", "patch_size"):
             if getattr(self.vision_config, name) is None:
                 raise ValueError(f"`vision_config.{name}` is None, but the number of patches depends on it")
-        family, (rows, columns), factor = find_tower_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
-        if factor is not None and factor < 1:
-            raise ValueError(f"`pixel_shuffle_factor` must be 1 or more, got {factor}")
-        if self.projector == "pixel_shuffle" and (rows % factor or columns % factor):
+        family, (rows, columns) = find_tower_family(self.vision_config), self.patch_grid
+        for name, projector in (("pixel_shuffle_factor", "pixel_shuffle"), ("pool_factor", "pooled")):
+            factor = getattr(self, name)
+            if factor is not None and factor < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {factor}")
+            if self.projector == projector and (rows % factor or columns % factor):
+                raise ValueError(
+                    f"`{name}` is {factor}, which does not divide the vision tower's {rows} × {columns} patches"
+                )
+        if self.class_token_outputs is not None and self.class_token_outputs < 0:
+            raise ValueError(f"`class_token_outputs` must be 0 or more, got {self.class_token_outputs}")
+        if self.class_token_outputs and self.num_prefix_tokens == 0:
             raise ValueError(
-                f"`pixel_shuffle_factor` is {factor}, which does not divide the vision tower's {rows} × {columns} patches"
+                f"`class_token_outputs` is {self.class_token_outputs}, but {family.name} has no class token: set it to 0"
             )
         if self.projector == "vit" and not family.has_clip_layers:
             raise ValueError(f"projector='vit' adds a layer of CLIP's, which does not fit a tower of {family.name}")

@@ -25,10 +25,14 @@ class ModelArguments:
         default=None, metadata={"help": "Of a joined model: a text that each image token attends to besides itself."}
     )
     projector: str = field(
-        default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, vit or perceiver."}
+        default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, pooled, vit or perceiver."}
     )
     pixel_shuffle_factor: int | None = field(
         default=None, metadata={"help": "With pixel_shuffle: the side, in patches, of what becomes one token; 2 by default."}
+    )
+    pool_factor: int | None = field(default=None, metadata={"help": "With pooled: the same; 2 by default."})
+    class_token_outputs: int | None = field(
+        default=None, metadata={"help": "With pooled: how many tokens the class token becomes; 1 by default."}
     )
     chat_format: Literal["paper", "decoder"] = field(
         default="paper", metadata={"help": "Of a joined model: the paper's prompt, or the decoder's own chat template."}
