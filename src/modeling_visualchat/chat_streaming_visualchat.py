@@ -111,6 +111,14 @@ class AnswerThread(threading.Thread):
         finally:
             self.reader.end()
 
+    def take_error(self) -> BaseException | None:
+        """
+        The error, which this thread forgets. The traceback refers to the thread, so that they would be a reference cycle,
+        which keeps the cache in memory until the garbage collector runs.
+        """
+        error, self.error = self.error, None
+        return error
+
 
 def find_setting(model, generation: dict, name: str):
     """What a call of `generate` with these arguments takes for a setting."""
