@@ -184,6 +184,13 @@ class AttentionPlan(Movable):
         """From hidden states as layers carry them to `(batch_size, sequence_length, hidden_size)`."""
         return hidden_states
 
+    def go_on_from(self, in_order: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        What the next layer takes where hidden states are recorded: `hidden_states`, where possible made of what
+        [`~AttentionPlan.restore`] returned of them, which is recorded, so that it has gradients.
+        """
+        return hidden_states
+
 
 class VisualChatRMSNorm(LlamaRMSNorm):
     """LLaMA's norm in one kernel in place of eight, which on a GPU each go through memory."""

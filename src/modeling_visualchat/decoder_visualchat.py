@@ -205,7 +205,9 @@ class VisualChatTextModel(PreTrainedModel):
             plans[-1] = plan.for_last_layer(tokens_to_keep)
 
         hidden_states = plan.arrange(inputs_embeds, image_states, prefix_embeds)
-        in_order = plan.restore(hidden_states) if records else None
+        if records:
+            in_order = plan.restore(hidden_states)
+            hidden_states = plan.go_on_from(in_order, hidden_states)
         for layer, plan in zip(self.layers, plans):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
             hidden_states = layer(
@@ -219,6 +221,7 @@ class VisualChatTextModel(PreTrainedModel):
             )
             if records:
                 in_order = self.sequence_order(in_order, hidden_states, plan)
+                hidden_states = plan.go_on_from(in_order, hidden_states)
         hidden_states = plan.restore(self.norm(hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 

@@ -140,6 +140,11 @@ class SequencePlan(AttentionPlan):
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.prefix_rotary is None else hidden_states[:, self.prefix_length :]
 
+    def go_on_from(self, in_order: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.prefix_rotary is None:
+            return hidden_states
+        return torch.cat([hidden_states[:, : self.prefix_length], in_order], dim=1)
+
     def attend(
         self,
         attention: VisualChatAttention,

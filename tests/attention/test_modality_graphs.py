@@ -23,9 +23,7 @@ def without_the_dense_path(monkeypatch):
 class TestGraphs:
     """In one graph without breaks. What inductor makes of it is tested in `test_placement.py`, and on a GPU."""
 
-    @pytest.mark.parametrize(
-        "variant, side, prefix", [("mmca", "left", None), ("mmca_merged", "right", None), ("mmca_merged", "left", (5, 7))]
-    )
+    @pytest.mark.parametrize("variant, side, prefix", [("mmca", "left", None), ("mmca_merged", "right", (5, 7))])
     def test_a_compiled_training_step_has_the_losses_and_gradients_of_one_that_is_not(self, variant, side, prefix):
         model = make_pair(variant, dtype=DOUBLE, trains=True, prefix=prefix)[0]
         torch._dynamo.reset()

@@ -180,6 +180,13 @@ class VisualChatDinov3MistralTest(VisualChatTests, unittest.TestCase):
     text_fields = {"model_type": "mistral", "sliding_window": None}
 
 
+class VisualChatImagePrefixTest(VisualChatTests, unittest.TestCase):
+    """Image tokens that attend to a constant text besides themselves."""
+
+    # Below the 84 ids that remain where a test makes the vocabulary smaller
+    config_fields = {"multimodal_attention": "mmca_merged", "image_prefix_ids": [11, 12, 13]}
+
+
 class VisualChatMergedTest(VisualChatTests, unittest.TestCase):
     config_fields = {"multimodal_attention": "mmca_merged", "projector": "perceiver", "num_query_tokens": 4}
 
