@@ -177,7 +177,7 @@ def describe_problem(example: dict, bad: InvalidExample) -> str:
         number = f"with the id {example['id']!r}"
     elif number is None:
         number = f"that begins {question_excerpt(example)!r}"
-    return str(Problem(bad.kind, dataset, number, bad.field, bad.detail))
+    return str(Problem(bad.kind, dataset, str(number), bad.field, bad.detail))
 
 
 def question_excerpt(example: dict) -> str:
