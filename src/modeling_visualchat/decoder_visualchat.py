@@ -2,8 +2,7 @@
 """The decoder: one of LLaMA's shape, with multi-modal causal attention in place of plain causal attention."""
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,12 +13,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_tracing, torch_compilable_check
+from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_visualchat import (
     AttentionPlan,
+    LearnedImageNumbers,
     VisualChatAttention,
     VisualChatRMSNorm,
     check_attention_implementation,
@@ -28,8 +28,10 @@ from .attention_visualchat import (
 )
 from .configuration_visualchat import VisualChatConfig
 from .decoders_visualchat import find_decoder_family
+from .input_checks_visualchat import check_image_numbers, find_sequence_arguments
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
+from .modality_prefix_visualchat import ImagePrefix
 from .released_attention_visualchat import ReleasedPlan
 from .sequence_attention_visualchat import SequencePlan
 
@@ -37,9 +39,9 @@ from .sequence_attention_visualchat import SequencePlan
 class VisualChatDecoderLayer(GradientCheckpointingLayer):
     """The layer of a decoder of LLaMA's shape, around [`VisualChatAttention`]."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, image_number_key_bias: bool = False):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, **numbers):
         super().__init__()
-        self.self_attn = VisualChatAttention(config, layer_idx, image_number_key_bias)
+        self.self_attn = VisualChatAttention(config, layer_idx, **numbers)
         self.mlp = find_decoder_family(config).mlp_class(config)
         self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -99,12 +101,17 @@ class VisualChatTextModel(PreTrainedModel):
     def __init__(self, config: VisualChatConfig):
         super().__init__(config.text_config)
         self.multimodal_attention = config.multimodal_attention
-        self.image_seq_length = config.image_seq_length
+        self.image_seq_length, self.max_image_number = config.image_seq_length, config.max_image_number
         text_config = config.text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList(
             [
-                VisualChatDecoderLayer(text_config, layer_idx, config.image_number_key_bias)
+                VisualChatDecoderLayer(
+                    text_config,
+                    layer_idx,
+                    image_number_key_bias=config.image_number_key_bias,
+                    learned_image_numbers=config.learned_image_numbers,
+                )
                 for layer_idx in range(text_config.num_hidden_layers)
             ]
         )
@@ -116,6 +123,11 @@ class VisualChatTextModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LearnedImageNumbers):
+            nn.init.zeros_(module.weight)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -126,6 +138,8 @@ class VisualChatTextModel(PreTrainedModel):
         image_source: torch.LongTensor | None = None,
         image_memory: Sequence = (),
         number_embeds: torch.Tensor | None = None,
+        numbers_images: bool = False,
+        prefix_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -146,6 +160,9 @@ class VisualChatTextModel(PreTrainedModel):
             image_memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
                 Without images they have no effect.
+            numbers_images (`bool`): Whether the batch brings images, or has to seem so, to be numbered by learned numbers.
+            prefix_embeds (`torch.Tensor` of shape `(tokens, hidden_size)`, *optional*): Embeddings of the image prefix.
+                Without new images they have no effect.
             tokens_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
                 hidden state is read. The others may be zero.
         """
@@ -159,6 +176,13 @@ class VisualChatTextModel(PreTrainedModel):
             self.check_length(inputs_embeds.shape[1], past_length)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+        # Before the call for the sequence: frequencies that depend on the length are those of short texts
+        prefix_rotary = None
+        if prefix_embeds is not None:
+            if image_states is not None and (is_tracing() or len(image_states) > 0):
+                prefix_rotary = self.rotate_prefix(prefix_embeds)
+            else:  # its gradient, as on the other processes of a distributed run
+                inputs_embeds = inputs_embeds + 0.0 * prefix_embeds.sum()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         plan = self._make_plan(
@@ -172,14 +196,15 @@ class VisualChatTextModel(PreTrainedModel):
             position_embeddings,
             past_key_values,
             starts,
+            prefix_rotary,
         )
-        check_image_numbers(plan.image_numbers, number_embeds)
+        check_image_numbers(plan.image_numbers, self.max_image_number)
         plans = [plan] * len(self.layers)
         records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if tokens_to_keep is not None and not records and not is_tracing():
             plans[-1] = plan.for_last_layer(tokens_to_keep)
 
-        hidden_states = plan.arrange(inputs_embeds, image_states)
+        hidden_states = plan.arrange(inputs_embeds, image_states, prefix_embeds)
         in_order = plan.restore(hidden_states) if records else None
         for layer, plan in zip(self.layers, plans):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
@@ -189,6 +214,7 @@ class VisualChatTextModel(PreTrainedModel):
                 position_embeddings=position_embeddings,
                 plan=plan,
                 past_key_values=past_key_values,
+                numbers_images=numbers_images,
                 **kwargs,
             )
             if records:
@@ -196,19 +222,28 @@ class VisualChatTextModel(PreTrainedModel):
         hidden_states = plan.restore(self.norm(hidden_states))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
+    def rotate_prefix(self, prefix_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, of shape `(1, P + 1, head_size)`, of an image prefix of P tokens and of the image behind it."""
+        positions = torch.arange(len(prefix_embeds) + 1, device=prefix_embeds.device)
+        return self.rotary_emb(prefix_embeds, positions[None])
+
     @torch.no_grad()
-    def encode_images(self, image_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_images(
+        self, image_states: torch.Tensor, prefix_embeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The keys, before rotation and numbering, and the values of images in every layer.
 
         Args:
             image_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`): Projected features.
+            prefix_embeds (`torch.Tensor` of shape `(tokens, hidden_size)`, *optional*): Embeddings of the image prefix.
 
         Returns:
             Both of shape `(layers, images, image_seq_length, key-value heads, head_size)`.
         """
         images, length = image_states.shape[:2]
         is_image = torch.ones(1, images * length, dtype=torch.bool, device=image_states.device)
+        prefix = ImagePrefix(self.rotate_prefix(prefix_embeds), images * length) if prefix_embeds is not None else None
         position_embeddings = self.rotary_emb(image_states, torch.zeros_like(is_image, dtype=torch.long))
         plan = ModalityPlan(
             is_image,
@@ -218,10 +253,11 @@ class VisualChatTextModel(PreTrainedModel):
             length,
             records=True,
             num_placeholders=images * length,
+            prefix=prefix,
         )
         plans = [plan] * len(self.layers)
         plans[-1] = plan.for_last_layer(torch.zeros_like(is_image))  # its output is not needed
-        hidden_states = image_states.flatten(0, 1)[None]
+        hidden_states = plan.arrange(image_states.flatten(0, 1)[None], image_states.flatten(0, 1), prefix_embeds)
         for layer, plan in zip(self.layers, plans):
             hidden_states = layer(hidden_states, None, position_embeddings=position_embeddings, plan=plan)
         keys, values = zip(*plan.recorded)
@@ -245,6 +281,7 @@ class VisualChatTextModel(PreTrainedModel):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
         starts: torch.Tensor | None,
+        prefix_rotary: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> AttentionPlan:
         """The fast path where it can compute this call; else the definition, or what the released code computes."""
         num_placeholders = None
@@ -279,6 +316,7 @@ class VisualChatTextModel(PreTrainedModel):
                 memory=image_memory,
                 num_placeholders=num_placeholders,
                 uses_flex=uses_flex,
+                prefix=ImagePrefix(prefix_rotary, len(image_states)) if prefix_rotary is not None else None,
             )
 
         if image_memory:
@@ -308,6 +346,7 @@ class VisualChatTextModel(PreTrainedModel):
             self.image_seq_length,
             image_source,
             starts,
+            prefix_rotary,
         )
 
     def _splits_modalities(
@@ -357,41 +396,6 @@ class VisualChatTextModel(PreTrainedModel):
 def computes_by_flex(device: torch.device) -> bool:
     """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
     return device.type != "cpu"
-
-
-def check_image_numbers(image_numbers: torch.Tensor | None, number_embeds: torch.Tensor | None) -> None:
-    """Raises a `ValueError` with both counts if there are more images than embeddings of numbers."""
-    if number_embeds is None or image_numbers is None or image_numbers.numel() == 0:
-        return
-    check_values(
-        image_numbers.max() <= len(number_embeds),
-        lambda: (
-            f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
-            f" only {len(number_embeds)} numbers"
-        ),
-        f"A conversation holds more images than config.image_number_token_ids spells numbers, {len(number_embeds)}",
-    )
-
-
-def check_values(holds: torch.BoolTensor, describe: Callable[[], str], summary: str) -> None:
-    """
-    Raises a `ValueError` that describes the data unless `holds`. In a graph, an assertion of torch says the `summary`: torch
-    2.11 cannot trace transformers' `torch_compilable_check` of a tensor.
-    """
-    if is_tracing():
-        torch._assert_async(holds, summary)
-    else:
-        torch_compilable_check(holds, describe)
-
-
-def find_sequence_arguments(module: nn.Module) -> dict[str, Sequence]:
-    """
-    What PEFT tells its layers inside a module of each sequence of the batch: `adapter_names`, which adapter it has, or
-    `alora_offsets`, from which token on. Its hooks put them among the layers' arguments.
-    """
-    hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values() if isinstance(hook, partial))
-    names = ("adapter_names", "alora_offsets")
-    return next(({name: hook.keywords[name]} for hook in hooks for name in names if name in hook.keywords), {})
 
 
 @torch.compiler.disable

@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 The images of a batch on their way to the decoder: which tokens are their placeholders, which features or which image memory
-each placeholder stands for, and the embeddings of the images' numbers.
+each placeholder stands for, and the embeddings of the images' numbers and of the image prefix.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_tracing
 
-from .decoder_visualchat import check_values, find_sequence_arguments
 from .image_memory_visualchat import ImageMemory
+from .input_checks_visualchat import check_values, find_sequence_arguments
 
 
 @dataclass
@@ -168,11 +168,17 @@ class VisualChatImageInputsMixin:
             f" makes {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images:g} images were given"
         )
 
-    def embed_image_numbers(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def embed_image_numbers(self, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """
         The embedding of each number as the prompt spells it, the mean over its tokens: of shape `(numbers, hidden_size)`, on
-        the device of `inputs_embeds` and in its dtype.
+        the device of `inputs_embeds` and in its dtype. `None`: without `image_number_keys`.
         """
+        if self.config.max_image_number is None:
+            return None
+        for layer in self.language_model.layers:
+            refuse_adapters_by_sequence("k_proj", layer.self_attn.k_proj, self.config.max_image_number)
+        if not self.config.image_number_keys:
+            return None
         device, spellings = inputs_embeds.device, self.config.image_number_token_ids
         token_ids = torch.tensor([token for spelling in spellings for token in spelling], device=device)
         embeds = self._embed_without_noise(token_ids)
@@ -180,9 +186,11 @@ class VisualChatImageInputsMixin:
         lengths = torch.tensor([len(spelling) for spelling in spellings], device=embeds.device)
         sums = embeds.new_zeros(len(spellings), embeds.shape[-1])
         means = sums.index_add(0, torch.tensor(owners, device=embeds.device), embeds) / lengths[:, None]
-        for layer in self.language_model.layers:
-            refuse_adapters_by_sequence("k_proj", layer.self_attn.k_proj, len(means))
         return means.to(device, inputs_embeds.dtype)
+
+    def embed_image_prefix(self, device: torch.device) -> torch.Tensor:
+        """The embeddings of `config.image_prefix_ids`, of shape `(tokens, hidden_size)`, on this device."""
+        return self._embed_without_noise(torch.tensor(self.config.image_prefix_ids, device=device)).to(device)
 
     def _embed_without_noise(self, token_ids: torch.LongTensor) -> torch.Tensor:
         """
@@ -261,6 +269,7 @@ def refuse_adapters_by_sequence(name: str, part: nn.Module, num_inputs: int) -> 
         if max(len(of_sequences), num_inputs) > 1:
             raise ValueError(
                 f"PEFT's `{argument}` is for {len(of_sequences)} sequences of a batch, but the adapters change {name} too,"
-                f" where {num_inputs} images or image numbers go in, and not sequences: use one adapter at a time"
+                f" where {num_inputs} images, image numbers or tokens of the image prefix go in, and not sequences: use one"
+                " adapter at a time"
                 " (`set_adapter`)"
             )

@@ -202,7 +202,7 @@ class ImageMemoryStore:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
         """
         fingerprint = self.model.image_fingerprint()
-        keys = [f"{fingerprint[:16]}-{_hash_image(pixels)}" for pixels in pixel_values]
+        keys = [f"{fingerprint[:16]}-{_hash_tensor(pixels)}" for pixels in pixel_values]
         with self._lock:
             if fingerprint != self._fingerprint:
                 self._memories.clear()
@@ -287,21 +287,25 @@ class VisualChatImageMemoryMixin:
         with torch.no_grad():
             features = torch.stack(model.get_image_features(pixel_values, return_dict=True).pooler_output)
             embedding = model.get_input_embeddings().weight
-            keys, values = model.language_model.encode_images(features.to(embedding.device, embedding.dtype))
+            features = features.to(embedding.device, embedding.dtype)
+            prefix_embeds = None
+            if self.config.image_prefix_ids is not None:
+                prefix_embeds = model.embed_image_prefix(features.device).to(features.dtype)
+            keys, values = model.language_model.encode_images(features, prefix_embeds)
         # Only now: bitsandbytes' layers bring their biases to another dtype in their first pass
         return ImageMemory(keys, values, model.image_fingerprint())
 
     def image_fingerprint(self) -> str:
         """
         What an image's memory depends on, as a hash: the weights of vision tower, projector and decoder, adapters and what
-        quantized layers hold included, and how they are joined. It is computed again when something has changed. Under
-        tensor parallelism each process has its own heads, and so its own memory and hash.
+        quantized layers hold included, the image prefix, and how they are joined. It is computed again when something has
+        changed. Under tensor parallelism each process has its own heads, and so its own memory and hash.
 
         Raises:
             ValueError: If a weight is not in memory, as under offload or ZeRO-3, or in a form that cannot be read.
         """
         model, config = self.base_model, self.config
-        # Neither the token embedding nor the last norm has a part in an image's keys and values
+        # Neither the last norm nor the token embedding, but for an image prefix, has a part in an image's keys and values
         without = ("language_model.embed_tokens.", "language_model.norm.")
         weights = ModelWeights(model, without)
         weights.check("Image memory")
@@ -311,8 +315,13 @@ class VisualChatImageMemoryMixin:
             "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
             "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
         }
-        if config.projector == "pixel_shuffle":
-            joined["joined"] += [config.pixel_shuffle_factor, config.patch_grid]
+        if config.projector in ("pixel_shuffle", "pooled"):
+            factor = config.pixel_shuffle_factor if config.projector == "pixel_shuffle" else config.pool_factor
+            joined["joined"] += [factor, config.patch_grid]
+        if config.image_prefix_ids is not None:
+            with torch.no_grad():
+                prefix_embeds = model.embed_image_prefix(model.get_input_embeddings().weight.device)
+            joined["prefix"] = [config.image_prefix_ids, text.rope_parameters, _hash_tensor(prefix_embeds)]
         state = joined, describe_state(model, weights)
         if model._image_fingerprint is None or model._image_fingerprint[0] != state:
             description = {**joined, "adapters": state[1][-1]}
@@ -363,9 +372,9 @@ class VisualChatImageMemoryMixin:
                 self.check_memory_shape(memory)
 
 
-def _hash_image(pixels: torch.Tensor) -> str:
-    described = f"{pixels.dtype} {tuple(pixels.shape)}".encode()
-    return hashlib.sha256(described + _as_bytes(pixels).tobytes()).hexdigest()
+def _hash_tensor(tensor: torch.Tensor) -> str:
+    described = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return hashlib.sha256(described + _as_bytes(tensor).tobytes()).hexdigest()
 
 
 def _as_bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -7,7 +7,8 @@ have equal hidden states: an image is computed once, wherever and however often 
 carry one stream without padding: the text tokens of the batch, then the tokens of its different images. Where an image
 stands (its position, its number) matters only for the keys that text tokens attend to.
 
-The queries are those of text tokens alone. They attend to text keys and to image keys in separate calls, so no matrix of all
+With an image prefix (`modality_prefix_visualchat.py`), images have queries for it, and its tokens end the stream. All other
+queries are those of text tokens. They attend to text keys and to image keys in separate calls, so no matrix of all
 tokens by all tokens is made.
 
 Where a graph is traced (`torch.compile`, `torch.export`, a CUDA graph), shapes must not depend on data. There, padding is
@@ -35,9 +36,11 @@ from .modality_kernels_visualchat import (
     merged_softmax,
     rotate,
     softmax,
+    with_signed_sin,
     without_cudnn,
 )
-from .modality_positions_visualchat import NO_KEY, ModalityPositions
+from .modality_positions_visualchat import NO_KEY, ModalityPositions, cut_mask, sort_by_modality
+from .modality_prefix_visualchat import ImagePrefix
 
 
 class ModalityPlan(AttentionPlan):
@@ -59,6 +62,7 @@ class ModalityPlan(AttentionPlan):
         records (`bool`): Whether to keep the keys and values of the image tokens of each layer in `recorded`.
         num_placeholders (`int`, *optional*): How many placeholders there are. Needed where a graph is traced.
         uses_flex (`bool`): Whether flex attention computes what needs a mask, where that is the faster way.
+        prefix (`ImagePrefix`, *optional*): What image tokens attend to besides themselves. Its tokens are the stream's last.
     """
 
     _shared = ("recorded",)
@@ -77,6 +81,7 @@ class ModalityPlan(AttentionPlan):
         records: bool = False,
         num_placeholders: int | None = None,
         uses_flex: bool = False,
+        prefix: ImagePrefix | None = None,
     ):
         batch_size, length = self.shape = batch_and_length
         self.device = rotary[0].device
@@ -85,7 +90,7 @@ class ModalityPlan(AttentionPlan):
         self.begins = positions is None or positions.is_empty
         self.past_length = 0 if self.begins else positions.length + 0  # a static cache counts in place
         if attention_mask is not None and not self.is_traced:
-            attention_mask = self._cut_mask(attention_mask)
+            attention_mask = cut_mask(attention_mask, int(self.past_length), length)
         self.sequences = (batch_size, length)
         if self.is_traced and is_image_BQ is not None:
             self.sequences = (1, batch_size * length)
@@ -94,7 +99,9 @@ class ModalityPlan(AttentionPlan):
 
         # A single text token in a dynamic cache is one that was decoded. What follows from a static one comes without a mask
         may_pad = is_image_BQ is not None or length > 1 or self.begins or positions.is_compileable
-        self.text_index, self.image_index = self._sort(is_image_BQ, num_placeholders, may_pad)
+        self.text_index, self.image_index = sort_by_modality(
+            is_image_BQ, attention_mask if may_pad else None, batch_and_length, self.device, num_placeholders
+        )
         is_whole = is_image_BQ is None and len(self.text_index) == batch_size * length
         self.text = self._pack(self.text_index, is_whole)
         self.images = self._pack(self.image_index, is_image_BQ is None)
@@ -105,10 +112,7 @@ class ModalityPlan(AttentionPlan):
             rank_P = (is_image_BQ.cumsum(-1) - 1 + seen_B1).flatten()[self.image_index]
             self.image_numbers = rank_P // image_seq_length + 1
 
-        cos, sin = rotary
-        half = sin.shape[-1] // 2
-        signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # as `rotate` takes it
-        self.all_rotary = tuple(part.expand(batch_size, -1, -1).flatten(0, 1) for part in (cos, signed_sin))
+        self.all_rotary = tuple(part.expand(batch_size, -1, -1).flatten(0, 1) for part in with_signed_sin(*rotary))
         self.text_rotary = self._rotary_of(self.text_index, self.text)
         self.image_rotary = self._rotary_of(self.image_index, self.images)
 
@@ -131,6 +135,7 @@ class ModalityPlan(AttentionPlan):
             in_order = torch.arange(len(self.image_index), device=self.device)
             self.is_in_order = torch.equal(image_source, in_order)
         self.memory = memory
+        self.prefix, self.keeps_prefix = prefix, prefix is not None
         self.recorded = [] if records else None
         self._look(None, keeps_images=True)
 
@@ -140,38 +145,6 @@ class ModalityPlan(AttentionPlan):
         if any(isinstance(mask, BlockMask) for mask in masks):  # its function holds tensors that cannot be moved
             plan._look(plan.kept_text, self.keeps_images)
         return plan
-
-    def _sort(
-        self, is_image_BQ: torch.Tensor | None, num_placeholders: int | None, may_pad: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The indices, among all new tokens of the batch, of the text tokens and of the placeholders. Padding is left out where
-        shapes may depend on it.
-        """
-        length = self.shape[1]
-        index_P = torch.arange(self.shape[0] * length, device=self.device)
-        if is_image_BQ is None:
-            text_index, image_index = index_P, index_P[:0]
-        elif self.is_traced:
-            order_P = (index_P + is_image_BQ.flatten() * len(index_P)).argsort()  # no two are equal: ONNX has no stable sort
-            num_text = len(index_P) - num_placeholders
-            text_index, image_index = order_P[:num_text], order_P[num_text:]
-        else:
-            text_index, image_index = index_P[~is_image_BQ.flatten()], index_P[is_image_BQ.flatten()]
-        if may_pad and self.attention_mask is not None and not self.is_traced:
-            is_kept = self.attention_mask[:, -length:].flatten() != 0
-            text_index = text_index[is_kept[text_index]]
-        return text_index, image_index
-
-    def _cut_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The columns of the tokens seen. A mask may have been made for a whole static cache."""
-        seen = int(self.past_length) + self.shape[1]
-        if attention_mask.shape[1] < seen:
-            raise ValueError(
-                f"`attention_mask` has {attention_mask.shape[1]} columns, but {seen} tokens have been seen: the"
-                f" {int(self.past_length)} of the cache and {self.shape[1]} new ones"
-            )
-        return attention_mask[:, :seen]
 
     def _pack(self, index: torch.Tensor, is_whole: bool = False) -> PackedTokens:
         sequences, length = self.sequences
@@ -190,6 +163,7 @@ class ModalityPlan(AttentionPlan):
         kept_text = is_read.flatten()[self.text_index].nonzero()[:, 0]
         keeps_images = len(self.image_index) > 0 and bool(is_read.flatten()[self.image_index].any())
         plan._look(kept_text if len(kept_text) < self.num_text else None, keeps_images)
+        plan.keeps_prefix = False
         return plan
 
     def _look(self, kept_text: torch.Tensor | None, keeps_images: bool) -> None:
@@ -236,28 +210,35 @@ class ModalityPlan(AttentionPlan):
         is_kept_BK = self.attention_mask.gather(1, positions_BK.clamp(min=0)) != 0
         return positions_BK.masked_fill(~is_kept_BK, -1)
 
-    def arrange(self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None) -> torch.Tensor:
+    def arrange(
+        self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None, prefix_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         stream = inputs_embeds.flatten(0, 1)[self.text_index]
         if image_states is not None:
-            stream = torch.cat([stream, image_states])
+            stream = torch.cat([stream, image_states] if self.prefix is None else [stream, image_states, prefix_embeds])
         return stream[None]
 
     def select_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._select_text(hidden_states) if self.prefix is None else self.residual(hidden_states)
+
+    def _select_text(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.num_text == hidden_states.shape[1]:
             return hidden_states if self.kept_text is None else hidden_states[:, self.kept_text]
         text = hidden_states[0, : self.num_text]  # so cut that a projection is one product, not a batch of one
         return text[None] if self.kept_text is None else text[None, self.kept_text]
 
     def residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.prefix is not None and not self.keeps_prefix:
+            hidden_states = hidden_states[:, : -self.prefix.length]
         if self.kept_text is None and self.keeps_images:
             return hidden_states
-        text = self.select_queries(hidden_states)
+        text = self._select_text(hidden_states)
         return torch.cat([text, hidden_states[:, self.num_text :]], dim=1) if self.keeps_images else text
 
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Tokens that were not computed to the end, padding and remembered images among them, are zero."""
         index = self.text_index if self.kept_text is None else self.text_index[self.kept_text]
-        states = hidden_states[0]
+        states = hidden_states[0] if not self.keeps_prefix else hidden_states[0, : -self.prefix.length]
         text, images = states[: len(index)], states[len(index) :]
         sequence = states.new_zeros(self.shape[0] * self.shape[1], states.shape[-1])
         sequence[index] = text
@@ -285,14 +266,23 @@ class ModalityPlan(AttentionPlan):
         )
         text_keys, own_keys = self._split(keys)
         text_values, own_values = self._split(values)
+        image_keys, image_values = own_keys, own_values
+        if self.prefix is not None:
+            image_keys, image_values = (states[: -self.prefix.length] for states in (own_keys, own_values))
         if number_keys is not None:
             number_keys = number_keys.view(-1, *keys.shape[1:])
             if len(self.image_index) == 0:  # their gradient, as on the other processes of a distributed run
                 text_keys = text_keys + number_keys[:1]
-        image_keys, image_values = self._place_images(own_keys, own_values, number_keys, attention.layer_idx)
+        image_keys, image_values = self._place_images(image_keys, image_values, number_keys, attention.layer_idx)
         # In the order of the definition, which computes text alone: perhaps that of another process
         queries = attention.normalize_queries(queries)
-        text_keys, image_keys = attention.normalize_keys(text_keys, image_keys)
+        sees_prefix = self.prefix is not None and self.keeps_images
+        if sees_prefix:
+            num_queries = self.num_text if self.kept_text is None else len(self.kept_text)
+            queries, own_queries = queries[:num_queries], queries[num_queries:]
+            text_keys, image_keys, own_keys = attention.normalize_keys(text_keys, image_keys, own_keys)
+        else:
+            text_keys, image_keys = attention.normalize_keys(text_keys, image_keys)
         k_BGTD = rotate(self.text.pad(text_keys).transpose(1, 2), self.text_rotary)
         k_BGID = rotate(self.images.pad(image_keys).transpose(1, 2), self.image_rotary)
         v_BGTD, v_BGID = self.text.pad(text_values).transpose(1, 2), self.images.pad(image_values).transpose(1, 2)
@@ -303,21 +293,21 @@ class ModalityPlan(AttentionPlan):
             )
             if not self.begins:
                 all_keys, all_values = cached
-        output = self.attend_to_keys(
-            rotate(self.queries.pad(queries).transpose(1, 2), self.query_rotary),
-            all_keys,
-            all_values,
-            scaling=attention.scaling,
-            dropout_p=attention.attention_dropout if attention.training else 0.0,
-        ).flatten(1)
-        if self.keeps_images and len(own_values) > 0:  # an image token's output is its value
+        settings = {"scaling": attention.scaling}
+        settings["dropout_p"] = attention.attention_dropout if attention.training else 0.0
+        q_BHWD = rotate(self.queries.pad(queries).transpose(1, 2), self.query_rotary)
+        output = self.attend_to_keys(q_BHWD, all_keys, all_values, **settings).flatten(1)
+        if sees_prefix:
+            own_output = self.prefix.attend(own_queries, own_keys, own_values, **settings)
+            output = torch.cat([output, own_output.flatten(1)])
+        elif self.keeps_images and len(own_values) > 0:  # an image token's output is its value
             if attention.num_key_value_groups > 1:
                 own_values = own_values.repeat_interleave(attention.num_key_value_groups, dim=1)
             output = torch.cat([output, own_values.flatten(1)])
         return output[None], None
 
     def _split(self, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream, of shape `(text and image tokens, …)`, in its two parts."""
+        """The stream, of shape `(tokens, …)`, in two parts: text; images and their prefix."""
         if self.num_text == len(stream):
             return stream, stream[:0]
         return stream.split([self.num_text, len(stream) - self.num_text])

@@ -71,6 +71,12 @@ def rotate(states_BHWD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor])
     return states_BHWD.roll(states_BHWD.shape[-1] // 2, -1).mul_(signed_sin).addcmul_(states_BHWD, cos)
 
 
+def with_signed_sin(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of shape `(…, head_size)` as [`rotate`] takes them."""
+    half = sin.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
 def softmax(
     q_BHWD: torch.Tensor,
     k_BGKD: torch.Tensor,

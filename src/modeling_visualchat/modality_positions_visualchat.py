@@ -1,8 +1,9 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-The fast path's cache: where in the sequence the cached keys of text and images stand.
+The fast path's positions: which of the new tokens are text and images, and where in the sequence the cached keys of both
+stand.
 
-Shape letters: B batch, T cached text, I cached image tokens, K one of both.
+Shape letters: B batch, Q new tokens, T cached text, I cached image tokens, K one of both.
 """
 
 import torch
@@ -157,3 +158,55 @@ def mark_static(*tensors: torch.Tensor) -> None:
     if not is_tracing():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
+
+
+def sort_by_modality(
+    is_image_BQ: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    batch_and_length: tuple[int, int],
+    device: torch.device,
+    num_placeholders: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The indices, among all new tokens of the batch, of the text tokens and of the placeholders. Padding is left out where
+    shapes may depend on it.
+
+    Args:
+        is_image_BQ (`torch.BoolTensor`, *optional*): The placeholders. `None`: all are text.
+        attention_mask (`torch.Tensor` of shape `(batch_size, tokens seen)`, *optional*): 0 for padding. `None`: there is
+            none.
+        batch_and_length (`tuple[int, int]`): B and Q.
+        device (`torch.device`): Where the indices are needed.
+        num_placeholders (`int`, *optional*): How many placeholders there are. Needed where a graph is traced.
+    """
+    batch_size, length = batch_and_length
+    index_P = torch.arange(batch_size * length, device=device)
+    if is_image_BQ is None:
+        text_index, image_index = index_P, index_P[:0]
+    elif is_tracing():
+        order_P = (index_P + is_image_BQ.flatten() * len(index_P)).argsort()  # no two are equal: ONNX has no stable sort
+        num_text = len(index_P) - num_placeholders
+        text_index, image_index = order_P[:num_text], order_P[num_text:]
+    else:
+        text_index, image_index = index_P[~is_image_BQ.flatten()], index_P[is_image_BQ.flatten()]
+    if attention_mask is not None and not is_tracing():
+        is_kept = attention_mask[:, -length:].flatten() != 0
+        text_index = text_index[is_kept[text_index]]
+    return text_index, image_index
+
+
+def cut_mask(attention_mask: torch.Tensor, past_length: int, length: int) -> torch.Tensor:
+    """
+    The columns of the tokens seen: those of the cache, and `length` new ones. A mask may have been made for a whole static
+    cache.
+
+    Raises:
+        ValueError: If there are fewer columns; both counts are given.
+    """
+    seen = past_length + length
+    if attention_mask.shape[1] < seen:
+        raise ValueError(
+            f"`attention_mask` has {attention_mask.shape[1]} columns, but {seen} tokens have been seen: the {past_length} of"
+            f" the cache and {length} new ones"
+        )
+    return attention_mask[:, :seen]

@@ -57,7 +57,8 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
         hidden_states (`tuple(torch.Tensor)`, *optional*): One of shape `(batch_size, sequence_length, hidden_size)` for the
             embeddings and one for each layer.
         attentions (`tuple(torch.Tensor)`, *optional*): With `eager`, of shape `(batch_size, heads, sequence_length, keys)`
-            for each layer. Under `"mmca"` the weights of a text token that sees an image sum to 2.
+            for each layer. Under `"mmca"` the weights of a text token that sees an image sum to 2. An image prefix has no
+            column, so that the weights of an image token, its own among the columns, sum to less than 1 with it.
         image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`, *optional*):
             The projected features of the images of this call.
     """
@@ -199,9 +200,10 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
         is_image = self.get_placeholder_mask(input_ids, inputs_embeds, count, mm_token_type_ids, may_cut=is_chunk)
         if is_image is not None and count is None:
             images = PlacedImages(states=inputs_embeds[is_image])
-        number_embeds = None
-        if self.config.image_number_keys and (is_image is not None or needs_dummy):
-            number_embeds = self.embed_image_numbers(inputs_embeds)
+        numbers_images, prefix_embeds = is_image is not None or needs_dummy, None
+        number_embeds = self.embed_image_numbers(inputs_embeds) if numbers_images else None
+        if self.config.image_prefix_ids is not None and (images.states is not None or needs_dummy):
+            prefix_embeds = self.embed_image_prefix(inputs_embeds.device).to(inputs_embeds.dtype)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -210,6 +212,8 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
             image_source=images.source,
             image_memory=images.memories,
             number_embeds=number_embeds,
+            numbers_images=numbers_images,
+            prefix_embeds=prefix_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -82,7 +82,7 @@ class ReleasedPlan(SequencePlan):
         return place_in_reverse(super()._find_images(image_states), self.is_image, self.image_seq_length)
 
     def _combine(
-        self, softmax_over: Callable, v_BGQD: torch.Tensor, v_BGKD: torch.Tensor, num_key_value_groups: int
+        self, softmax_over: Callable, v_BGKD: torch.Tensor, num_key_value_groups: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         masks, v_BHKD = self.masks, repeat_kv(v_BGKD, num_key_value_groups)
         text_BQHD, text_weights = softmax_over(masks.text_keys)

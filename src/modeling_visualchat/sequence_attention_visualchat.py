@@ -17,12 +17,16 @@ variant, what the released code computes.
 An image token never attends beyond itself in the first two variants, so an image's hidden states, keys (before rotation and
 numbering) and values are a function of that image alone, in every layer.
 
+With an image prefix of P constant tokens, "itself only" becomes one softmax over the keys of the prefix, at positions 0 to
+P - 1, and its own, which is at position P and has no number. The prefix is causal text, and no other token attends to it.
+What is said above of an image holds.
+
 Here all tokens stand in the order of the sequence, under masks. The fast path computes the same many times faster; what it
 cannot express is computed here: `eager` and its weights, quantized caches, 4-dimensional masks, packed sequences, a compiled
 prefill that fills a cache.
 
-Shape letters: B batch, Q new tokens, K all tokens that are seen (cached and new), H query heads, G key-value heads,
-D head size, C hidden size.
+Shape letters: B batch, Q new tokens, K all tokens that are seen (cached and new), P tokens of the prefix, N both of P and Q,
+H query heads, G key-value heads, D head size, C hidden size.
 """
 
 from collections.abc import Callable
@@ -59,6 +63,8 @@ class SequencePlan(AttentionPlan):
         image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which image token each placeholder stands
             for. `None`: its own, in order.
         starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
+        prefix_rotary (`tuple` of two `torch.Tensor`, *optional*): cos and sin of shape `(1, P + 1, head_size)` of an image
+            prefix, which stands before the tokens of each sequence. `None`: there is none, or no new image.
 
     Attributes:
         all_keys: All keys ≤ i. Masks are what the attention backend takes: boolean for `sdpa` (`None` where it may skip
@@ -68,7 +74,7 @@ class SequencePlan(AttentionPlan):
         sees_image (`torch.BoolTensor` of shape `(batch_size, 1, sequence_length, 1)`): Whether token i has an image key ≤ i.
             `None` under `flex_attention`, which returns zeros for a query that sees nothing.
         sees_itself_only (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The tokens whose output is their own
-            value. `None` if there are none.
+            value, or with an image prefix what they see of both. `None` if there are none.
         past_length (`int` or `torch.Tensor`): Cached tokens: the first new token is key `past_length`.
     """
 
@@ -84,9 +90,12 @@ class SequencePlan(AttentionPlan):
         image_seq_length: int,
         image_source: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
+        prefix_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         self.device, self.backend = inputs_embeds.device, config._attn_implementation
         self.is_image, self.image_source, self.image_seq_length = is_image, image_source, image_seq_length
+        self.prefix_rotary = prefix_rotary
+        self.prefix_length = prefix_rotary[0].shape[1] - 1 if prefix_rotary is not None else 0
         self.all_keys = self.text_keys = self.image_keys = self.sees_image = self.sees_itself_only = None
         self.image_numbers, numbers_BK = update_image_numbers(
             past_key_values, is_image, image_seq_length, inputs_embeds.shape[:2], self.device, starts
@@ -114,14 +123,22 @@ class SequencePlan(AttentionPlan):
         self.text_keys, _ = _restrict(all_keys, numbers_BK == 0)
         self.image_keys, self.sees_image = _restrict(all_keys, numbers_BK > 0)
 
-    def arrange(self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None) -> torch.Tensor:
+    def arrange(
+        self, inputs_embeds: torch.Tensor, image_states: torch.Tensor | None, prefix_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if image_states is None:
             return inputs_embeds
-        return inputs_embeds.masked_scatter(self.is_image[..., None], self._find_images(image_states))
+        hidden_states = inputs_embeds.masked_scatter(self.is_image[..., None], self._find_images(image_states))
+        if self.prefix_rotary is None:
+            return hidden_states
+        return torch.cat([prefix_embeds.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
 
     def _find_images(self, image_states: torch.Tensor) -> torch.Tensor:
         """The image states of all placeholders, in reading order."""
         return image_states if self.image_source is None else image_states[self.image_source]
+
+    def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.prefix_rotary is None else hidden_states[:, self.prefix_length :]
 
     def attend(
         self,
@@ -134,14 +151,25 @@ class SequencePlan(AttentionPlan):
         past_key_values: Cache | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        own_keys = keys
         if number_keys is not None and self.image_numbers is None:  # all is text
             keys = keys + number_keys[:1]
         elif number_keys is not None:
-            keys = keys + number_keys[self.image_numbers.long()]  # ONNX takes no other index
-        q_BQHD, k_BQGD, v_BQGD = (
-            states.view(*states.shape[:-1], -1, attention.head_dim) for states in (queries, keys, values)
+            numbers = self.image_numbers
+            if self.prefix_rotary is not None:
+                numbers = nn.functional.pad(numbers, (self.prefix_length, 0))
+            keys = keys + number_keys[numbers.long()]  # ONNX takes no other index
+        q_BQHD, k_BQGD, v_BQGD, own_k_BQGD = (
+            states.view(*states.shape[:-1], -1, attention.head_dim) for states in (queries, keys, values, own_keys)
         )
-        q_BQHD, (k_BQGD,) = attention.normalize_queries(q_BQHD), attention.normalize_keys(k_BQGD)
+        q_BQHD = attention.normalize_queries(q_BQHD)
+        prefix_output, seen = None, None
+        if self.prefix_rotary is None:
+            (k_BQGD,) = attention.normalize_keys(k_BQGD)
+        else:
+            k_BQGD, own_k_BQGD = attention.normalize_keys(k_BQGD, own_k_BQGD)
+            prefix_output, *seen = self._attend_to_prefix(attention, q_BQHD, own_k_BQGD, v_BQGD)
+            q_BQHD, k_BQGD, v_BQGD = (states[:, self.prefix_length :] for states in (q_BQHD, k_BQGD, v_BQGD))
         q_BHQD, k_BGQD, v_BGQD = (states.transpose(1, 2) for states in (q_BQHD, k_BQGD, v_BQGD))
         q_BHQD, k_BGQD = apply_rotary_pos_emb(q_BHQD, k_BGQD, *position_embeddings)
         k_BGKD, v_BGKD = k_BGQD, v_BGQD
@@ -162,44 +190,110 @@ class SequencePlan(AttentionPlan):
                 **kwargs,
             )
 
-        output_BQHD, weights = self._combine(softmax_over, v_BGQD, v_BGKD, attention.num_key_value_groups)
+        output_BQHD, weights = self._combine(softmax_over, v_BGKD, attention.num_key_value_groups)
+        if self.sees_itself_only is not None:
+            output_BQHD, weights = self._see_itself(
+                output_BQHD, weights, v_BGQD, v_BGKD, attention.num_key_value_groups, seen
+            )
+        if prefix_output is not None:
+            output_BQHD = torch.cat([prefix_output, output_BQHD], dim=1)
         return output_BQHD.reshape(*queries.shape).contiguous(), weights
 
+    def _attend_to_prefix(
+        self, attention: VisualChatAttention, q_BNHD: torch.Tensor, k_BNGD: torch.Tensor, v_BNGD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        What the tokens of the prefix see, and what each new token would see as an image's does: the prefix and itself.
+
+        Args:
+            attention (`VisualChatAttention`): The layer.
+            q_BNHD, k_BNGD, v_BNGD (`torch.Tensor`): Before the rotation, the keys without the images' numbers. The prefix
+                comes first.
+
+        Returns:
+            The output of the prefix (BPHD); and of the new tokens, what comes from the prefix (BQHD), and the weights of
+            their own values in the same softmax (BHQ1).
+        """
+        length, (cos, sin) = self.prefix_length, self.prefix_rotary
+        positions_N = torch.arange(q_BNHD.shape[1], device=q_BNHD.device).clamp(max=length)
+        q_BHND, k_BGND = apply_rotary_pos_emb(
+            q_BNHD.transpose(1, 2), k_BNGD.transpose(1, 2), cos[:, positions_N], sin[:, positions_N]
+        )
+        k_BHND, v_BHND = (repeat_kv(states, attention.num_key_value_groups) for states in (k_BGND, v_BNGD.transpose(1, 2)))
+        softmax_dtype = torch.promote_types(q_BHND.dtype, torch.float32)
+        is_earlier_NP = torch.arange(length, device=q_BHND.device) < positions_N[:, None]
+        scores_BHNP = (q_BHND @ k_BHND[:, :, :length].transpose(2, 3)).masked_fill(~is_earlier_NP, float("-inf"))
+        own_scores_BHN1 = (q_BHND.to(softmax_dtype) * k_BHND).sum(-1, keepdim=True)
+        scores = torch.cat([scores_BHNP.to(softmax_dtype), own_scores_BHN1], dim=-1) * attention.scaling
+        weights = scores.softmax(-1).to(q_BHND.dtype)
+        weights = nn.functional.dropout(weights, p=attention.attention_dropout, training=attention.training)
+        weights_BHNP, own_weights_BHN1 = weights.split([length, 1], dim=-1)
+        of_prefix_BHND = weights_BHNP @ v_BHND[:, :, :length]
+        output_BHPD = (of_prefix_BHND + own_weights_BHN1 * v_BHND)[:, :, :length]
+        return output_BHPD.transpose(1, 2), of_prefix_BHND[:, :, length:].transpose(1, 2), own_weights_BHN1[:, :, length:]
+
     def _combine(
-        self, softmax_over: Callable, v_BGQD: torch.Tensor, v_BGKD: torch.Tensor, num_key_value_groups: int
+        self, softmax_over: Callable, v_BGKD: torch.Tensor, num_key_value_groups: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The output of all tokens.
+        The output of all tokens that see others.
 
         Args:
             softmax_over (`Callable`): Takes a mask, returns the output (BQHD) and with `eager` the weights (BHQK).
-            v_BGQD, v_BGKD (`torch.Tensor`): The values of the new tokens, and of all tokens.
+            v_BGKD (`torch.Tensor`): The values of all tokens.
             num_key_value_groups (`int`): H / G.
 
         Returns:
             As `softmax_over`.
         """
         if self.image_keys is None:
-            output_BQHD, weights = softmax_over(self.all_keys)
-        else:
-            output_BQHD, weights = softmax_over(self.text_keys)
-            image_BQHD, image_weights = softmax_over(self.image_keys)
-            if self.sees_image is not None:
-                image_BQHD = image_BQHD * self.sees_image.transpose(1, 2)
-            output_BQHD = output_BQHD + image_BQHD
-            if image_weights is not None:
-                weights = weights + image_weights * self.sees_image
-        if self.sees_itself_only is None:
-            return output_BQHD, weights
+            return softmax_over(self.all_keys)
+        output_BQHD, weights = softmax_over(self.text_keys)
+        image_BQHD, image_weights = softmax_over(self.image_keys)
+        if self.sees_image is not None:
+            image_BQHD = image_BQHD * self.sees_image.transpose(1, 2)
+        output_BQHD = output_BQHD + image_BQHD
+        if image_weights is not None:
+            weights = weights + image_weights * self.sees_image
+        return output_BQHD, weights
+
+    def _see_itself(
+        self,
+        output_BQHD: torch.Tensor,
+        weights: torch.Tensor | None,
+        v_BGQD: torch.Tensor,
+        v_BGKD: torch.Tensor,
+        num_key_value_groups: int,
+        seen: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Puts in the output of the tokens that see only themselves and the prefix.
+
+        Args:
+            output_BQHD, weights: What `_combine` returned.
+            v_BGQD, v_BGKD (`torch.Tensor`): The values of the new tokens, and of all tokens.
+            num_key_value_groups (`int`): H / G.
+            seen (`tuple` of two `torch.Tensor`, *optional*): What comes from the prefix (BQHD), and the weights of the
+                tokens' own values (BHQ1). `None`: there is no prefix, and these weights are 1.
+
+        Returns:
+            As `_combine`. The prefix has no column among the weights.
+        """
+        is_alone_BQ11 = self.sees_itself_only[:, :, None, None]
         if weights is None:
-            own_values_BQHD = repeat_kv(v_BGQD, num_key_value_groups).transpose(1, 2)
-            return torch.where(self.sees_itself_only[:, :, None, None], own_values_BQHD, output_BQHD), None
+            own_BQHD = repeat_kv(v_BGQD, num_key_value_groups).transpose(1, 2)
+            if seen is not None:
+                own_BQHD = seen[0] + seen[1].transpose(1, 2) * own_BQHD
+            return torch.where(is_alone_BQ11, own_BQHD, output_BQHD), None
         keys_K = torch.arange(weights.shape[-1], device=weights.device)
         own_key_Q = torch.arange(weights.shape[-2], device=weights.device) + self.past_length
-        itself_QK = (own_key_Q[:, None] == keys_K).to(weights.dtype)
-        weights = torch.where(self.sees_itself_only[:, None, :, None], itself_QK, weights)
+        own_weights = (own_key_Q[:, None] == keys_K).to(weights.dtype)
+        if seen is not None:
+            own_weights = own_weights * seen[1]
+        weights = torch.where(is_alone_BQ11.transpose(1, 2), own_weights, weights)
         # The output is made of the weights that are returned, so that they have gradients
-        return (weights @ repeat_kv(v_BGKD, num_key_value_groups)).transpose(1, 2), weights
+        output_BQHD = (weights @ repeat_kv(v_BGKD, num_key_value_groups)).transpose(1, 2)
+        return output_BQHD if seen is None else output_BQHD + seen[0].masked_fill(~is_alone_BQ11, 0), weights
 
 
 def _restrict(mask: torch.Tensor | BlockMask, keep_BK: torch.Tensor) -> tuple[torch.Tensor | BlockMask, torch.Tensor | None]:

@@ -10,12 +10,20 @@ from modeling_visualchat import modality_kernels_visualchat
 
 
 @pytest.mark.parametrize(
-    "variant, attention",
-    [("mmca", "eager"), ("mmca", "sdpa"), ("mmca_merged", "eager"), ("causal", "sdpa"), ("mmca_released", "eager")],
+    "variant, attention, prefix",
+    [
+        ("mmca", "eager", None),
+        ("mmca", "sdpa", None),
+        ("mmca", "sdpa", [5, 7]),
+        ("mmca_merged", "eager", [5, 7]),
+        ("causal", "sdpa", None),
+        ("mmca_released", "eager", None),
+    ],
 )
-def test_a_plan_that_is_moved_computes_the_same(variant, attention):
+def test_a_plan_that_is_moved_computes_the_same(variant, attention, prefix):
     """As accelerate does where layers are spread over devices."""
-    model = make_model({"text_config": attention, "vision_config": "sdpa"}, multimodal_attention=variant)
+    settings = {"multimodal_attention": variant, "image_prefix_ids": prefix}
+    model = make_model({"text_config": attention, "vision_config": "sdpa"}, **settings)
     inputs = make_inputs(["titit", "ts"], model)
     moved = []
 

@@ -23,9 +23,11 @@ def without_the_dense_path(monkeypatch):
 class TestGraphs:
     """In one graph without breaks. What inductor makes of it is tested in `test_placement.py`, and on a GPU."""
 
-    @pytest.mark.parametrize("variant, side", [("mmca", "left"), ("mmca_merged", "right")])
-    def test_a_compiled_training_step_has_the_losses_and_gradients_of_one_that_is_not(self, variant, side):
-        model = make_pair(variant, dtype=DOUBLE, trains=True)[0]
+    @pytest.mark.parametrize(
+        "variant, side, prefix", [("mmca", "left", None), ("mmca_merged", "right", None), ("mmca_merged", "left", (5, 7))]
+    )
+    def test_a_compiled_training_step_has_the_losses_and_gradients_of_one_that_is_not(self, variant, side, prefix):
+        model = make_pair(variant, dtype=DOUBLE, trains=True, prefix=prefix)[0]
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         for layout in (["titit"], ["iit", "ttsi", "tt"]):
@@ -64,9 +66,9 @@ class TestGraphs:
         with pytest.raises(RuntimeError, match="image placeholder tokens are not those of the images that were given"):
             forward(compiled, {**inputs, "pixel_values": inputs["pixel_values"][:1]}, use_cache=False)
 
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
-    def test_decoding_from_a_static_cache_is_one_graph_for_all_steps(self, variant):
-        model = make_pair(variant, dtype=DOUBLE)[0]
+    @pytest.mark.parametrize("variant, prefix", [("mmca", (5, 7)), ("mmca_merged", None)])
+    def test_decoding_from_a_static_cache_is_one_graph_for_all_steps(self, variant, prefix):
+        model = make_pair(variant, dtype=DOUBLE, prefix=prefix)[0]
         for layout in (["titit"], ["titit", "ts", "iit"]):
             torch._dynamo.reset()
             graphs = CompileCounter()

@@ -169,6 +169,7 @@ class VisualChatSiglipQwen2Test(VisualChatTests, unittest.TestCase):
     config_fields = {"projector": "mlp"}
     vision_fields = {"model_type": "siglip_vision_model"}
     text_fields = {"model_type": "qwen2"}
+    without_gradient = ()
 
 
 class VisualChatDinov3MistralTest(VisualChatTests, unittest.TestCase):

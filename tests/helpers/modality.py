@@ -35,11 +35,20 @@ DOUBLE = torch.float64
 
 @functools.cache
 def make_pair(
-    variant="mmca", numbered=True, kv_heads=2, dtype=torch.float32, trains=False, attention="sdpa", decoder="llama"
+    variant="mmca",
+    numbered=True,
+    kv_heads=2,
+    dtype=torch.float32,
+    trains=False,
+    attention="sdpa",
+    decoder="llama",
+    prefix=None,
 ):
     """The same weights by modality and as the definition. The tower is the same on both sides."""
     text = {"num_key_value_heads": kv_heads}
     options = {"multimodal_attention": variant, "image_number_keys": numbered, "text": text, "decoder": decoder}
+    if prefix is not None:
+        options["image_prefix_ids"] = list(prefix)
     pair = [
         make_model({"text_config": backend, "vision_config": "sdpa"}, **copy.deepcopy(options)).to(dtype).train(trains)
         for backend in (attention, "eager")

@@ -42,18 +42,19 @@ def assert_same_logits(run, model, inputs):
 
 
 @pytest.mark.parametrize(
-    ("variant", "numbered", "implementation", "projector"),
+    ("variant", "numbered", "implementation", "projector", "prefix"),
     [
-        ("mmca", True, "sdpa", "linear"),
-        pytest.param("mmca", True, "eager", "linear", marks=pytest.mark.slow),
-        pytest.param("mmca_merged", False, "sdpa", "vit", marks=pytest.mark.slow),
-        pytest.param("causal", True, "sdpa", "perceiver", marks=pytest.mark.slow),
-        pytest.param("mmca_released", False, "sdpa", "perceiver_released", marks=pytest.mark.slow),
+        ("mmca", True, "sdpa", "linear", None),
+        pytest.param("mmca", True, "eager", "linear", [5, 7], marks=pytest.mark.slow),
+        pytest.param("mmca_merged", False, "sdpa", "vit", [5, 7], marks=pytest.mark.slow),
+        pytest.param("causal", True, "sdpa", "perceiver", None, marks=pytest.mark.slow),
+        pytest.param("mmca_released", False, "sdpa", "perceiver_released", None, marks=pytest.mark.slow),
     ],
 )
-def test_logits_are_the_models(variant, numbered, implementation, projector, tmp_path):
+def test_logits_are_the_models(variant, numbered, implementation, projector, prefix, tmp_path):
     sizes = {"text": {"num_hidden_layers": 2}, "vision": {"num_hidden_layers": 1}, "num_query_tokens": 4}
     settings = {"multimodal_attention": variant, "image_number_keys": numbered, "projector": projector}
+    settings["image_prefix_ids"] = prefix
     model = make_model(implementation, **settings, **sizes).requires_grad_(False)
     inputs = make_inputs(["titit", "tiitt"], model)
     run = export(model, inputs, tmp_path / "model.onnx")

@@ -245,6 +245,9 @@ class TestChangedSettings:
             Difference("multimodal_attention", "mmca", "causal", is_fixed=True),
             Difference("image_number_keys", False, True, is_fixed=True),
         ]
+        assert find_differences(old, record(**joined, image_prefix="Image:")) == [
+            Difference("image_prefix", None, "Image:", is_fixed=True)
+        ]
 
     def test_the_attention_of_a_joined_model(self, parts, tmp_path):
         model = make_model(text={"vocab_size": 320}, image_token_id=5)

@@ -162,9 +162,12 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
     words = arguments(parts, tmp_path / "run", **joined, text_gguf_file="tiny.gguf")
     where = words.index("--model_name_or_path")
-    main([*words[:where], *words[where + 2 :], "--max_steps", "2"])
+    words = [*words[:where], *words[where + 2 :], "--max_steps", "2", "--learned_image_numbers", "4"]
+    main([*words, "--train_embedding", "False"])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.text_config.model_type == "qwen2"
+    joined = AutoModel.from_pretrained(tmp_path / "run" / "joined").state_dict()
+    assert {name.split(".")[-2] for name in moved(joined, trained.state_dict())} == {"linear", "layer_norm", "image_numbers"}
     assert AutoProcessor.from_pretrained(tmp_path / "run" / "model").image_token_id == trained.config.image_token_id
 
 
@@ -183,11 +186,14 @@ def test_joining_a_decoder_with_its_own_chat_template(parts, tmp_path):
     )
     where = words.index("--model_name_or_path")
     words = [*words[:where], *words[where + 2 :], "--chat_format", "decoder", "--max_steps", "2"]
-    main([*words, "--image_number_keys", "True"])
+    prefix = "<|im_start|>user\nImage:"
+    main([*words, "--image_number_keys", "True", "--image_prefix", prefix])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "run" / "model")
     assert processor.chat_format == "decoder" and "Image " in processor.chat_template
     assert trained.config.image_number_token_ids == processor.image_number_token_ids()
+    assert trained.config.image_prefix_ids[0] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert processor.tokenizer.decode(trained.config.image_prefix_ids) == prefix
     end_tokens = {2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert set(trained.generation_config.eos_token_id) == end_tokens
     make_processor().tokenizer.save_pretrained(tmp_path / "decoder")  # the paper's template

@@ -95,8 +95,7 @@ class ModelRequirements:
 
     @classmethod
     def of(cls, processor: VisualChatProcessor, config: VisualChatConfig) -> "ModelRequirements":
-        max_images = len(config.image_number_token_ids) if config.image_number_keys else None
-        return cls(processor.image_token, shorter_edge(processor.image_processor), max_images)
+        return cls(processor.image_token, shorter_edge(processor.image_processor), config.max_image_number)
 
 
 class ImageSize(NamedTuple):

@@ -54,6 +54,9 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     Raises:
         ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
     """
+    prefix_ids = None
+    if model_args.image_prefix is not None:
+        prefix_ids = processor.tokenizer(model_args.image_prefix, add_special_tokens=False)["input_ids"]
     try:
         model = VisualChatForCausalLM.from_vision_text_pretrained(
             model_args.vision_name_or_path,
@@ -64,9 +67,13 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
             multimodal_attention=model_args.multimodal_attention,
             projector=model_args.projector,
             pixel_shuffle_factor=model_args.pixel_shuffle_factor,
+            pool_factor=model_args.pool_factor,
+            class_token_outputs=model_args.class_token_outputs,
             image_size=find_image_size(processor.image_processor),
             image_number_keys=model_args.image_number_keys,
             image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+            learned_image_numbers=model_args.learned_image_numbers,
+            image_prefix_ids=prefix_ids,
         )
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from error

@@ -32,8 +32,13 @@ FIXED_FIELDS = (
     "text_gguf_file",
     "multimodal_attention",
     "image_number_keys",
+    "learned_image_numbers",
+    "image_prefix",
+    "train_embedding",
     "projector",
     "pixel_shuffle_factor",
+    "pool_factor",
+    "class_token_outputs",
     "chat_format",
     "image_position",
     "lora_target",
@@ -86,7 +91,8 @@ CHANGEABLE_FIELDS = (
     "greater_is_better",
 )
 JOINED_FIELDS = (
-    *("multimodal_attention", "image_number_keys", "projector", "pixel_shuffle_factor", "chat_format", "image_position"),
+    *("multimodal_attention", "image_number_keys", "learned_image_numbers", "image_prefix", "projector"),
+    *("pixel_shuffle_factor", "pool_factor", "class_token_outputs", "chat_format", "image_position"),
     *("vision_name_or_path", "text_name_or_path", "text_gguf_file"),
 )
 RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")
