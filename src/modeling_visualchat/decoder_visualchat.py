@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -27,58 +26,13 @@ from .attention_visualchat import (
     is_packed,
 )
 from .configuration_visualchat import VisualChatConfig
-from .decoders_visualchat import find_decoder_family
+from .decoder_layer_visualchat import SequenceOrder, VisualChatDecoderLayer
 from .input_checks_visualchat import check_image_numbers, find_sequence_arguments
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
 from .modality_prefix_visualchat import ImagePrefix
 from .released_attention_visualchat import ReleasedPlan
 from .sequence_attention_visualchat import SequencePlan
-
-
-class VisualChatDecoderLayer(GradientCheckpointingLayer):
-    """The layer of a decoder of LLaMA's shape, around [`VisualChatAttention`]."""
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, **numbers):
-        super().__init__()
-        self.self_attn = VisualChatAttention(config, layer_idx, **numbers)
-        self.mlp = find_decoder_family(config).mlp_class(config)
-        self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        number_embeds: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        plan: AttentionPlan,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            plan,
-            past_key_values,
-            self.input_layernorm(number_embeds) if number_embeds is not None else None,
-            **kwargs,
-        )
-        hidden_states = plan.residual(hidden_states) + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class SequenceOrder(nn.Module):
-    """Puts hidden states into the order of the sequence. What is recorded as hidden states is what this returns."""
-
-    def forward(self, previous: torch.Tensor, hidden_states: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """
-        Args:
-            previous (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The hidden states before the
-                layer, in order; those before the first layer are recorded too.
-            hidden_states (`torch.Tensor`): What the layer returned.
-            plan (`AttentionPlan`): The layer's.
-        """
-        return plan.restore(hidden_states)
 
 
 class VisualChatTextModel(PreTrainedModel):
