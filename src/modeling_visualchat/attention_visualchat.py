@@ -199,6 +199,10 @@ class VisualChatRMSNorm(LlamaRMSNorm):
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class LearnedImageNumbers(nn.Embedding):
+    """Embeddings of the numbers 1, 2, … of images, for one layer. They are 0 at the start, and so are their keys."""
+
+
 class VisualChatAttention(nn.Module):
     """
     The attention of a decoder family (same weights, same names) with multi-modal causal attention in place of plain causal
@@ -207,10 +211,16 @@ class VisualChatAttention(nn.Module):
     Args:
         config (`PreTrainedConfig`): The decoder's.
         layer_idx (`int`): Its index among the layers.
-        image_number_key_bias (`bool`): See [`VisualChatConfig`].
+        image_number_key_bias (`bool`), learned_image_numbers (`int`): See [`VisualChatConfig`].
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, image_number_key_bias: bool = False):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer_idx: int,
+        image_number_key_bias: bool = False,
+        learned_image_numbers: int = 0,
+    ):
         super().__init__()
         self.config, self.layer_idx, self.image_number_key_bias = config, layer_idx, image_number_key_bias
         self.head_dim = find_head_dim(config)
@@ -229,6 +239,9 @@ class VisualChatAttention(nn.Module):
         if self.normalizes_heads:
             self.q_norm = VisualChatRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = VisualChatRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.learned_image_numbers = learned_image_numbers
+        if learned_image_numbers:
+            self.image_numbers = LearnedImageNumbers(learned_image_numbers, config.hidden_size)
 
     def forward(
         self,
@@ -237,6 +250,7 @@ class VisualChatAttention(nn.Module):
         plan: AttentionPlan,
         past_key_values: Cache | None = None,
         number_states_NC: torch.Tensor | None = None,
+        numbers_images: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -247,6 +261,7 @@ class VisualChatAttention(nn.Module):
             past_key_values (`Cache`, *optional*): Keys after rotation and numbering, and values.
             number_states_NC (`torch.Tensor`, *optional*): The normalized embeddings of the numbers 1 to N. Their keys are
                 added to the keys of the images with these numbers, before the rotation.
+            numbers_images (`bool`): Whether that is done with the learned embeddings of numbers, where there are some.
 
         Returns:
             The output, in the form of the plan, and with `eager` the weights of shape
@@ -254,7 +269,14 @@ class VisualChatAttention(nn.Module):
         """
         # All processes of a distributed run call the projections in this order, whatever their batches hold
         keys = self.k_proj(hidden_states)
-        number_keys = self._project_numbers(number_states_NC) if number_states_NC is not None else None
+        number_keys = None
+        if numbers_images and self.learned_image_numbers:
+            numbers = torch.arange(self.learned_image_numbers, device=hidden_states.device)
+            number_states_NC = self.image_numbers(numbers).to(hidden_states.dtype)
+        if number_states_NC is not None:
+            number_keys = self._project_numbers(number_states_NC)
+        if number_keys is not None and self.training:  # a batch without images gives the numbers a gradient too
+            keys = keys + 0.0 * number_keys.sum()
         queries = self.q_proj(plan.select_queries(hidden_states))
         values = self.v_proj(hidden_states)
         output, weights = plan.attend(

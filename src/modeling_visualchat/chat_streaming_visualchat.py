@@ -129,6 +129,14 @@ class AnswerThread(threading.Thread):
         finally:
             self.reader.end()
 
+    def take_error(self) -> BaseException | None:
+        """
+        The error, which this thread forgets. The traceback refers to the thread, so that they would be a reference cycle,
+        which keeps the cache in memory until the garbage collector runs.
+        """
+        error, self.error = self.error, None
+        return error
+
 
 def find_end_tokens(processor, end_tokens: int | list[int] | None) -> set[int]:
     """The tokens that end an answer: those of `generate`, and the one that ends a turn of the decoder's own prompt."""

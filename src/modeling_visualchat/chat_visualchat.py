@@ -324,7 +324,7 @@ class ChatSession:
                     computed = Computed(cache, worker.ids[: cache.get_seq_length()], images, model_state)
                 self._computed = computed
         if worker.error is not None:
-            raise worker.error
+            raise worker.take_error()
         if len(answer) > len(shown):
             yield answer[len(shown) :]
 

@@ -41,6 +41,10 @@ class VisualChatConfig(PreTrainedConfig):
             Whether the key of a number has the bias of `k_proj` too, for decoders with `attention_bias`. The image's own key
             has it, so that it counts twice. Folders saved before this field existed were trained so: they load
             with `True`.
+        learned_image_numbers (`int`, *optional*, defaults to 0):
+            In the place of `image_number_keys`, which rests on how the decoder spells numbers: how many numbers have a
+            learned embedding in each layer. Its key is added to the keys of the image's tokens. It is 0 at the start, trains
+            with the projector, and is the most images that a conversation can hold.
         image_prefix_ids (`list[int]`, *optional*):
             The image prefix: token ids of a constant text, such as those of `"Image:"`, that each image token attends to
             besides itself, in one softmax and at a fixed distance. By default an image token sees itself only, as in the
@@ -51,12 +55,17 @@ class VisualChatConfig(PreTrainedConfig):
             learned queries that cross-attend to the patches, then LayerNorm + Linear. `"perceiver_released"`: the same with
             the biases and the learned positions of the released code. `"mlp"`: Linear, GELU, Linear (LLaVA 1.5).
             `"pixel_shuffle"`: `pixel_shuffle_factor` × `pixel_shuffle_factor` patches become one token, then as
-            `"linear"`. `"vit"` is for CLIP and SigLIP.
+            `"linear"`. `"pooled"`: the mean and the maximum of `pool_factor` × `pool_factor` patches become one token, and
+            the class token becomes `class_token_outputs` tokens, each by an MLP. `"vit"` is for CLIP and SigLIP.
         num_query_tokens (`int`, *optional*, defaults to 256):
             Learned queries of the perceiver projector, and so the tokens of an image there. A square number.
         pixel_shuffle_factor (`int`, *optional*):
             The side, in patches, of the squares that the `pixel_shuffle` projector makes one token of. It must divide the
             rows and the columns of patches. By default it is 2 with this projector.
+        pool_factor (`int`, *optional*):
+            The same of the `pooled` projector.
+        class_token_outputs (`int`, *optional*):
+            How many tokens the `pooled` projector makes of the class token. By default 1; 0 where the tower has none.
         image_size (`int` or `list[int]`, *optional*):
             Height and width, in pixels, of the images that the tower is given, where they are not the `image_size` of
             `vision_config`: DINOv2 is saved with 518 and used at 224. Only DINO's towers take another size.
@@ -65,7 +74,8 @@ class VisualChatConfig(PreTrainedConfig):
             norm, where the tower applies one to all tokens (SigLIP, DINO).
         vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`):
             `"full"` keeps what the tower puts before the patches, `"default"` drops it: CLIP's class token, DINO's class
-            token and registers, nothing of SigLIP's. The projectors `perceiver` and `pixel_shuffle` never read it.
+            token and registers, nothing of SigLIP's. The projectors `perceiver` and `pixel_shuffle` never read it;
+            `pooled` reads the class token, by `class_token_outputs`.
         image_token_id (`int`, *optional*, defaults to 32000):
             The id of the `<image>` placeholder in `input_ids`.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -107,10 +117,13 @@ class VisualChatConfig(PreTrainedConfig):
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
     image_number_key_bias: bool = False
+    learned_image_numbers: int = 0
     image_prefix_ids: list[int] | None = None
-    projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle"] = "linear"
+    projector: Literal["linear", "vit", "perceiver", "perceiver_released", "mlp", "pixel_shuffle", "pooled"] = "linear"
     num_query_tokens: int = 256
     pixel_shuffle_factor: int | None = None
+    pool_factor: int | None = None
+    class_token_outputs: int | None = None
     image_size: int | list[int] | None = None
     vision_feature_layer: int = -1
     vision_feature_select_strategy: Literal["default", "full"] = "full"
@@ -125,6 +138,10 @@ class VisualChatConfig(PreTrainedConfig):
                 setattr(self.vision_config, name, value)
         if self.projector == "pixel_shuffle" and self.pixel_shuffle_factor is None:
             self.pixel_shuffle_factor = 2
+        if self.projector == "pooled":
+            self.pool_factor = 2 if self.pool_factor is None else self.pool_factor
+            if self.class_token_outputs is None:
+                self.class_token_outputs = min(1, self.num_prefix_tokens)
         if self.image_size is not None and _pair(self.image_size) == _pair(self.vision_config.image_size):
             self.image_size = None
         find_decoder_family(self.text_config)
@@ -158,7 +175,16 @@ class VisualChatConfig(PreTrainedConfig):
         rows, columns = self.patch_grid
         if self.projector == "pixel_shuffle":
             return rows * columns // self.pixel_shuffle_factor**2
+        if self.projector == "pooled":
+            return self.class_token_outputs + rows * columns // self.pool_factor**2
         return rows * columns + self.num_prefix_tokens * (self.vision_feature_select_strategy == "full")
+
+    @property
+    def max_image_number(self) -> int | None:
+        """The most images that a conversation can hold, since the model numbers them. `None`: it does not."""
+        if self.image_number_keys:
+            return len(self.image_number_token_ids)
+        return self.learned_image_numbers or None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -195,8 +221,13 @@ class VisualChatConfig(PreTrainedConfig):
                 "`image_number_keys` needs `image_number_token_ids`, the token ids that spell 1, 2, 3, … in the prompt:"
                 " `processor.image_number_token_ids()` gives them"
             )
-        if self.image_number_keys and self.multimodal_attention == "mmca_released":
-            raise ValueError("`image_number_keys` is not for multimodal_attention='mmca_released', trained without them")
+        for name in ("image_number_keys", "learned_image_numbers"):
+            if getattr(self, name) and self.multimodal_attention == "mmca_released":
+                raise ValueError(f"`{name}` is not for multimodal_attention='mmca_released', trained without them")
+        if self.learned_image_numbers < 0:
+            raise ValueError(f"`learned_image_numbers` must be 0 or more, got {self.learned_image_numbers}")
+        if self.learned_image_numbers and self.image_number_keys:
+            raise ValueError("`learned_image_numbers` takes the place of `image_number_keys`: set one of them")
         if self.image_number_token_ids is not None and not all(self.image_number_token_ids):
             empty = self.image_number_token_ids.index([]) + 1
             raise ValueError(f"`image_number_token_ids` holds no token for the number {empty}")
@@ -225,12 +256,23 @@ class VisualChatConfig(PreTrainedConfig):
 
     def validate_tower(self):
         """That the projector and the size of the images suit the vision tower."""
-        family, (rows, columns), factor = find_tower_family(self.vision_config), self.patch_grid, self.pixel_shuffle_factor
-        if factor is not None and factor < 1:
-            raise ValueError(f"`pixel_shuffle_factor` must be 1 or more, got {factor}")
-        if self.projector == "pixel_shuffle" and (rows % factor or columns % factor):
+        for name in ("image_size", "patch_size"):
+            if getattr(self.vision_config, name) is None:
+                raise ValueError(f"`vision_config.{name}` is None, but the number of patches depends on it")
+        family, (rows, columns) = find_tower_family(self.vision_config), self.patch_grid
+        for name, projector in (("pixel_shuffle_factor", "pixel_shuffle"), ("pool_factor", "pooled")):
+            factor = getattr(self, name)
+            if factor is not None and factor < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {factor}")
+            if self.projector == projector and (rows % factor or columns % factor):
+                raise ValueError(
+                    f"`{name}` is {factor}, which does not divide the vision tower's {rows} × {columns} patches"
+                )
+        if self.class_token_outputs is not None and self.class_token_outputs < 0:
+            raise ValueError(f"`class_token_outputs` must be 0 or more, got {self.class_token_outputs}")
+        if self.class_token_outputs and self.num_prefix_tokens == 0:
             raise ValueError(
-                f"`pixel_shuffle_factor` is {factor}, which does not divide the vision tower's {rows} × {columns} patches"
+                f"`class_token_outputs` is {self.class_token_outputs}, but {family.name} has no class token: set it to 0"
             )
         if self.projector == "vit" and not family.has_clip_layers:
             raise ValueError(f"projector='vit' adds a layer of CLIP's, which does not fit a tower of {family.name}")

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -19,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_visualchat import (
     AttentionPlan,
+    LearnedImageNumbers,
     VisualChatAttention,
     VisualChatRMSNorm,
     check_attention_implementation,
@@ -26,58 +26,13 @@ from .attention_visualchat import (
     is_packed,
 )
 from .configuration_visualchat import VisualChatConfig
-from .decoders_visualchat import find_decoder_family
+from .decoder_layer_visualchat import SequenceOrder, VisualChatDecoderLayer
 from .input_checks_visualchat import check_image_numbers, find_sequence_arguments
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
 from .modality_prefix_visualchat import ImagePrefix
 from .released_attention_visualchat import ReleasedPlan
 from .sequence_attention_visualchat import SequencePlan
-
-
-class VisualChatDecoderLayer(GradientCheckpointingLayer):
-    """The layer of a decoder of LLaMA's shape, around [`VisualChatAttention`]."""
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, image_number_key_bias: bool = False):
-        super().__init__()
-        self.self_attn = VisualChatAttention(config, layer_idx, image_number_key_bias)
-        self.mlp = find_decoder_family(config).mlp_class(config)
-        self.input_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = VisualChatRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        number_embeds: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        plan: AttentionPlan,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            plan,
-            past_key_values,
-            self.input_layernorm(number_embeds) if number_embeds is not None else None,
-            **kwargs,
-        )
-        hidden_states = plan.residual(hidden_states) + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class SequenceOrder(nn.Module):
-    """Puts hidden states into the order of the sequence. What is recorded as hidden states is what this returns."""
-
-    def forward(self, previous: torch.Tensor, hidden_states: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """
-        Args:
-            previous (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The hidden states before the
-                layer, in order; those before the first layer are recorded too.
-            hidden_states (`torch.Tensor`): What the layer returned.
-            plan (`AttentionPlan`): The layer's.
-        """
-        return plan.restore(hidden_states)
 
 
 class VisualChatTextModel(PreTrainedModel):
@@ -100,12 +55,17 @@ class VisualChatTextModel(PreTrainedModel):
     def __init__(self, config: VisualChatConfig):
         super().__init__(config.text_config)
         self.multimodal_attention = config.multimodal_attention
-        self.image_seq_length = config.image_seq_length
+        self.image_seq_length, self.max_image_number = config.image_seq_length, config.max_image_number
         text_config = config.text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList(
             [
-                VisualChatDecoderLayer(text_config, layer_idx, config.image_number_key_bias)
+                VisualChatDecoderLayer(
+                    text_config,
+                    layer_idx,
+                    image_number_key_bias=config.image_number_key_bias,
+                    learned_image_numbers=config.learned_image_numbers,
+                )
                 for layer_idx in range(text_config.num_hidden_layers)
             ]
         )
@@ -117,6 +77,11 @@ class VisualChatTextModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LearnedImageNumbers):
+            nn.init.zeros_(module.weight)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -127,6 +92,7 @@ class VisualChatTextModel(PreTrainedModel):
         image_source: torch.LongTensor | None = None,
         image_memory: Sequence = (),
         number_embeds: torch.Tensor | None = None,
+        numbers_images: bool = False,
         prefix_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
@@ -148,6 +114,7 @@ class VisualChatTextModel(PreTrainedModel):
             image_memory (`Sequence[ImageMemory]`): Images whose keys and values are known.
             number_embeds (`torch.Tensor` of shape `(numbers, hidden_size)`, *optional*): Embeddings of the numbers 1, 2, ….
                 Without images they have no effect.
+            numbers_images (`bool`): Whether the batch brings images, or has to seem so, to be numbered by learned numbers.
             prefix_embeds (`torch.Tensor` of shape `(tokens, hidden_size)`, *optional*): Embeddings of the image prefix.
                 Without new images they have no effect.
             tokens_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
@@ -185,7 +152,7 @@ class VisualChatTextModel(PreTrainedModel):
             starts,
             prefix_rotary,
         )
-        check_image_numbers(plan.image_numbers, number_embeds)
+        check_image_numbers(plan.image_numbers, self.max_image_number)
         plans = [plan] * len(self.layers)
         records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if tokens_to_keep is not None and not records and not is_tracing():
@@ -203,6 +170,7 @@ class VisualChatTextModel(PreTrainedModel):
                 position_embeddings=position_embeddings,
                 plan=plan,
                 past_key_values=past_key_values,
+                numbers_images=numbers_images,
                 **kwargs,
             )
             if records:

@@ -168,11 +168,17 @@ class VisualChatImageInputsMixin:
             f" makes {sum(tokens) / per_image:g} images of {per_image} tokens, but {num_images:g} images were given"
         )
 
-    def embed_image_numbers(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def embed_image_numbers(self, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """
         The embedding of each number as the prompt spells it, the mean over its tokens: of shape `(numbers, hidden_size)`, on
-        the device of `inputs_embeds` and in its dtype.
+        the device of `inputs_embeds` and in its dtype. `None`: without `image_number_keys`.
         """
+        if self.config.max_image_number is None:
+            return None
+        for layer in self.language_model.layers:
+            refuse_adapters_by_sequence("k_proj", layer.self_attn.k_proj, self.config.max_image_number)
+        if not self.config.image_number_keys:
+            return None
         device, spellings = inputs_embeds.device, self.config.image_number_token_ids
         token_ids = torch.tensor([token for spelling in spellings for token in spelling], device=device)
         embeds = self._embed_without_noise(token_ids)
@@ -180,8 +186,6 @@ class VisualChatImageInputsMixin:
         lengths = torch.tensor([len(spelling) for spelling in spellings], device=embeds.device)
         sums = embeds.new_zeros(len(spellings), embeds.shape[-1])
         means = sums.index_add(0, torch.tensor(owners, device=embeds.device), embeds) / lengths[:, None]
-        for layer in self.language_model.layers:
-            refuse_adapters_by_sequence("k_proj", layer.self_attn.k_proj, len(means))
         return means.to(device, inputs_embeds.dtype)
 
     def embed_image_prefix(self, device: torch.device) -> torch.Tensor:

@@ -315,8 +315,9 @@ class VisualChatImageMemoryMixin:
             "text": [text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps, text.hidden_act],
             "joined": [config.projector, config.vision_feature_layer, config.vision_feature_select_strategy],
         }
-        if config.projector == "pixel_shuffle":
-            joined["joined"] += [config.pixel_shuffle_factor, config.patch_grid]
+        if config.projector in ("pixel_shuffle", "pooled"):
+            factor = config.pixel_shuffle_factor if config.projector == "pixel_shuffle" else config.pool_factor
+            joined["joined"] += [factor, config.patch_grid]
         if config.image_prefix_ids is not None:
             with torch.no_grad():
                 prefix_embeds = model.embed_image_prefix(model.get_input_embeddings().weight.device)

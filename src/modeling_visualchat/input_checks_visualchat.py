@@ -9,17 +9,17 @@ from torch import nn
 from transformers.utils import is_tracing, torch_compilable_check
 
 
-def check_image_numbers(image_numbers: torch.Tensor | None, number_embeds: torch.Tensor | None) -> None:
-    """Raises a `ValueError` with both counts if there are more images than embeddings of numbers."""
-    if number_embeds is None or image_numbers is None or image_numbers.numel() == 0:
+def check_image_numbers(image_numbers: torch.Tensor | None, limit: int | None) -> None:
+    """Raises a `ValueError` with both counts if there are more images than the model has numbers for (`None`: no limit)."""
+    if limit is None or image_numbers is None or image_numbers.numel() == 0:
         return
     check_values(
-        image_numbers.max() <= len(number_embeds),
+        image_numbers.max() <= limit,
         lambda: (
-            f"A conversation holds {int(image_numbers.max())} images, but config.image_number_token_ids spells"
-            f" only {len(number_embeds)} numbers"
+            f"A conversation holds {int(image_numbers.max())} images, but the model has only {limit} numbers for them"
+            " (config.max_image_number)"
         ),
-        f"A conversation holds more images than config.image_number_token_ids spells numbers, {len(number_embeds)}",
+        f"A conversation holds more images than the model has numbers for, {limit} (config.max_image_number)",
     )
 
 

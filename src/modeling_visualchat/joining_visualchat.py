@@ -79,7 +79,11 @@ class VisualChatJoiningMixin:
         with torch.device("meta"):
             model = cls(visualchat_config)
         model.model.vision_tower = vision
-        model.model.language_model.load_state_dict(text.model.state_dict(), assign=True)
+        weights = text.model.state_dict()
+        for name, parameter in model.model.language_model.named_parameters():
+            if "image_numbers" in name:  # no decoder has them
+                weights[name] = torch.zeros(parameter.shape, dtype=text.dtype, device=text.device)
+        model.model.language_model.load_state_dict(weights, assign=True)
         model.model.language_model.rotary_emb = text.model.rotary_emb
         model.lm_head.load_state_dict(text.lm_head.state_dict(), assign=True)
         model.tie_weights()
@@ -95,14 +99,20 @@ class VisualChatJoiningMixin:
         model.freeze_for_alignment()
         return model.eval()
 
-    def freeze_for_alignment(self):
+    def freeze_for_alignment(self, train_embedding: bool = True):
         """
-        Freezes all but the projector and the token embedding: what the paper trains (section 5). With tied embeddings the
-        output layer is the token embedding, and trains too.
+        Freezes all but the projector, the learned numbers of images and the token embedding: what the paper trains (section
+        5). With tied embeddings the output layer is the token embedding, and trains too.
+
+        Args:
+            train_embedding (`bool`, *optional*, defaults to `True`): Whether the token embedding trains. If it does not, the
+                answers to text without images stay those of the decoder.
         """
         self.requires_grad_(False)
         self.model.multi_modal_projector.requires_grad_(True)
-        self.get_input_embeddings().requires_grad_(True)
+        for layer in self.model.language_model.layers if self.config.learned_image_numbers else ():
+            layer.self_attn.image_numbers.requires_grad_(True)
+        self.get_input_embeddings().requires_grad_(train_embedding)
 
 
 def load_all_weights(kind: type[PreTrainedModel], source: str, dtype: str | torch.dtype) -> PreTrainedModel:

@@ -200,9 +200,8 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
         is_image = self.get_placeholder_mask(input_ids, inputs_embeds, count, mm_token_type_ids, may_cut=is_chunk)
         if is_image is not None and count is None:
             images = PlacedImages(states=inputs_embeds[is_image])
-        number_embeds = prefix_embeds = None
-        if self.config.image_number_keys and (is_image is not None or needs_dummy):
-            number_embeds = self.embed_image_numbers(inputs_embeds)
+        numbers_images, prefix_embeds = is_image is not None or needs_dummy, None
+        number_embeds = self.embed_image_numbers(inputs_embeds) if numbers_images else None
         if self.config.image_prefix_ids is not None and (images.states is not None or needs_dummy):
             prefix_embeds = self.embed_image_prefix(inputs_embeds.device).to(inputs_embeds.dtype)
 
@@ -213,6 +212,7 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
             image_source=images.source,
             image_memory=images.memories,
             number_embeds=number_embeds,
+            numbers_images=numbers_images,
             prefix_embeds=prefix_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -84,12 +84,43 @@ class VisualChatPixelShuffleProjector(nn.Module):
         Raises:
             ValueError: If the image has another number of patches than the config says.
         """
-        patches, (rows, columns), factor = features[:, self.num_prefix_tokens :], self.grid, self.factor
-        if patches.shape[1] != rows * columns:
-            raise ValueError(f"The images have {patches.shape[1]} patches, but the model takes {rows} × {columns}")
-        # Within a token, the patches of its square row by row (Idefics3's order)
-        squares = patches.unflatten(1, (rows // factor, factor, columns // factor, factor)).transpose(2, 3)
-        return self.layer_norm(self.linear(squares.flatten(3).flatten(1, 2)))
+        squares = _split_squares(features[:, self.num_prefix_tokens :], self.grid, self.factor)
+        return self.layer_norm(self.linear(squares.flatten(2)))
+
+
+class VisualChatPooledProjector(nn.Module):
+    """
+    The mean and the maximum of the features in a square of patches become one token, and the class token becomes some, each
+    by an MLP. Then LayerNorm. A few tokens say what an image shows: the class token as a whole, the squares where.
+    """
+
+    def __init__(self, config: VisualChatConfig):
+        super().__init__()
+        self.grid, self.factor = config.patch_grid, config.pool_factor
+        self.num_prefix_tokens, self.class_token_outputs = config.num_prefix_tokens, config.class_token_outputs
+        vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.square_mlp = _make_mlp(2 * vision_size, text_size, 1)
+        if self.class_token_outputs:
+            self.class_mlp = _make_mlp(vision_size, text_size, self.class_token_outputs)
+        self.layer_norm = nn.LayerNorm(text_size, eps=LAYER_NORM_EPS)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(images, num_prefix_tokens + patches, vision_hidden_size)`): The tower's.
+
+        Returns:
+            `torch.Tensor` of shape `(images, class_token_outputs + patches / factor², text_hidden_size)`.
+
+        Raises:
+            ValueError: If the image has another number of patches than the config says.
+        """
+        squares = _split_squares(features[:, self.num_prefix_tokens :], self.grid, self.factor)
+        tokens = self.square_mlp(torch.cat([squares.mean(-2), squares.amax(-2)], dim=-1))
+        if self.class_token_outputs:
+            of_class_token = self.class_mlp(features[:, 0]).unflatten(-1, (self.class_token_outputs, -1))
+            tokens = torch.cat([of_class_token, tokens], dim=1)
+        return self.layer_norm(tokens)
 
 
 class VisualChatPerceiverProjector(nn.Module):
@@ -136,6 +167,29 @@ class VisualChatPerceiverProjector(nn.Module):
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
+def _split_squares(patches: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:
+    """
+    Args:
+        patches (`torch.Tensor` of shape `(images, patches, vision_hidden_size)`): Row by row.
+        grid (`tuple[int, int]`): Rows and columns of patches.
+        factor (`int`): The side of a square, in patches.
+
+    Returns:
+        `torch.Tensor` of shape `(images, squares, factor², vision_hidden_size)`. Within a square, patches are row by row too
+        (Idefics3's order).
+    """
+    rows, columns = grid
+    if patches.shape[1] != rows * columns:
+        raise ValueError(f"The images have {patches.shape[1]} patches, but the model takes {rows} × {columns}")
+    squares = patches.unflatten(1, (rows // factor, factor, columns // factor, factor)).transpose(2, 3)
+    return squares.flatten(3, 4).flatten(1, 2)
+
+
+def _make_mlp(vision_size: int, text_size: int, outputs: int) -> nn.Sequential:
+    hidden_size = 2 * text_size
+    return nn.Sequential(nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, outputs * text_size))
+
+
 def count_dropped_tokens(config: VisualChatConfig) -> int:
     """The tokens of the tower, from the first one, that `vision_feature_select_strategy` drops."""
     return config.num_prefix_tokens if config.vision_feature_select_strategy == "default" else 0
@@ -172,4 +226,5 @@ PROJECTORS = {
     "perceiver": VisualChatPerceiverProjector,
     "mlp": VisualChatMlpProjector,
     "pixel_shuffle": VisualChatPixelShuffleProjector,
+    "pooled": VisualChatPooledProjector,
 }

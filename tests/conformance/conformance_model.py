@@ -42,7 +42,7 @@ class VisualChatModelTester:
     num_attention_heads = 4
     text_length = 7
 
-    def __init__(self, text_fields: dict, **config_fields):
+    def __init__(self, vision_fields: dict, text_fields: dict, **config_fields):
         self.config_fields = config_fields
         self.vision_config = {
             "hidden_size": 32,
@@ -52,6 +52,7 @@ class VisualChatModelTester:
             "image_size": 8,
             "patch_size": 4,
             "projection_dim": 32,
+            **vision_fields,
         }
         self.text_config = {
             "vocab_size": VOCAB_SIZE,
@@ -99,12 +100,13 @@ class VisualChatTests(ModelTesterMixin, GenerationTesterMixin):
     # Of all parameters; `test_parameters_have_gradients` names the exceptions
     test_all_params_have_gradient = False
     config_fields = {}
+    vision_fields = {}
     text_fields = {}
     # CLIP's pooled output alone goes through this norm, and it is not used
     without_gradient = ("vision_tower.post_layernorm.",)
 
     def setUp(self):
-        self.model_tester = VisualChatModelTester(self.text_fields, **self.config_fields)
+        self.model_tester = VisualChatModelTester(self.vision_fields, self.text_fields, **self.config_fields)
         self.config_tester = ConfigTester(self, VisualChatConfig, has_text_modality=False, **self.config_fields)
         draws_text = patch.object(test_modeling_common, "ids_tensor", text_ids)
         draws_text.start()
@@ -159,6 +161,23 @@ class VisualChatQwen3Test(VisualChatTests, unittest.TestCase):
 
     config_fields = {"image_number_keys": True, "image_number_token_ids": [[11], [12]]}
     text_fields = {"model_type": "qwen3", "head_dim": 16}
+
+
+class VisualChatSiglipQwen2Test(VisualChatTests, unittest.TestCase):
+    """A tower without a class token, and a decoder whose projections have biases."""
+
+    config_fields = {"projector": "mlp"}
+    vision_fields = {"model_type": "siglip_vision_model"}
+    text_fields = {"model_type": "qwen2"}
+    without_gradient = ()
+
+
+class VisualChatDinov3MistralTest(VisualChatTests, unittest.TestCase):
+    """A tower with registers and rotary positions."""
+
+    config_fields = {"multimodal_attention": "mmca_merged", "projector": "pixel_shuffle"}
+    vision_fields = {"model_type": "dinov3_vit", "num_register_tokens": 2}
+    text_fields = {"model_type": "mistral", "sliding_window": None}
 
 
 class VisualChatImagePrefixTest(VisualChatTests, unittest.TestCase):

@@ -157,7 +157,7 @@ def test_the_prompt_is_the_templates():
 
 def test_the_tree_names_every_file():
     tree = PAGES["docs/architecture.md"].split("## The tree")[1]
-    for folder in ("src/modeling_visualchat", "src/visualchat", "examples/digits_demo", "benchmarks"):
+    for folder in ("src/modeling_visualchat", "src/visualchat", "examples/digits_demo", "examples/pictures", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             known = path.name in tree or path.name in ("__init__.py", "__main__.py")
             assert known, f"{path.relative_to(ROOT)} is missing in docs/architecture.md"

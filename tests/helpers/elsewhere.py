@@ -13,6 +13,7 @@ CODE_FILES = {
     "chat_template_visualchat.py",
     "chat_visualchat.py",
     "configuration_visualchat.py",
+    "decoder_layer_visualchat.py",
     "decoder_visualchat.py",
     "decoders_visualchat.py",
     "distributed_visualchat.py",

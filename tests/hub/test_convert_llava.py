@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -40,7 +41,11 @@ def make_llava(folder, **overrides):
     llava = LlavaForConditionalGeneration(config).eval()
     llava.save_pretrained(folder)
     LlavaProcessor(
-        processor.image_processor, processor.tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default"
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     ).save_pretrained(folder)
     return llava
 
@@ -103,6 +108,51 @@ def test_with_its_projector_and_causal_attention_it_computes_llavas_logits(bias,
         with torch.no_grad():
             ours, theirs = model(**inputs).logits[is_token], llava(**inputs).logits[is_token]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+# What the folders of LLaVA 1.5 on the Hub hold, but for the blocks that mark what is learned
+HUB_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begins_blank", [False, True], ids=["byte-level", "LLaMA's"])
+def test_with_its_projector_the_prompt_is_llavas(begins_blank, tmp_path):
+    make_llava(tmp_path / "llava")
+    if begins_blank:  # LLaMA's tokenizer puts a blank before a text
+        theirs = AutoProcessor.from_pretrained(tmp_path / "llava")
+        theirs.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        theirs.tokenizer.add_tokens(["\u2581US"])
+        theirs.save_pretrained(tmp_path / "llava")
+    convert(tmp_path, "--projector", "mlp")
+    theirs, ours = (AutoProcessor.from_pretrained(tmp_path / name) for name in ("llava", "ours"))
+    settings = {"tokenize": True, "return_dict": True}
+    questions = (
+        [{"type": "text", "text": "What?"}],
+        [{"type": "image", "image": digit_image(0)}, {"type": "text", "text": "What is it?"}],
+        [*({"type": "image", "image": digit_image(digit)} for digit in (1, 2)), {"type": "text", "text": "Alike?"}],
+    )
+    for content in questions:
+        messages = [{"role": "user", "content": content}]
+        expected = theirs.apply_chat_template(messages, chat_template=HUB_TEMPLATE, add_generation_prompt=True, **settings)
+        prompt = ours.apply_chat_template(messages, add_generation_prompt=True, **settings)
+        assert prompt["input_ids"] == expected["input_ids"]
+
+
+def test_the_end_of_an_answer_is_learned_too(tmp_path):
+    make_llava(tmp_path / "llava")
+    convert(tmp_path, "--projector", "mlp")
+    ours = AutoProcessor.from_pretrained(tmp_path / "ours")
+    talk = [user("What?"), {"role": "assistant", "content": "A one."}, user("And?"), {"role": "assistant", "content": "So."}]
+    learned = ours.apply_chat_template(talk, return_assistant_tokens_mask=True, tokenize=True, return_dict=True)
+    ids, mask = learned["input_ids"][0], learned["assistant_masks"][0]
+    end = ours.tokenizer.eos_token
+    assert ours.decode(ids).endswith(f"USER: What? ASSISTANT: A one.{end}USER: And? ASSISTANT: So.{end}")
+    answers = ours.decode([token for token, is_learned in zip(ids, mask) if is_learned])
+    assert answers.split(end) == [" A one.", " So.", ""]
 
 
 def test_the_mlp_projector_needs_llavas_activation(tmp_path):

@@ -31,6 +31,8 @@ def test_defaults_are_clip_l_14_and_llama_2_7b():
         ("image_number_token_ids", [[1, "2"]]),
         ("projector", "qformer"),
         ("pixel_shuffle_factor", 0),
+        ("pool_factor", 0),
+        ("class_token_outputs", -1),
         ("pixel_shuffle_factor", 1.5),
         ("image_size", "large"),
         ("vision_feature_layer", 2.5),
@@ -103,7 +105,13 @@ def test_image_seq_length():
 )
 def test_image_seq_length_follows_from_the_tower(tower, prefix):
     assert make_config(tower=tower).image_seq_length == 4 + prefix
-    for fields, tokens in (({"projector": "mlp"}, 4 + prefix), ({"projector": "pixel_shuffle"}, 1)):
+    few = {"projector": "pooled", "pool_factor": 1}
+    for fields, tokens in (
+        ({"projector": "mlp"}, 4 + prefix),
+        ({"projector": "pixel_shuffle"}, 1),
+        (few, 4 + min(prefix, 1)),
+        ({**few, "class_token_outputs": 3 * min(prefix, 1)}, 4 + 3 * min(prefix, 1)),
+    ):
         assert make_config(tower=tower, **fields).image_seq_length == tokens
     assert make_config(tower=tower, vision_feature_select_strategy="default").image_seq_length == 4
 
@@ -111,6 +119,10 @@ def test_image_seq_length_follows_from_the_tower(tower, prefix):
 def test_a_grid_that_the_factor_does_not_divide_is_refused_with_both_numbers():
     with pytest.raises(StrictDataclassError, match=r"`pixel_shuffle_factor` is 3, which does not divide .* 2 × 4 patches"):
         make_config(projector="pixel_shuffle", pixel_shuffle_factor=3, vision={"image_size": [16, 32]})
+    with pytest.raises(StrictDataclassError, match=r"`pool_factor` is 4, which does not divide .* 2 × 4 patches"):
+        make_config(projector="pooled", pool_factor=4, vision={"image_size": [16, 32]})
+    with pytest.raises(StrictDataclassError, match=r"`class_token_outputs` is 2, but SigLIP .* has no class token"):
+        make_config(tower="siglip", projector="pooled", class_token_outputs=2)
 
 
 def test_images_of_another_size_than_the_towers():

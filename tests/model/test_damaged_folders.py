@@ -212,7 +212,8 @@ CONFIGS = {
     ("text_config", "num_attention_heads"): {-1: "text_config.num_attention_heads is -1, but must be 1 or more"},
     ("text_config", "hidden_act"): {"abc": "text_config.hidden_act is 'abc', which transformers does not know"},
     ("text_config",): {(1,): "Field 'text_config'", None: "but config.json needs"},
-    ("vision_config", "patch_size"): {None: "config.json describes no model"},
+    ("vision_config", "patch_size"): {None: "`vision_config.patch_size` is None"},
+    ("text_config", "pad_token_id"): {99999: "config.json describes no model"},  # beyond the vocabulary
     ("vision_config", "num_channels"): {"abc": "'num_channels' expected int, got str"},
     ("quantization_config",): {"abc": "config.json is no config of a VisualChat"},
     ("image_token_id",): {1.5: "'image_token_id' expected int, got float"},

@@ -97,7 +97,7 @@ class TestInputs:
     def test_more_images_than_numbers_raise(self):
         model = make_model(image_number_keys=True, image_number_token_ids=[[20], [21]])
         model(**make_inputs(["ititt"], model))
-        with pytest.raises(ValueError, match=r"holds 3 images.*spells only 2 numbers"):
+        with pytest.raises(ValueError, match=r"holds 3 images.*has only 2 numbers"):
             model(**make_inputs(["ititit"], model))
 
     @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
@@ -155,6 +155,9 @@ class TestParts:
             ({"projector": "mlp", "vision_feature_select_strategy": "default"}, 4),
             ({"projector": "pixel_shuffle"}, 1),
             ({"projector": "pixel_shuffle", "pixel_shuffle_factor": 1}, 4),
+            ({"projector": "pooled"}, 2),
+            ({"projector": "pooled", "pool_factor": 1, "class_token_outputs": 3}, 7),
+            ({"projector": "pooled", "tower": "siglip"}, 1),
             ({"projector": "vit", "tower": "siglip"}, 4),
             ({"projector": "perceiver", "num_query_tokens": 9, "tower": "dinov3_vit"}, 9),
         ],

@@ -240,6 +240,17 @@ class TestProjectors:
         with pytest.raises(ValueError, match="The images have 16 patches, but the model takes 2 × 2"):
             model.get_image_features(make_pixels(size=32))
 
+    def test_pooled_tokens_are_of_the_class_token_and_of_squares(self):
+        settings = {"vision": {"image_size": [32, 48]}, "projector": "pooled", "class_token_outputs": 2}
+        projector = make_model(tower="dinov3_vit", **settings).model.multi_modal_projector
+        projector.layer_norm = projector.square_mlp = torch.nn.Identity()  # a mean and a maximum are as wide as a token here
+        features = torch.randn(2, 3 + 4 * 6, 32)
+        tokens = projector(features)
+        assert torch.equal(tokens[:, :2].flatten(1), projector.class_mlp(features[:, 0]))
+        patches = features[:, 3:].unflatten(1, (4, 6))
+        square = patches[:, 2:4, 4:6].flatten(1, 2)
+        torch.testing.assert_close(tokens[:, 2 + 5], torch.cat([square.mean(1), square.amax(1)], dim=-1))
+
     def test_mlp_is_llavas(self):
         model = make_model(projector="mlp", vision_feature_select_strategy="default")
         text, vision = model.config.text_config, model.config.vision_config
@@ -254,6 +265,7 @@ class TestProjectors:
     [
         ("siglip", "qwen2", "mlp"),
         ("dinov2", "llama", "pixel_shuffle"),
+        ("dinov2_with_registers", "llama", "pooled"),
         ("dinov2_with_registers", "qwen3", "linear"),
         ("dinov3_vit", "mistral", "perceiver"),
     ],

@@ -162,9 +162,12 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
     words = arguments(parts, tmp_path / "run", **joined, text_gguf_file="tiny.gguf")
     where = words.index("--model_name_or_path")
-    main([*words[:where], *words[where + 2 :], "--max_steps", "2"])
+    words = [*words[:where], *words[where + 2 :], "--max_steps", "2", "--learned_image_numbers", "4"]
+    main([*words, "--train_embedding", "False"])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.text_config.model_type == "qwen2"
+    joined = AutoModel.from_pretrained(tmp_path / "run" / "joined").state_dict()
+    assert {name.split(".")[-2] for name in moved(joined, trained.state_dict())} == {"linear", "layer_norm", "image_numbers"}
     assert AutoProcessor.from_pretrained(tmp_path / "run" / "model").image_token_id == trained.config.image_token_id
 
 

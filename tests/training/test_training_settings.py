@@ -35,6 +35,7 @@ class TestContradictions:
             ),
             ({"streaming": True, "eval_strategy": "steps"}, "streaming: true .* needs eval_strategy: no, got steps"),
             ({"eval_fraction": 0, "eval_strategy": "epoch"}, "eval_fraction: 0 .* needs eval_strategy: no, got epoch"),
+            ({"mode": "full", "train_embedding": False}, "mode: full .* needs train_embedding: true, got false"),
             ({"load_in_4bit": True}, "load_in_4bit .* needs mode: lora, got alignment"),
             ({"label_smoothing_factor": 0.1, "torch_compile": True}, "label_smoothing_factor needs torch_compile: false"),
         ],

@@ -71,8 +71,7 @@ class ChatPage:
         store_bytes: int = 4 * 2**30,
     ):
         self.model, self.processor, self.examples, self.max_cached = model, processor, examples, max_cached
-        config = model.config
-        self.max_images = min(max_images, len(config.image_number_token_ids)) if config.image_number_keys else max_images
+        self.max_images = min(max_images, model.config.max_image_number or max_images)
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
         self.store = ImageMemoryStore(model, store_bytes)
         self.cached: OrderedDict[str, Conversation] = OrderedDict()  # by Gradio's session hash, least recently used first

@@ -4,9 +4,10 @@ Start a VisualChat model from a LLaVA 1.5 folder, whose CLIP tower and LLaMA dec
 
     visualchat convert llava llava-hf/llava-1.5-7b-hf --output outputs/from_llava
 
-The tower, the decoder, the vocabulary and the choice of features are LLaVA's. With --projector mlp the projector is too, and
-with --attention causal the model computes LLaVA's logits; the prompt is VisualChat's. Of LLaVA's projector, the others use
-the first layer at most: train the projector before use (`visualchat train --model_name_or_path outputs/from_llava …`).
+The tower, the decoder, the vocabulary and the choice of features are LLaVA's. With --projector mlp the projector and the
+prompt are too, and with --attention causal the model computes LLaVA's logits. Of LLaVA's projector, the others use the first
+layer at most, and their prompt is VisualChat's: train the projector before use (`visualchat train --model_name_or_path
+outputs/from_llava …`).
 """
 
 import argparse

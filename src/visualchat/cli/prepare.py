@@ -1,14 +1,17 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Check data for training, or turn the public datasets of the paper into it:
+Check data for training, or make it of your own images with captions, or of the public datasets of the paper:
 
     visualchat prepare --list
+    visualchat prepare --source captions --data-root my_images --output prepared
     visualchat prepare --source llava --data-root data --check
     visualchat prepare --source llava llava_dial --data-root data --output prepared
     visualchat prepare --dataset examples.jsonl --check --model openai/clip-vit-large-patch14-336
     visualchat prepare --dataset examples.jsonl --output prepared --skip-bad
 
-You download the raw files; --list shows which ones a source needs. --dataset names a dataset that has the columns messages
+--source captions reads metadata.jsonl or metadata.csv in DATA_ROOT, as in a Hub dataset of images: file_name (relative to
+this file), the caption in text or caption, and optionally question (else one is drawn). The other sources are the paper's;
+you download their raw files, and --list shows which ones each needs. --dataset names a dataset that has the columns messages
 and images already, as for `visualchat train`. All texts are read and checked first. Then the images are decoded in parallel.
 OUTPUT/NAME appears once every example is written. It holds parquet shards for
 datasets.load_dataset("parquet", data_files="OUTPUT/NAME/*.parquet"), prepared.json with the settings and counts,
@@ -18,8 +21,9 @@ to resume a run that was killed: it keeps all finished shards.
 Found are: lines or entries of a JSON file that are no JSON object in UTF-8; fields that are missing, null or of the wrong
 type; empty questions and answers; texts too long for a tokenizer; turns out of order, or without an answer; images that do
 not match the image parts, or the placeholders in texts; ids that repeat (the first example without a fault is kept);
-references to unknown records; images that are missing, truncated, undecodable or too thin. Each is named by file, example
-and field, and counted by kind. A file that cannot be read at all ends the run with exit status 2.
+lines that repeat a caption of an image; references to unknown records; images that are missing, truncated, undecodable or
+too thin. Each is named by file, example (from 0, or line, from 1) and field, and counted by kind. A file that cannot be read
+at all ends the run with exit status 2.
 
 --model names what is to be trained, a VisualChat model or its vision tower. It decides which images are too thin and how
 many images a conversation may hold. By default it is a CLIP tower for 224 pixels.
@@ -38,7 +42,7 @@ from visualchat.cli.options import make_parser
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = make_parser("prepare", __doc__)
-    parser.add_argument("--source", nargs="+", metavar="NAME", help="public datasets to prepare; see --list")
+    parser.add_argument("--source", nargs="+", metavar="NAME", help="captions, or public datasets; see --list")
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help="as --datasets of `visualchat train`")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the raw data")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write DIR/NAME to")

@@ -4,7 +4,13 @@ import argparse
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
@@ -13,6 +19,38 @@ from modeling_visualchat.joining_visualchat import load_all_weights
 from modeling_visualchat.projector_visualchat import VisualChatLinearProjector, VisualChatMlpProjector
 from visualchat.errors import input_errors
 from visualchat.loading import check_name, check_part
+
+
+# LLaVA 1.5's prompt (arXiv 2310.03744), as the template of its folders on the Hub writes a question and what asks for an
+# answer. That template leaves out the end of an answer, which LLaVA was trained to write
+CHAT_TEMPLATE = """\
+{%- macro content_of(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {{- '' if loop.first else '\\n' -}}
+            {{- IMAGE_TOKEN if part['type'] == 'image' else part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{{- OPENING -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {{- content_of(message) + ' ' -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- 'USER: ' + content_of(message) + ' ' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception('Unknown role ' + message['role'] + ': use system, user or assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
 
 
 def read_config(name: str) -> LlavaConfig:
@@ -97,12 +135,31 @@ def _copy_linear(ours: nn.Linear, theirs: nn.Linear) -> None:
         ours.bias.copy_(theirs.bias)
 
 
+def write_chat_template(tokenizer: PreTrainedTokenizerFast, image_token: str) -> str:
+    """LLaVA's prompt. Its tokens are those in LLaVA's folders, where the tokenizer begins a text by itself."""
+    begin = tokenizer.bos_token or ""
+    expected = tokenizer("USER: ")["input_ids"]
+    # Tokenizers such as LLaMA's put a blank before a text, but not before what stands behind their first token
+    openings = (begin, f"{begin} ")
+    fitting = [one for one in openings if tokenizer(f"{one}USER: ", add_special_tokens=False)["input_ids"] == expected]
+    opening = fitting[0] if fitting else begin
+    return CHAT_TEMPLATE.replace("OPENING", repr(opening)).replace("IMAGE_TOKEN", repr(image_token))
+
+
 def make_processor(name: str, model: VisualChatForCausalLM) -> VisualChatProcessor:
-    """A processor with LLaVA's tokenizer and image processor, and VisualChat's prompt format."""
+    """
+    A processor with LLaVA's tokenizer and image processor. With LLaVA's projector, the prompt is LLaVA's too; else it is the
+    paper's.
+    """
+    tokenizer, prompt = AutoTokenizer.from_pretrained(name), {}
+    if model.config.projector == "mlp":
+        image_token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+        prompt = {"chat_format": "decoder", "chat_template": write_chat_template(tokenizer, image_token)}
     processor = VisualChatProcessor(
         CLIPImageProcessorPil.from_pretrained(name),
-        AutoTokenizer.from_pretrained(name),
+        tokenizer,
         image_seq_length=model.config.image_seq_length,
+        **prompt,
     )
     if processor.image_token_id != model.config.image_token_id:
         raise ValueError(

@@ -28,7 +28,7 @@ UNREADABLE = "_unreadable"  # the column in which `json_examples.py` says why it
 IMAGE_TYPES = ("image", "image_url")  # types of a content part
 Opened = TypeVar("Opened")
 KINDS = {
-    "unreadable example": "a line or an entry of the file is no JSON object in UTF-8",
+    "unreadable example": "a line or an entry of the file is no JSON object or no line of CSV, or is not in UTF-8",
     "missing field": "a needed field is absent or of the wrong type",
     "empty question": "a question has no text",
     "empty answer": "an answer has no text",
@@ -36,6 +36,7 @@ KINDS = {
     "odd turns": "the speakers do not alternate, or a question has no answer",
     "image count": "the images do not match the placeholders or the image names in the text",
     "duplicate id": "two examples of a file or dataset have the same id; the first without a fault is kept",
+    "duplicate caption": "a line repeats the image, question and caption of an earlier line; the earlier one is kept",
     "unknown record": "a record refers to one that the file does not hold; the reference is ignored",
     "missing image": "there is no such file or entry",
     "truncated image": "the image data ends too early",
@@ -52,7 +53,7 @@ class Problem:
     Args:
         kind (`str`): A key of `KINDS`.
         file (`str`): The raw file, relative to the data root; or the dataset, as the user named it.
-        row (`str`): Which example of the file: its index, counted from 0, in a list; its key in an object.
+        row (`str`): Which example of the file: its index, counted from 0, in a list; its key in an object; or `line 3`.
         field (`str`): Path of the field within the example, such as `conversations[1].value`.
         detail (`str`): What is wrong with the value.
     """
@@ -64,7 +65,8 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.file}, example {self.row}, {self.field}: {self.kind}: {self.detail}"
+        example = self.row if self.row.startswith(("line ", "entry ")) else f"example {self.row}"
+        return f"{self.file}, {example}, {self.field}: {self.kind}: {self.detail}"
 
 
 class InvalidExample(Exception):  # noqa: N818 - it is reported, and is no error of the program
@@ -93,8 +95,7 @@ class ModelRequirements:
 
     @classmethod
     def of(cls, processor: VisualChatProcessor, config: VisualChatConfig) -> "ModelRequirements":
-        max_images = len(config.image_number_token_ids) if config.image_number_keys else None
-        return cls(processor.image_token, shorter_edge(processor.image_processor), max_images)
+        return cls(processor.image_token, shorter_edge(processor.image_processor), config.max_image_number)
 
 
 class ImageSize(NamedTuple):

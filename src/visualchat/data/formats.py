@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-How the records of each source become conversations: one small function for each format among the sources of `sources.py`.
+How the records of each source become conversations: one small function for each format among the sources of `sources.py`
+(that of own captions is in `captions.py`).
 
 A function takes a raw record and the [`Context`], and returns the rounds of a conversation. It opens no image. It raises
 `InvalidExample`, with the first fault, for a broken record, and `LeftOut` for one that the source's recipe leaves out.
@@ -87,7 +88,7 @@ class Sample:
 @dataclass(frozen=True)
 class Source:
     """
-    A public dataset: its files, and how they become conversations.
+    A public dataset, or a layout of own data: its files, and how they become conversations.
 
     Args:
         about (`str`): Its description in `visualchat prepare --list`, one line.
@@ -128,7 +129,7 @@ class Context:
         self.name, self.source, self.root, self.seed = name, source, Path(os.path.abspath(root)), seed
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()
-        self.used: dict[tuple[str, str], str] = {}  # by file and id, the key of the record that has the id
+        self.used: dict[tuple[str, str], str] = {}  # by file and id (or content), the key of the record that has it
         missing = [str(self.root / path) for path in self.source.paths if not (self.root / path).exists()]
         if missing:
             raise FileNotFoundError(f"the source {name} needs {', '.join(missing)}: no such file or folder")

@@ -79,13 +79,10 @@ def generate_examples(path: str, extra_columns: tuple[str, ...], version: object
     Raises:
         ValueError: If the file is a JSON list, and broken. The line is named.
     """
-    for field, value in _read_values(path):
+    for field, value in read_values(path):
         example = {**dict.fromkeys(FEATURES), "source": Path(path).name, **dict.fromkeys(extra_columns)}
         try:
-            if isinstance(value, bytes):
-                value = _parse_line(value, field)
-            if not isinstance(value, dict):
-                raise InvalidExample("unreadable example", field, f"expected a JSON object, got {value!r:.80}")
+            value = parse_object(value, field)
             example.update({name: value.get(name) for name in ("messages", *extra_columns)})
             example["id"] = str(value["id"]) if isinstance(value.get("id"), str | int | float) else None
             example["source"] = str(value["source"]) if "source" in value else example["source"]
@@ -95,8 +92,13 @@ def generate_examples(path: str, extra_columns: tuple[str, ...], version: object
         yield example
 
 
-def _read_values(path: str) -> Iterator[tuple[str, object]]:
-    """What the file contains, each with a name: the bytes of a line, or a value of the file's list."""
+def read_values(path: str | Path) -> Iterator[tuple[str, object]]:
+    """
+    What a file of JSON Lines, or of a JSON list, contains, each with a name: the bytes of a line, or a value of the list.
+
+    Raises:
+        ValueError: If the list is broken. Its line is named; the caller names the file.
+    """
     with open(path, "rb") as file:
         if file.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
             file.seek(0)
@@ -112,15 +114,24 @@ def _read_values(path: str) -> Iterator[tuple[str, object]]:
     yield from ((f"entry {number}", value) for number, value in enumerate(values))
 
 
-def _parse_line(line: bytes, field: str) -> object:
+def parse_object(value: object, field: str) -> dict:
+    """
+    The JSON object that [`read_values`] found as the bytes of a line, or as a value.
+
+    Raises:
+        InvalidExample: If it is none. `field` is the field of the fault.
+    """
     try:
-        value = json.loads(line.decode("utf-8-sig").rstrip())
-        json.dumps(value, ensure_ascii=False).encode()  # fails with half a surrogate pair, which no table can keep
+        if isinstance(value, bytes):
+            value = json.loads(value.decode("utf-8-sig").rstrip())
+            json.dumps(value, ensure_ascii=False).encode()  # fails with half a surrogate pair, which no table can keep
     except json.JSONDecodeError as error:
         detail = f"it is no JSON from character {error.pos + 1} on: {error.msg}"
         raise InvalidExample("unreadable example", field, detail) from error
     except (ValueError, RecursionError) as error:
         raise InvalidExample("unreadable example", field, f"it is no JSON in UTF-8: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidExample("unreadable example", field, f"expected a JSON object, got {value!r:.80}")
     return value
 
 

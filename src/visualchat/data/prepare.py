@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Checks training data and turns the sources of the paper's training data into examples with `messages` and `images`:
-`visualchat prepare`. It checks and writes any dataset that has these columns already, too.
+Checks training data and turns the paper's training data, and own images with captions, into examples with `messages` and
+`images`: `visualchat prepare`. It checks and writes any dataset that has these columns already, too.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from modeling_visualchat.joining_visualchat import check_parts
 from visualchat.data.checks import ModelRequirements, Problem, summarize
 from visualchat.data.formats import Context, Sample
 from visualchat.data.shards import DatasetShard, Report, SourceShard, run_shards, write_atomically
-from visualchat.data.sources import SOURCES, open_source
+from visualchat.data.sources import OWN_SOURCES, SOURCES, open_source
 from visualchat.errors import input_errors
 from visualchat.loading import load_image_processor
 from visualchat.training.dataset import load_examples
@@ -307,10 +307,12 @@ def write_problems(path: Path, problems: list[Problem]) -> None:
 
 
 def list_sources() -> None:
-    for name, source in SOURCES.items():
-        joined = f", 1 to {source.concatenate} joined" if source.concatenate > 1 else ""
-        print(f"{name:<20}{source.about}{joined}\n{'':<20}  records: {', '.join(raw.path for raw in source.files)}")
-        print(f"{'':<20}  images:  {source.images}")
+    for title, sources, mark in (("The paper's data", SOURCES, ", "), ("Data of your own", OWN_SOURCES, " or ")):
+        print(f"{title}, with paths relative to --data-root:")
+        for name, source in sources.items():
+            joined = f", 1 to {source.concatenate} joined" if source.concatenate > 1 else ""
+            print(f"{name:<20}{source.about}{joined}\n{'':<20}  records: {mark.join(raw.path for raw in source.files)}")
+            print(f"{'':<20}  images:  {source.images}")
 
 
 def run(options: argparse.Namespace) -> int:

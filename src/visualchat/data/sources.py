@@ -1,12 +1,15 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
 The sources of the paper's training data (DeepSpeed-VisualChat, arXiv 2309.14327): the table `SOURCES`. `formats.py`
-turns their records into conversations.
+turns their records into conversations. And the layouts of a user's own data: the table `OWN_SOURCES`.
 """
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
-from visualchat.data.files import RawFile
+from visualchat.data.captions import CAPTION_FIELDS, read_caption
+from visualchat.data.files import RawFile, find_one
 from visualchat.data.formats import (
     Context,
     Source,
@@ -79,14 +82,27 @@ SOURCES = {
         "OCR-VQA: book covers", (RawFile("OCR_VQA/dataset.json"),), "OCR_VQA/images", convert_each(read_ocr_vqa), min_side=2
     ),
 }
+# Of the files of such a source, exactly one must be there
+OWN_SOURCES = {
+    "captions": Source(
+        "your own images with captions, as in a Hub dataset of images",
+        (RawFile("metadata.jsonl"), RawFile("metadata.csv", columns=(("file_name",), CAPTION_FIELDS))),
+        ".",
+        convert_each(read_caption),
+    ),
+}
 
 
 def open_source(name: str, root: str | os.PathLike, seed: int = 0) -> Context:
     """
     Raises:
-        ValueError: If there is no source of this name.
+        ValueError: If there is no source of this name, or several files are there where one must be.
         FileNotFoundError: If a raw file or a folder of images is missing.
     """
-    if name not in SOURCES:
-        raise ValueError(f"there is no source {name!r}: use one of {', '.join(SOURCES)}")
-    return Context(name, SOURCES[name], root, seed)
+    sources = SOURCES | OWN_SOURCES
+    if name not in sources:
+        raise ValueError(f"there is no source {name!r}: use one of {', '.join(sources)}")
+    source = sources[name]
+    if name in OWN_SOURCES:
+        source = replace(source, files=(find_one(Path(root), source.files),))
+    return Context(name, source, root, seed)

@@ -89,8 +89,8 @@ def check_shape(args: argparse.Namespace) -> tuple[VisualChatConfig, StepShape]:
             f"--images {args.images} take {image_tokens} tokens ({config.image_seq_length} each), which leaves {text} of"
             f" --seq-length {length} for text"
         )
-    if config.image_number_keys and args.images > len(config.image_number_token_ids):
-        raise ValueError(f"--images {args.images}: the model counts to {len(config.image_number_token_ids)}")
+    if config.max_image_number is not None and args.images > config.max_image_number:
+        raise ValueError(f"--images {args.images}: the model counts to {config.max_image_number}")
     supervised = args.supervised or text - 1
     if supervised > text - 1:
         raise ValueError(f"--supervised {supervised} is more than the {text - 1} text tokens after the first")

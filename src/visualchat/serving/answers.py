@@ -29,7 +29,12 @@ class DisconnectedError(Exception):
 
 
 class Answer:
-    """The generation for one request. Its choices are generated one after another, because they share one cached prompt."""
+    """
+    The generation for one request. Its choices are generated one after another, because they share one cached prompt.
+
+    Attributes:
+        usage (`dict[str, int]`): The numbers of tokens, in OpenAI's format, after the answer has ended.
+    """
 
     def __init__(self, request: ChatRequest, conversation: Conversation, service: "AnswerService", client: str):
         self.request, self.conversation, self.service, self.client = request, conversation, service, client
@@ -72,11 +77,6 @@ class Answer:
     def is_cancelled(self) -> bool:
         return self._cancelled.is_set()
 
-    @property
-    def usage(self) -> dict[str, int]:
-        prompt, completion = self.conversation.prompt_tokens, sum(choice.completion_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
     async def chunks(self) -> AsyncIterator[AnswerChunk]:
         """
         The chunks of all choices, as they are generated. The last chunk of each choice says why it ended.
@@ -87,7 +87,10 @@ class Answer:
         """
         while (event := await self._events.get()) is not None:
             if isinstance(event, BaseException):
-                raise event
+                try:
+                    raise event
+                finally:
+                    del event  # its traceback refers to this frame: a reference cycle, as in `_end`
             yield event
 
     @panics_as_errors()
@@ -108,10 +111,12 @@ class Answer:
     def _end(self, future: Future) -> None:
         self._watch.cancel()
         self.service.end(self)
-        if self.is_cancelled:
-            self._events.put_nowait(DisconnectedError())
-        else:
-            self._events.put_nowait(future.exception())
+        prompt, completion = self.conversation.prompt_tokens, sum(choice.completion_tokens for choice in self.choices)
+        self.usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        self._events.put_nowait(DisconnectedError() if self.is_cancelled else future.exception())
+        # They refer to this answer. Without this line, its images and its key-value cache would stay until the garbage
+        # collector looks for reference cycles among old objects, which may take hundreds of answers
+        del self._watch, self._future, self.choices, self.conversation
 
 
 class AnswerService:

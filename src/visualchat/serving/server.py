@@ -233,13 +233,11 @@ def run(args: argparse.Namespace) -> None:
         model = load_model(args.model, args.trust_remote_code, dtype=args.dtype)
         model = model.to(choose_device(args.device)).eval()
         processor = load_processor(args.model, args.trust_remote_code)
-    config = model.config
-    numbered = len(config.image_number_token_ids) if config.image_number_keys else args.max_images
     limits = Limits(
         body_bytes=int(args.max_body_mb * 1e6),
         text_bytes=int(args.max_text_mb * 1e6),
         values=args.max_json_values,
-        images=min(args.max_images, numbered),
+        images=min(args.max_images, model.config.max_image_number or args.max_images),
         choices=args.max_choices,
         image_bytes=int(args.max_image_mb * 1e6),
         image_pixels=int(args.max_image_megapixels * 1e6),

@@ -18,14 +18,21 @@ class ModelArguments:
     text_gguf_file: str | None = field(default=None, metadata={"help": "The decoder's GGUF file there; is dequantized."})
     multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
+    learned_image_numbers: int = field(
+        default=0, metadata={"help": "Of a joined model: so many learned numbers for images, in place of image_number_keys."}
+    )
     image_prefix: str | None = field(
         default=None, metadata={"help": "Of a joined model: a text that each image token attends to besides itself."}
     )
     projector: str = field(
-        default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, vit or perceiver."}
+        default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, pooled, vit or perceiver."}
     )
     pixel_shuffle_factor: int | None = field(
         default=None, metadata={"help": "With pixel_shuffle: the side, in patches, of what becomes one token; 2 by default."}
+    )
+    pool_factor: int | None = field(default=None, metadata={"help": "With pooled: the same; 2 by default."})
+    class_token_outputs: int | None = field(
+        default=None, metadata={"help": "With pooled: how many tokens the class token becomes; 1 by default."}
     )
     chat_format: Literal["paper", "decoder"] = field(
         default="paper", metadata={"help": "Of a joined model: the paper's prompt, or the decoder's own chat template."}
@@ -43,6 +50,10 @@ class ModelArguments:
     )
     mode: Literal["alignment", "lora", "full"] = field(
         default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
+    )
+    train_embedding: bool = field(
+        default=True,
+        metadata={"help": "alignment, lora: whether the token embedding trains; if not, text alone is answered as before."},
     )
     lora_target: Literal["decoder", "tower", "both"] = field(default="decoder", metadata={"help": "Where LoRA is added."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA's matrices."})

@@ -3,8 +3,8 @@ The training dataset. Before the first step, examples are loaded, checked, measu
 `collator.py` makes batches of them.
 
 All examples have the columns of transformers and TRL: `messages` with text and image parts, and `images` for the image
-parts, in reading order. `visualchat prepare` makes such examples of the paper's sources. Any dataset with these columns can
-be used.
+parts, in reading order. `visualchat prepare` makes such examples of the paper's sources and of own images with captions.
+Any dataset with these columns can be used.
 """
 
 import hashlib
@@ -177,7 +177,7 @@ def describe_problem(example: dict, bad: InvalidExample) -> str:
         number = f"with the id {example['id']!r}"
     elif number is None:
         number = f"that begins {question_excerpt(example)!r}"
-    return str(Problem(bad.kind, dataset, number, bad.field, bad.detail))
+    return str(Problem(bad.kind, dataset, str(number), bad.field, bad.detail))
 
 
 def question_excerpt(example: dict) -> str:

@@ -67,9 +67,12 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
             multimodal_attention=model_args.multimodal_attention,
             projector=model_args.projector,
             pixel_shuffle_factor=model_args.pixel_shuffle_factor,
+            pool_factor=model_args.pool_factor,
+            class_token_outputs=model_args.class_token_outputs,
             image_size=find_image_size(processor.image_processor),
             image_number_keys=model_args.image_number_keys,
             image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
+            learned_image_numbers=model_args.learned_image_numbers,
             image_prefix_ids=prefix_ids,
         )
     except StrictDataclassError as error:

@@ -55,6 +55,8 @@ def check_arguments(
     """
     if model_args.load_in_4bit and model_args.mode != "lora":
         raise ValueError(f"load_in_4bit trains by LoRA alone: it needs mode: lora, got {model_args.mode}")
+    if model_args.mode == "full" and not model_args.train_embedding:
+        raise ValueError("mode: full trains everything: it needs train_embedding: true, got false")
     if model_args.load_in_4bit and not is_bitsandbytes_available():
         raise ImportError("load_in_4bit needs bitsandbytes: pip install -U bitsandbytes")
     if training_args.resume_from_checkpoint:

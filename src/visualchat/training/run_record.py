@@ -32,9 +32,13 @@ FIXED_FIELDS = (
     "text_gguf_file",
     "multimodal_attention",
     "image_number_keys",
+    "learned_image_numbers",
     "image_prefix",
+    "train_embedding",
     "projector",
     "pixel_shuffle_factor",
+    "pool_factor",
+    "class_token_outputs",
     "chat_format",
     "image_position",
     "lora_target",
@@ -87,8 +91,9 @@ CHANGEABLE_FIELDS = (
     "greater_is_better",
 )
 JOINED_FIELDS = (
-    *("multimodal_attention", "image_number_keys", "image_prefix", "projector", "pixel_shuffle_factor", "chat_format"),
-    *("image_position", "vision_name_or_path", "text_name_or_path", "text_gguf_file"),
+    *("multimodal_attention", "image_number_keys", "learned_image_numbers", "image_prefix", "projector"),
+    *("pixel_shuffle_factor", "pool_factor", "class_token_outputs", "chat_format", "image_position"),
+    *("vision_name_or_path", "text_name_or_path", "text_gguf_file"),
 )
 RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")
 SCHEDULE_FIELDS = (*RATE_FIELDS, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")

@@ -109,17 +109,20 @@ def try_flex_attention(config: PreTrainedConfig, device: torch.device) -> None:
 def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Module:
     """Sets which parameters train, by the mode. With `lora` it returns PEFT's wrapper of the model."""
     if model_args.mode == "alignment":
-        model.freeze_for_alignment()
+        model.freeze_for_alignment(train_embedding=model_args.train_embedding)
     elif model_args.mode == "lora":
         from peft import LoraConfig, get_peft_model  # of the extra `train`
 
         targets = LORA_TARGETS.values() if model_args.lora_target == "both" else [LORA_TARGETS[model_args.lora_target]]
+        whole = ["multi_modal_projector"]
+        whole += ["embed_tokens"] if model_args.train_embedding else []
+        whole += ["image_numbers"] if model.config.learned_image_numbers else []
         lora = LoraConfig(
             r=model_args.lora_rank,
             lora_alpha=model_args.lora_alpha,
             lora_dropout=model_args.lora_dropout,
             target_modules="|".join(targets),
-            modules_to_save=["multi_modal_projector", "embed_tokens"],
+            modules_to_save=whole,
             task_type="CAUSAL_LM",  # for AutoPeftModelForCausalLM
         )
         model = get_peft_model(model, lora)

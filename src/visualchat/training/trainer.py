@@ -210,7 +210,7 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
             continue
         if "lora_" in name:
             part = "lora"
-        elif "multi_modal_projector" in name:
+        elif "multi_modal_projector" in name or "image_numbers" in name:
             part = "projector"
         elif "embed_tokens" in name:
             part = "embedding"
