@@ -162,7 +162,16 @@ def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):
     joined = {"vision_name_or_path": tmp_path / "tower", "text_name_or_path": tmp_path / "decoder"}
     words = arguments(parts, tmp_path / "run", **joined, text_gguf_file="tiny.gguf")
     where = words.index("--model_name_or_path")
-    words = [*words[:where], *words[where + 2 :], "--max_steps", "2", "--learned_image_numbers", "4"]
+    words = [
+        *words[:where],
+        *words[where + 2 :],
+        "--max_steps",
+        "2",
+        "--learned_image_numbers",
+        "4",
+        "--number_learning_rate",
+        "0.01",
+    ]
     main([*words, "--train_embedding", "False"])
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.text_config.model_type == "qwen2"

@@ -95,6 +95,7 @@ class LoopArguments:
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     embedding_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the token embedding."})
     lora_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of LoRA's matrices."})
+    number_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of learned image numbers."})
     generation_samples: int = field(
         default=0, metadata={"help": "Held-out examples whose last answer is generated, and counted if it is exact."}
     )

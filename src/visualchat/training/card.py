@@ -37,6 +37,7 @@ def write_card(folder: Path, model_args, data_args, training_args, table: str, m
         "… of the projector": training_args.projector_learning_rate,
         "… of the embedding": training_args.embedding_learning_rate,
         "… of LoRA": training_args.lora_learning_rate,
+        "… of the images' numbers": training_args.number_learning_rate,
         "schedule": f"{training_args.lr_scheduler_type}, warm-up {training_args.warmup_steps}",
         "AdamW betas": f"{training_args.adam_beta1}, {training_args.adam_beta2}",
         "weight decay": training_args.weight_decay,

@@ -65,6 +65,7 @@ CHANGEABLE_FIELDS = (
     "projector_learning_rate",
     "embedding_learning_rate",
     "lora_learning_rate",
+    "number_learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
@@ -95,7 +96,10 @@ JOINED_FIELDS = (
     *("pixel_shuffle_factor", "pool_factor", "class_token_outputs", "chat_format", "image_position"),
     *("vision_name_or_path", "text_name_or_path", "text_gguf_file"),
 )
-RATE_FIELDS = ("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate")
+RATE_FIELDS = (
+    *("learning_rate", "projector_learning_rate", "embedding_learning_rate", "lora_learning_rate"),
+    "number_learning_rate",
+)
 SCHEDULE_FIELDS = (*RATE_FIELDS, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 LOSS_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they follow the losses, and their state holds the rates
 BATCH, SHARDING = "batch of all processes", "sharding"

@@ -200,6 +200,7 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
     """The optimizer's groups: trained parameters by part, with its learning rate and name. Norms and biases do not decay."""
     rates = {
         "lora": args.lora_learning_rate,
+        "numbers": args.number_learning_rate,
         "projector": args.projector_learning_rate,
         "embedding": args.embedding_learning_rate,
         "rest": None,
@@ -210,7 +211,9 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
             continue
         if "lora_" in name:
             part = "lora"
-        elif "multi_modal_projector" in name or "image_numbers" in name:
+        elif "image_numbers" in name:
+            part = "numbers"
+        elif "multi_modal_projector" in name:
             part = "projector"
         elif "embed_tokens" in name:
             part = "embedding"
