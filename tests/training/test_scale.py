@@ -82,7 +82,7 @@ def parts(tmp_path_factory):
     are held out only the first has some.
     """
     root = tmp_path_factory.mktemp("fsdp")
-    make_model(image_number_keys=True).save_pretrained(root / "model")
+    make_model(image_number_keys=True, image_prefix_ids=[5, 300, 7]).save_pretrained(root / "model")
     make_processor().save_pretrained(root / "model")
     split = datasets.Dataset.from_dict({"index": range(20)}).train_test_split(0.2, seed=3)
     images = {index: 0 if k % 4 >= 2 else 1 + k % 2 for k, index in enumerate(split["train"]["index"])}
