@@ -11,6 +11,7 @@ layers, in multiples of that of the other tokens (medians). `--decoder` takes an
 """
 
 import argparse
+import json
 from random import Random
 
 import torch
@@ -19,12 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, 
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from benchmarks.report import write_results
+from benchmarks.report import save_results
 from examples.pictures.kinds import Kind, list_kinds
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
 
-PREFIX = "<|im_start|>user\nImage 1:"
+# How a conversation with SmolLM2 begins
+PREFIX = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\nImage 1: "
+)
 MERGED = {"multimodal_attention": "mmca_merged"}
 # The tower is never used: an image is one token, which is given
 TOWER = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
@@ -33,7 +38,9 @@ TOWER = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", default="outputs/parts/decoder", help="folder or Hub id (default %(default)s)")
-    parser.add_argument("--prefix", default=PREFIX, help="the image prefix, a text (default %(default)r)")
+    parser.add_argument(
+        "--prefix", default=PREFIX, help="the image prefix, a text (default: how a conversation with SmolLM2 begins)"
+    )
     parser.add_argument("--step", type=int, default=4, help="asks about every so many kinds of things (default %(default)s)")
     args = parser.parse_args()
     decoder = AutoModelForCausalLM.from_pretrained(args.decoder, dtype=torch.float32)
@@ -47,7 +54,7 @@ def main():
         "MMCA, merged, image prefix": {**MERGED, **prefix},
         "MMCA, merged, image prefix, numbered image keys": {**MERGED, **prefix, **numbers},
     }
-    kinds, results = list_kinds()[:: args.step], {}
+    kinds, results = list_kinds()[:: args.step], []
     for name, fields in settings.items():
         model = VisualChatForCausalLM.from_vision_text_pretrained(
             CLIPVisionModel(TOWER),
@@ -57,11 +64,20 @@ def main():
             image_token_id=processor.image_token_id,
             **fields,
         )
-        results[name] = {"norm": measure_norm(model, processor, kinds[:20])}
-        for images in (1, 3):
-            results[name][f"names, {images} image{'s' * (images > 1)}"] = measure_names(model, processor, kinds, images)
-        print(name, results[name], flush=True)
-    write_results("frozen_decoder", {"decoder": args.decoder, "prefix": args.prefix, "kinds": len(kinds), **results})
+        names = {images: measure_names(model, processor, kinds, images) for images in (1, 3)}
+        results.append(
+            {
+                "attention": name,
+                "decoder": args.decoder,
+                "prefix": args.prefix,
+                "kinds": len(kinds),
+                "norm": measure_norm(model, processor, kinds[:20]),
+                "names of one image": names[1],
+                "names of one of three images": names[3],
+            }
+        )
+        print(json.dumps(results[-1], indent=1), flush=True)
+    save_results("frozen_decoder", results)
 
 
 @torch.inference_mode()
