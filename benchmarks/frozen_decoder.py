@@ -41,7 +41,7 @@ def main():
     parser.add_argument(
         "--prefix", default=PREFIX, help="the image prefix, a text (default: how a conversation with SmolLM2 begins)"
     )
-    parser.add_argument("--step", type=int, default=4, help="asks about every so many kinds of things (default %(default)s)")
+    parser.add_argument("--step", type=int, default=8, help="asks about every so many kinds of things (default %(default)s)")
     args = parser.parse_args()
     decoder = AutoModelForCausalLM.from_pretrained(args.decoder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.decoder)

@@ -57,7 +57,7 @@ class VisualChatProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, as the chat template writes it.
         chat_template (`str`, *optional*): Jinja template. Defaults to the one that `chat_format` names.
         chat_format (`str`, *optional*, defaults to `"paper"`): `"paper"`, or `"decoder"`: the tokenizer's own chat template,
-            with images as lines "Image k: " and a placeholder in the user's turns. The token that ends an answer there becomes
+            with each image on a line "Image k: " of the user's turns. The token that ends an answer there becomes
             the tokenizer's end token.
         image_position (`str`, *optional*): `"front"`, the default of `"paper"`: images stand before the question of their
             turn; or `"in_place"`: they stand among its texts as in the message, which is so in `"decoder"`.
