@@ -116,8 +116,9 @@ class TestSlowClients:
 
     def test_an_answer_that_is_not_read(self, hasty):
         with connected(hasty, 1) as (client,):
+            end = time.monotonic() + 60
             with pytest.raises(ConnectionError):
-                for _ in range(10_000):
+                while time.monotonic() < end:  # the system may take megabytes before the server's limit of time is over
                     client.sendall(GET.format("/metrics").encode() * 10)
             wait_until(lambda: count_connections(hasty) == 0)
         check_health(hasty)
