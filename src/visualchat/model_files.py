@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.activations import ACT2FN
+from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
@@ -161,7 +162,8 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]] | None, model: VisualChatForCausalLM) -> None:
     """
-    Checks that a folder's safetensors files hold all weights of a model, in its shapes. Of tied weights one is enough.
+    Checks that a folder's safetensors files hold all weights of a model, in its shapes: by the names that transformers saves
+    them by, which differ for DINO's towers, or by the model's own, as DeepSpeed gathers them. Of tied weights one is enough.
     Quantized folders hold other tensors, and pass.
 
     Args:
@@ -176,7 +178,9 @@ def check_tensors(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]] |
         return
     tied = {**model.all_tied_weights_keys, **{source: name for name, source in model.all_tied_weights_keys.items()}}
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing]
-    needed = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    own = model.state_dict()
+    weights = min(own, revert_weight_conversion(model, own), key=lambda named: len(named.keys() - found.keys()))
+    needed = {name: tuple(weight.shape) for name, weight in weights.items()}
     wrong = []
     for name, shape in needed.items():
         if name in found and found[name][1] != shape:

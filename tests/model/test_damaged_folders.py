@@ -181,6 +181,22 @@ class TestWhatGoesOnToWork:
         load_model(str(tmp_path)).start_chat(make_processor())
         AutoModel.from_pretrained(tmp_path).start_chat(make_processor())
 
+    @pytest.mark.parametrize(("tower", "changes"), [("dinov2", {"use_swiglu_ffn": True}), ("dinov3_vit", {})])
+    def test_towers_whose_weights_have_other_names_in_files(self, tower, changes, tmp_path):
+        model = make_model(tower=tower, vision=changes)
+        own, path = {name: weight.clone() for name, weight in model.state_dict().items()}, tmp_path / "model.safetensors"
+        model.save_pretrained(tmp_path)
+        saved = load_file(path)
+        assert set(saved) != set(own)
+        for tensors in (saved, own):
+            save_file(tensors, path, {"format": "pt"})
+            loaded = load_model(str(tmp_path)).state_dict()
+            assert all(torch.equal(loaded[name], weight) for name, weight in own.items())
+            missing = max(name for name in tensors if "attention" in name)
+            change_tensors(path, lambda tensors, name=missing: tensors.pop(name))
+            with pytest.raises(ValueError, match=rf"the tensor {missing} is missing$"):
+                load_model(str(tmp_path))
+
     def test_weights_that_were_written_after_loading(self, folder):
         whole = load_file(folder / "model.safetensors")
         change_tensors(folder / "model.safetensors", lambda tensors: tensors.pop(WEIGHT))
