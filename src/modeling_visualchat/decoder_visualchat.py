@@ -133,10 +133,10 @@ class VisualChatTextModel(PreTrainedModel):
         # Before the call for the sequence: frequencies that depend on the length are those of short texts
         prefix_rotary = None
         if prefix_embeds is not None:
-            if image_states is not None and (is_tracing() or len(image_states) > 0):
-                prefix_rotary = self.rotate_prefix(prefix_embeds)
-            else:  # its gradient, as on the other processes of a distributed run
-                inputs_embeds = inputs_embeds + 0.0 * prefix_embeds.sum()
+            prefix_rotary = self.rotate_prefix(prefix_embeds)
+            if image_states is None or not (is_tracing() or len(image_states) > 0):
+                # The same modules and gradients as on the other processes of a distributed run
+                prefix_rotary, inputs_embeds = None, inputs_embeds + 0.0 * prefix_embeds.sum()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         plan = self._make_plan(
