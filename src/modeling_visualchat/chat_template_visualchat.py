@@ -100,7 +100,7 @@ DECODER_TEMPLATE = """\
             {{- '' if loop.first else '\\n' -}}
             {%- if part['type'] == 'image' -%}
                 {%- set numbered.images = numbered.images + 1 -%}
-                {{- 'Image ' + numbered.images | string + ':\\n' + IMAGE_TOKEN -}}
+                {{- 'Image ' + numbered.images | string + ': ' + IMAGE_TOKEN -}}
             {%- else -%}
                 {{- part['text'] -}}
             {%- endif -%}
@@ -164,7 +164,7 @@ def splice_chat_template(tokenizer, image_token: str) -> str:
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): The decoder's, with its own chat template.
-        image_token (`str`): The placeholder of an image, which stands under a line "Image k:".
+        image_token (`str`): The placeholder of an image, which stands on a line "Image k: ".
 
     Raises:
         ValueError: If the template cannot be spliced, with the reason.

@@ -130,12 +130,12 @@ class VisualChatTextModel(PreTrainedModel):
             self.check_length(inputs_embeds.shape[1], past_length)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-        # Before the call for the sequence: frequencies that depend on the length are those of short texts
         prefix_rotary = None
         if prefix_embeds is not None:
+            # Before the call for the sequence: frequencies that depend on the length are those of short texts
             prefix_rotary = self.rotate_prefix(prefix_embeds)
             if image_states is None or not (is_tracing() or len(image_states) > 0):
-                # The same modules and gradients as on the other processes of a distributed run
+                # No new image: it is called, and gets a gradient, as on the other processes of a distributed run
                 prefix_rotary, inputs_embeds = None, inputs_embeds + 0.0 * prefix_embeds.sum()
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 

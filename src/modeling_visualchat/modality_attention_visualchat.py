@@ -8,8 +8,8 @@ carry one stream without padding: the text tokens of the batch, then the tokens 
 stands (its position, its number) matters only for the keys that text tokens attend to.
 
 With an image prefix (`modality_prefix_visualchat.py`), images have queries for it, and its tokens end the stream. All other
-queries are those of text tokens. They attend to text keys and to image keys in separate calls, so no matrix of all
-tokens by all tokens is made.
+queries are those of text tokens. They attend to text keys and to image keys in separate calls, so no matrix of all tokens by
+all tokens is made.
 
 Where a graph is traced (`torch.compile`, `torch.export`, a CUDA graph), shapes must not depend on data. There, padding is
 kept among the text tokens, and a batch that brings images is treated as one long sequence, in which no query sees beyond

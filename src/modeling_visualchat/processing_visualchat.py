@@ -57,7 +57,7 @@ class VisualChatProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, as the chat template writes it.
         chat_template (`str`, *optional*): Jinja template. Defaults to the one that `chat_format` names.
         chat_format (`str`, *optional*, defaults to `"paper"`): `"paper"`, or `"decoder"`: the tokenizer's own chat template,
-            with images as lines "Image k:" and placeholders in the user's turns. The token that ends an answer there becomes
+            with each image on a line "Image k: " of the user's turns. The token that ends an answer there becomes
             the tokenizer's end token.
         image_position (`str`, *optional*): `"front"`, the default of `"paper"`: images stand before the question of their
             turn; or `"in_place"`: they stand among its texts as in the message, which is so in `"decoder"`.
@@ -121,7 +121,7 @@ class VisualChatProcessor(ProcessorMixin):
         """
         numbers = []
         for number in range(1, count + 1):
-            header = f"\n{'### ' if self.chat_format == 'paper' else ''}Image {number}:\n"
+            header = f"\n### Image {number}:\n" if self.chat_format == "paper" else f"\nImage {number}: "
             start, end = header.index(str(number)), header.index(":")
             encoded = self.tokenizer(header, add_special_tokens=False, return_offsets_mapping=True)
             spans = zip(encoded["input_ids"], encoded["offset_mapping"])

@@ -91,7 +91,8 @@ class VisualChatPixelShuffleProjector(nn.Module):
 class VisualChatPooledProjector(nn.Module):
     """
     The mean and the maximum of the features in a square of patches become one token, and the class token becomes some, each
-    by an MLP. Then LayerNorm. A few tokens say what an image shows: the class token as a whole, the squares where.
+    by an MLP. Then LayerNorm, and a learned embedding of each token's position among them, which is 0 at the start. A few
+    tokens say what an image shows: the class token as a whole, the squares where.
     """
 
     def __init__(self, config: VisualChatConfig):
@@ -103,6 +104,7 @@ class VisualChatPooledProjector(nn.Module):
         if self.class_token_outputs:
             self.class_mlp = _make_mlp(vision_size, text_size, self.class_token_outputs)
         self.layer_norm = nn.LayerNorm(text_size, eps=LAYER_NORM_EPS)
+        self.positions = nn.Parameter(torch.zeros(config.image_seq_length, text_size))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -120,7 +122,7 @@ class VisualChatPooledProjector(nn.Module):
         if self.class_token_outputs:
             of_class_token = self.class_mlp(features[:, 0]).unflatten(-1, (self.class_token_outputs, -1))
             tokens = torch.cat([of_class_token, tokens], dim=1)
-        return self.layer_norm(tokens)
+        return self.layer_norm(tokens) + self.positions
 
 
 class VisualChatPerceiverProjector(nn.Module):

@@ -194,12 +194,13 @@ class TestFastPath:
             torch.testing.assert_close(logits_of(model, {**text, **images})[kept], expected, atol=1e-9, rtol=1e-9)
 
     def test_a_batch_calls_the_same_modules_with_and_without_images(self, decoder):
-        """As ZeRO-3 needs it, in training. The prefix is one call more of the embedding."""
+        """As ZeRO-3 needs it in training, also of modules without weights."""
         model = make_model(decoder=decoder, image_number_keys=True, image_prefix_ids=list(PREFIX)).train()
         calls, orders = [], []
         for name, module in model.model.language_model.named_modules():
-            if not any(module.children()) and any(True for _ in module.parameters()):
+            if not any(module.children()):
                 module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+            if not any(module.children()) and any(True for _ in module.parameters()):
                 module.register_full_backward_hook(lambda module, *gradients, name=name: calls.append(f"back {name}"))
         for layout in (["titit"], ["tt"], ["it"]):
             inputs = make_inputs(layout, model)

@@ -24,7 +24,7 @@ CASES = {
     "mmca_merged, numbered": {"multimodal_attention": "mmca_merged", "image_number_keys": True},
     "causal": {"multimodal_attention": "causal"},
     "mmca, in order": {"attn_implementation": "eager"},
-    "mmca, numbered, Qwen3": {"image_number_keys": True, "decoder": "qwen3"},
+    "mmca, numbered, Qwen3": {"image_number_keys": True, "decoder": "qwen3", "image_prefix_ids": [5, 7]},
     "mmca_merged, learned numbers, Qwen2": {
         "multimodal_attention": "mmca_merged",
         "learned_image_numbers": 3,

@@ -245,6 +245,7 @@ class TestProjectors:
         projector = make_model(tower="dinov3_vit", **settings).model.multi_modal_projector
         projector.layer_norm = projector.square_mlp = torch.nn.Identity()  # a mean and a maximum are as wide as a token here
         features = torch.randn(2, 3 + 4 * 6, 32)
+        assert projector.positions.shape == (8, 64) and not projector.positions.any()
         tokens = projector(features)
         assert torch.equal(tokens[:, :2].flatten(1), projector.class_mlp(features[:, 0]))
         patches = features[:, 3:].unflatten(1, (4, 6))

@@ -34,7 +34,7 @@ def mixed(*parts: str | int) -> dict:
 
 def as_text(message: dict, numbers) -> dict:
     """The message with its images as text, as the decoder's own template is given it."""
-    lines = [one.get("text") or f"Image {next(numbers)}:\n<image>" for one in message["content"]]
+    lines = [one.get("text") or f"Image {next(numbers)}: <image>" for one in message["content"]]
     return {**message, "content": "\n".join(lines)}
 
 
