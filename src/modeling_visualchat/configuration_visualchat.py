@@ -259,6 +259,8 @@ class VisualChatConfig(PreTrainedConfig):
         for name in ("image_size", "patch_size"):
             if getattr(self.vision_config, name) is None:
                 raise ValueError(f"`vision_config.{name}` is None, but the number of patches depends on it")
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"`image_size` must be a number of pixels or [height, width], got {self.image_size}")
         family, (rows, columns) = find_tower_family(self.vision_config), self.patch_grid
         for name, projector in (("pixel_shuffle_factor", "pixel_shuffle"), ("pool_factor", "pooled")):
             factor = getattr(self, name)

@@ -176,7 +176,8 @@ class VisualChatImageInputsMixin:
         if self.config.max_image_number is None:
             return None
         for layer in self.language_model.layers:
-            refuse_adapters_by_sequence("k_proj", layer.self_attn.k_proj, self.config.max_image_number)
+            for name in ("k_proj", *(["image_numbers"] if self.config.learned_image_numbers else [])):
+                refuse_adapters_by_sequence(name, getattr(layer.self_attn, name), self.config.max_image_number)
         if not self.config.image_number_keys:
             return None
         device, spellings = inputs_embeds.device, self.config.image_number_token_ids

@@ -158,6 +158,13 @@ def load_processor(name: str, trust_remote_code: bool = False) -> VisualChatProc
     processor = load_described_processor(name, trust_remote_code=trust_remote_code)
     if not isinstance(processor, VisualChatProcessor) and not trust_remote_code:
         raise ValueError(f"{name} has no processor of a VisualChat model, but a {type(processor).__name__}")
+    if isinstance(processor, VisualChatProcessor) and (Path(name) / "config.json").is_file():
+        tokens = read_config(name).image_seq_length
+        if processor.image_seq_length != tokens:
+            raise ValueError(
+                f"{name}/processor_config.json: image_seq_length is {processor.image_seq_length}, but the projector and the"
+                f" tower of config.json make {tokens} tokens of an image"
+            )
     return processor
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.activations import ACT2FN
+from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
 
@@ -161,8 +162,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]] | None, model: VisualChatForCausalLM) -> None:
     """
-    Checks that a folder's safetensors files hold all weights of a model, in its shapes. Of tied weights one is enough.
-    Quantized folders hold other tensors, and pass.
+    Checks that a folder's safetensors files hold all weights of a model, in its shapes, and no others. Their names are those
+    that transformers saves them by, which are others for DINO's towers, or the model's own, as DeepSpeed gathers them. Of
+    tied weights one is enough. Quantized folders hold other tensors, and pass.
 
     Args:
         folder (`Path`): Of the model.
@@ -170,13 +172,15 @@ def check_tensors(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]] |
         model (`VisualChatForCausalLM`): Without weights.
 
     Raises:
-        ValueError: If a weight is missing or has another shape. The error names it and its file.
+        ValueError: If a weight is missing, has another shape or is one too many. The error names it and its file.
     """
     if found is None or getattr(model.config, "quantization_config", None):
         return
     tied = {**model.all_tied_weights_keys, **{source: name for name, source in model.all_tied_weights_keys.items()}}
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing]
-    needed = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    own = model.state_dict()
+    weights = min(own, revert_weight_conversion(model, own), key=lambda named: len(named.keys() - found.keys()))
+    needed = {name: tuple(weight.shape) for name, weight in weights.items()}
     wrong = []
     for name, shape in needed.items():
         if name in found and found[name][1] != shape:
@@ -186,6 +190,8 @@ def check_tensors(folder: Path, found: dict[str, tuple[Path, tuple[int, ...]]] |
             files = sorted({path for path, _ in found.values()})
             where = files[0] if len(files) == 1 else folder / "model.safetensors.index.json"
             wrong.append(f"{where}: the tensor {name} is missing")
+    for name in sorted(found.keys() - needed.keys()):
+        wrong.append(f"{found[name][0]}: the tensor {name} belongs to no part of the model that config.json describes")
     if wrong:
         raise ValueError(wrong[0] + (f"; {len(wrong)} of {len(needed)} tensors are wrong" if len(wrong) > 1 else ""))
 

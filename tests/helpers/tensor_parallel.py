@@ -25,6 +25,13 @@ CASES = {
     "causal": {"multimodal_attention": "causal"},
     "mmca, in order": {"attn_implementation": "eager"},
     "mmca, numbered, Qwen3": {"image_number_keys": True, "decoder": "qwen3", "image_prefix_ids": [5, 7]},
+    "mmca_merged, learned numbers, Qwen2": {
+        "multimodal_attention": "mmca_merged",
+        "learned_image_numbers": 3,
+        "image_prefix_ids": [5, 9],
+        "decoder": "qwen2",
+        "tower": "dinov2",
+    },
 }
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -123,7 +130,7 @@ def main(folder: Path):
             results["shares"] = describe_shares(shared)
             results["memory"] = use_memory(whole, shared, folder)
             save_again(shared, folder)
-        if name in ("mmca, numbered", "mmca, numbered, Qwen3"):
+        if name in ("mmca, numbered", "mmca, numbered, Qwen3", "mmca_merged, learned numbers, Qwen2"):
             results["gradients"][name] = compare_gradients(whole, shared)
     results["uneven"] = share_out_unevenly(folder)
     (folder / f"results-{torch.distributed.get_rank()}.json").write_text(json.dumps(results))

@@ -132,9 +132,11 @@ def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) ->
     config = make_config(**overrides)
     model = VisualChatForCausalLM._from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms and biases, which start at one and zero
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "image_numbers" in name:  # start at zero
+                parameter.normal_()
     return model
 
 

@@ -181,6 +181,22 @@ class TestWhatGoesOnToWork:
         load_model(str(tmp_path)).start_chat(make_processor())
         AutoModel.from_pretrained(tmp_path).start_chat(make_processor())
 
+    @pytest.mark.parametrize(("tower", "changes"), [("dinov2", {"use_swiglu_ffn": True}), ("dinov3_vit", {})])
+    def test_towers_whose_weights_have_other_names_in_files(self, tower, changes, tmp_path):
+        model = make_model(tower=tower, vision=changes)
+        own, path = {name: weight.clone() for name, weight in model.state_dict().items()}, tmp_path / "model.safetensors"
+        model.save_pretrained(tmp_path)
+        saved = load_file(path)
+        assert set(saved) != set(own)
+        for tensors in (saved, own):
+            save_file(tensors, path, {"format": "pt"})
+            loaded = load_model(str(tmp_path)).state_dict()
+            assert all(torch.equal(loaded[name], weight) for name, weight in own.items())
+            missing = max(name for name in tensors if "attention" in name)
+            change_tensors(path, lambda tensors, name=missing: tensors.pop(name))
+            with pytest.raises(ValueError, match=rf"the tensor {missing} is missing$"):
+                load_model(str(tmp_path))
+
     def test_weights_that_were_written_after_loading(self, folder):
         whole = load_file(folder / "model.safetensors")
         change_tensors(folder / "model.safetensors", lambda tensors: tensors.pop(WEIGHT))
@@ -218,6 +234,12 @@ CONFIGS = {
     ("quantization_config",): {"abc": "config.json is no config of a VisualChat"},
     ("image_token_id",): {1.5: "'image_token_id' expected int, got float"},
     ("projector",): {"abc": "'projector' expected one of"},
+    ("pool_factor",): {0: "`pool_factor` must be 1 or more, got 0"},
+    ("image_size",): {(16,): "`image_size` must be a number of pixels or [height, width], got [16]"},
+    ("image_prefix_ids",): {(5, 999): "`image_prefix_ids` holds 999, which is no token"},
+    ("learned_image_numbers",): {-1: "`learned_image_numbers` must be 0 or more, got -1", 2.5: "expected int, got float"},
+    ("vision_feature_select_strategy",): {"default": "processor_config.json: image_seq_length is 5, but the projector"},
+    ("text_config", "num_hidden_layers"): {2: "layers.2.input_layernorm.weight belongs to no part of the model that"},
 }
 
 
@@ -240,6 +262,14 @@ class TestJson:
             assert_refused(folder, f"{path} {message}", capsys)
         path.write_bytes(b'{"a": "\xff"}')
         assert_refused(folder, f"{path} is not JSON", capsys)
+
+    def test_other_counts_of_learned_numbers(self, tmp_path, capsys):
+        make_model(learned_image_numbers=3).save_pretrained(tmp_path)
+        make_processor().save_pretrained(tmp_path)
+        name = "layers.0.self_attn.image_numbers.weight"
+        for count, message in ((4, "has the shape (3, 64), but config.json needs (4, 64)"), (0, "belongs to no part of")):
+            change_fields(tmp_path / "config.json", "learned_image_numbers", value=count)
+            assert_refused(tmp_path, f"{name} {message}", capsys)
 
     def test_a_processor(self, folder, capsys):
         change_fields(folder / "tokenizer.json", "model", value=[1])

@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 import torch
 
-from helpers.tiny import make_inputs, make_model
+from helpers.tiny import IMAGE_SIZE, make_inputs, make_model
 
 
 class Logits(torch.nn.Module):
@@ -39,6 +39,17 @@ def logits_of(model, inputs):
 def assert_same_logits(run, model, inputs):
     kept = inputs["attention_mask"].bool()
     torch.testing.assert_close(run(inputs)[kept], logits_of(model, inputs)[kept], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_other_parts_and_learned_numbers(tmp_path):
+    """DINOv2 interpolates its positions to the size of the images."""
+    tower = {"tower": "dinov2", "vision": {"num_hidden_layers": 1, "image_size": 40}, "image_size": IMAGE_SIZE}
+    numbers = {"multimodal_attention": "mmca_merged", "learned_image_numbers": 4, "image_prefix_ids": [5, 7]}
+    model = make_model(decoder="qwen3", text={"num_hidden_layers": 2}, **tower, **numbers).requires_grad_(False)
+    inputs = make_inputs(["titit", "tiitt"], model)
+    run = export(model, inputs, tmp_path / "model.onnx")
+    assert_same_logits(run, model, make_inputs(["ttiti", "itiss"], model, seed=1, padding_side="right"))
 
 
 @pytest.mark.parametrize(

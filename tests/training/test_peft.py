@@ -109,6 +109,7 @@ class TestAdaptersByRow:
             (r".*vision_tower.*\.q_proj", {}, "vision_tower"),
             (r".*multi_modal_projector\.linear", {}, "multi_modal_projector"),
             (DECODER, {"image_number_keys": True}, "k_proj"),
+            (r".*\.image_numbers", {"learned_image_numbers": 3}, "image_numbers"),
         ],
     )
     def test_parts_that_see_no_rows_are_named(self, targets, settings, part):

@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Plans of memory: the shipped models at their true sizes on the meta device, and a small step counted tensor by tensor."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -129,14 +130,30 @@ def test_bad_input_is_named(words, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["alignment", "lora", "full"])
+OTHER_PARTS = {
+    "tower": "dinov2",
+    "vision": {"image_size": 40},
+    "image_size": 32,
+    "decoder": "qwen3",
+    "projector": "pooled",
+    "multimodal_attention": "mmca_merged",
+    "learned_image_numbers": 8,
+    "image_prefix_ids": [5, 9, 7],
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "parts"),
+    [("alignment", {}), ("lora", {}), ("full", {}), ("alignment", OTHER_PARTS)],
+    ids=lambda value: str(value)[:9],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_trace_has_the_bytes_of_a_real_step(mode, checkpointing):
+def test_a_trace_has_the_bytes_of_a_real_step(mode, parts, checkpointing):
     """The same step on the CPU, every storage counted: the peak of activations and gradients."""
     text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
     peaks = []
     for device in ("meta", "cpu"):
-        config = make_config(text=text)
+        config = make_config(text=text, **copy.deepcopy(parts))
         with torch.device(device):
             model = VisualChatForCausalLM._from_config(config, attn_implementation="sdpa")
             model = set_mode(model, ModelArguments(mode=mode)).train()
@@ -151,13 +168,20 @@ def test_a_trace_has_the_bytes_of_a_real_step(mode, checkpointing):
         else:
             log = trace.AllocationLog([*model.parameters(), *model.buffers()], "cpu")
             batch = trace.make_tokens(config, shape)
-            vision = config.vision_config
             with log:
-                batch["pixel_values"] = torch.randn(9, 3, vision.image_size, vision.image_size)
+                batch["pixel_values"] = torch.randn(9, 3, *config.input_size)
                 model(**batch, use_cache=False).loss.backward()
             total = np.cumsum(log.events, axis=0).sum(1)
         peaks.append(int(total.max()))
     assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
+
+
+def test_learned_numbers_are_counted_by_themselves():
+    config = make_config(**copy.deepcopy(OTHER_PARTS))
+    counts = plan.count_parts(plan.build_model(config, ModelArguments(), torch.float32)[1])
+    size = config.text_config.num_hidden_layers * config.learned_image_numbers * config.hidden_size
+    assert counts["image numbers"] == (size, size) and counts["decoder layers"][1] == 0
+    assert sum(every for every, _ in counts.values()) == VisualChatForCausalLM(config).num_parameters()
 
 
 def test_the_benchmark_was_within_ten_percent_in_fp32():

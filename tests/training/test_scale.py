@@ -41,7 +41,7 @@ class TestTensorParallel:
 
     def test_gradients_are_those_of_one_process(self, shared_out):
         for rank in shared_out[0]:
-            assert len(rank["gradients"]) == 2
+            assert len(rank["gradients"]) == 3
             assert max(rank["gradients"].values()) < 1e-4
 
     def test_the_decoder_is_shared_out_and_the_tower_is_not(self, shared_out):
@@ -82,7 +82,8 @@ def parts(tmp_path_factory):
     are held out only the first has some.
     """
     root = tmp_path_factory.mktemp("fsdp")
-    make_model(image_number_keys=True, image_prefix_ids=[5, 300, 7]).save_pretrained(root / "model")
+    fields = {"learned_image_numbers": 3, "image_prefix_ids": [5, 300, 7], "decoder": "qwen3", "tower": "dinov2"}
+    make_model(**fields).save_pretrained(root / "model")
     make_processor().save_pretrained(root / "model")
     split = datasets.Dataset.from_dict({"index": range(20)}).train_test_split(0.2, seed=3)
     images = {index: 0 if k % 4 >= 2 else 1 + k % 2 for k, index in enumerate(split["train"]["index"])}
