@@ -27,7 +27,7 @@ from .generation_visualchat import VisualChatGenerationMixin
 from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, find_different_images, repeat_images
 from .image_memory_visualchat import ImageMemory, VisualChatImageMemoryMixin
 from .joining_visualchat import VisualChatJoiningMixin
-from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector, VisualChatPooledProjector
+from .projector_visualchat import PROJECTORS, init_projector_weights
 from .released_attention_visualchat import warn_of_defects
 from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
 from .towers_visualchat import make_tower
@@ -101,14 +101,10 @@ class VisualChatPreTrainedModel(
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, VisualChatPerceiverProjector):
-            nn.init.normal_(module.query, std=self.config.text_config.initializer_range)
-        if isinstance(module, VisualChatPooledProjector):
-            nn.init.zeros_(module.positions)
+        init_projector_weights(module, self.config.text_config.initializer_range)
         if isinstance(module, VisualChatReleasedPerceiverProjector):
-            initialization.copy_(
-                module.positions, released_positions(*module.positions.shape, device=module.positions.device)
-            )
+            table = released_positions(*module.positions.shape, device=module.positions.device)
+            initialization.copy_(module.positions, table)
 
 
 class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, VisualChatDummyImageMixin):

@@ -192,6 +192,14 @@ def _make_mlp(vision_size: int, text_size: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(vision_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, outputs * text_size))
 
 
+def init_projector_weights(module: nn.Module, std: float) -> None:
+    """Initializes the weights that a projector holds beside its layers; `std` is the standard deviation of queries."""
+    if isinstance(module, VisualChatPerceiverProjector):
+        nn.init.normal_(module.query, std=std)
+    if isinstance(module, VisualChatPooledProjector):
+        nn.init.zeros_(module.positions)
+
+
 def count_dropped_tokens(config: VisualChatConfig) -> int:
     """The tokens of the tower, from the first one, that `vision_feature_select_strategy` drops."""
     return config.num_prefix_tokens if config.vision_feature_select_strategy == "default" else 0
