@@ -1,12 +1,10 @@
 """Chats in a decoder's own prompt, and images that stand among the texts of a question, in every path of a chat."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
-import torch
 
-from helpers.chat import GREEDY, PROCESSOR
+from helpers.chat import GREEDY, PROCESSOR, writes_tokens
 from helpers.chat_templates import make_decoder_processor
 from helpers.server import Server, picture, text
 from helpers.tiny import TOKENS_PER_IMAGE, digit_image, make_model, make_processor, text_part
@@ -50,23 +48,9 @@ def make_paper_processor(image_position: str) -> VisualChatProcessor:
     return VisualChatProcessor(one.image_processor, one.tokenizer, TOKENS_PER_IMAGE, image_position=image_position)
 
 
-@contextmanager
 def writes(model, processor, written: str):
     """The model's head is rigged to write a text, which may hold special tokens, again and again."""
-    tokens = processor.tokenizer(written, add_special_tokens=False)["input_ids"]
-    step = [0]
-
-    def rig(module, args, output):
-        output = torch.full_like(output, -100.0)
-        output[..., tokens[step[0] % len(tokens)]] = 100.0
-        step[0] += 1
-        return output
-
-    handle = model.lm_head.register_forward_hook(rig)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return writes_tokens(model, processor.tokenizer(written, add_special_tokens=False)["input_ids"])
 
 
 class TestDecoderFormat:

@@ -70,10 +70,16 @@ def count_work(model):
             handle.remove()
 
 
-@contextmanager
 def writes(model, text: str):
     """The model's head is rigged to write a text, and then its end token, again and again."""
-    tokens = [*PROCESSOR.tokenizer(text, add_special_tokens=False)["input_ids"], PROCESSOR.tokenizer.eos_token_id]
+    return writes_tokens(
+        model, [*PROCESSOR.tokenizer(text, add_special_tokens=False)["input_ids"], PROCESSOR.tokenizer.eos_token_id]
+    )
+
+
+@contextmanager
+def writes_tokens(model, tokens: list[int]):
+    """The model's head is rigged to write these tokens again and again."""
     step = [0]
 
     def rig(module, args, output):
