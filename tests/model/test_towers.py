@@ -286,7 +286,7 @@ def test_pairs_of_families_save_reload_and_remember_images(tower, decoder, proje
     torch.testing.assert_close(remembered[is_text], expected[is_text], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tower", ["siglip", "dinov3_vit"])
+@pytest.mark.parametrize("tower", [pytest.param("siglip", marks=pytest.mark.slow), "dinov3_vit"])
 def test_a_saved_folder_works_where_the_package_is_not_installed(tower, tmp_path):
     model = make_model(tower=tower, projector="pixel_shuffle", image_number_keys=True)
     model.save_pretrained(tmp_path / "model")
