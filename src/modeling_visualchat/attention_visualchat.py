@@ -103,7 +103,8 @@ class AttentionPlan(Movable):
 
     Attributes:
         device (`torch.device`): Where its tensors are.
-        image_numbers (`torch.Tensor`, *optional*): Which image of its conversation a token belongs to, 1 for the first.
+        image_numbers (`torch.Tensor`, *optional*): Which image of its conversation a token belongs to, 1 for the first. With
+            learned numbers: which token of all images of its conversation it is.
     """
 
     device: torch.device
@@ -200,7 +201,10 @@ class VisualChatRMSNorm(LlamaRMSNorm):
 
 
 class LearnedImageNumbers(nn.Embedding):
-    """Embeddings of the numbers 1, 2, … of images, for one layer. They are 0 at the start, and so are their keys."""
+    """
+    Embeddings of the numbers 1, 2, … of images, and behind them of the tokens of an image, for one layer. They are 0 at the
+    start, and so are their keys.
+    """
 
 
 class VisualChatAttention(nn.Module):
@@ -211,7 +215,7 @@ class VisualChatAttention(nn.Module):
     Args:
         config (`PreTrainedConfig`): The decoder's.
         layer_idx (`int`): Its index among the layers.
-        image_number_key_bias (`bool`), learned_image_numbers (`int`): See [`VisualChatConfig`].
+        image_number_key_bias (`bool`), learned_image_numbers (`int`), image_seq_length (`int`): See [`VisualChatConfig`].
     """
 
     def __init__(
@@ -220,6 +224,7 @@ class VisualChatAttention(nn.Module):
         layer_idx: int,
         image_number_key_bias: bool = False,
         learned_image_numbers: int = 0,
+        image_seq_length: int = 1,
     ):
         super().__init__()
         self.config, self.layer_idx, self.image_number_key_bias = config, layer_idx, image_number_key_bias
@@ -239,9 +244,9 @@ class VisualChatAttention(nn.Module):
         if self.normalizes_heads:
             self.q_norm = VisualChatRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = VisualChatRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.learned_image_numbers = learned_image_numbers
+        self.learned_image_numbers, self.image_seq_length = learned_image_numbers, image_seq_length
         if learned_image_numbers:
-            self.image_numbers = LearnedImageNumbers(learned_image_numbers, config.hidden_size)
+            self.image_numbers = LearnedImageNumbers(learned_image_numbers + image_seq_length, config.hidden_size)
 
     def forward(
         self,
@@ -270,11 +275,10 @@ class VisualChatAttention(nn.Module):
         # All processes of a distributed run call the projections in this order, whatever their batches hold
         keys = self.k_proj(hidden_states)
         number_keys = None
-        if numbers_images and self.learned_image_numbers:
-            numbers = torch.arange(self.learned_image_numbers, device=hidden_states.device)
-            number_states_NC = self.image_numbers(numbers).to(hidden_states.dtype)
         if number_states_NC is not None:
             number_keys = self._project_numbers(number_states_NC)
+        elif numbers_images and self.learned_image_numbers:
+            number_keys = self._make_learned_keys(hidden_states)
         if number_keys is not None and self.training:  # a batch without images gives the numbers a gradient too
             keys = keys + 0.0 * number_keys.sum()
         queries = self.q_proj(plan.select_queries(hidden_states))
@@ -309,6 +313,16 @@ class VisualChatAttention(nn.Module):
         if not self.normalizes_heads:
             return keys
         return self.k_norm(torch.cat(keys)).split([len(part) for part in keys])
+
+    def _make_learned_keys(self, like: torch.Tensor) -> torch.Tensor:
+        """
+        What is added to the keys of text (index 0: nothing), and then to those of the tokens of image 1, of image 2, …: the
+        key of the image's number and that of the token within its image.
+        """
+        sizes = self.learned_image_numbers, self.image_seq_length
+        states = self.image_numbers(torch.arange(sum(sizes), device=like.device)).to(like.dtype)
+        nothing, of_numbers, of_tokens = self._project_numbers(states).split([1, *sizes])
+        return torch.cat([nothing, (of_numbers[:, None] + of_tokens).flatten(0, 1)])
 
     def _project_numbers(self, number_states_NC: torch.Tensor) -> torch.Tensor:
         """

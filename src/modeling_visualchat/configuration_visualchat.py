@@ -43,8 +43,9 @@ class VisualChatConfig(PreTrainedConfig):
             with `True`.
         learned_image_numbers (`int`, *optional*, defaults to 0):
             In the place of `image_number_keys`, which rests on how the decoder spells numbers: how many numbers have a
-            learned embedding in each layer. Its key is added to the keys of the image's tokens. It is 0 at the start, trains
-            with the projector, and is the most images that a conversation can hold.
+            learned embedding in each layer, and so the most images that a conversation can hold. Each token of an image has
+            one too, the same in all images. The keys of both are added to the token's own. They are 0 at the start and train
+            with the projector.
         image_prefix_ids (`list[int]`, *optional*):
             The image prefix: token ids of a constant text, such as those of `"Image:"`, that each image token attends to
             besides itself, in one softmax and at a fixed distance. By default an image token sees itself only, as in the

@@ -56,6 +56,8 @@ class VisualChatTextModel(PreTrainedModel):
         super().__init__(config.text_config)
         self.multimodal_attention = config.multimodal_attention
         self.image_seq_length, self.max_image_number = config.image_seq_length, config.max_image_number
+        # Learned numbers tell the tokens of an image apart: there, each token has a number of its own
+        self.tokens_per_number = 1 if config.learned_image_numbers else config.image_seq_length
         text_config = config.text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
         self.layers = nn.ModuleList(
@@ -65,6 +67,7 @@ class VisualChatTextModel(PreTrainedModel):
                     layer_idx,
                     image_number_key_bias=config.image_number_key_bias,
                     learned_image_numbers=config.learned_image_numbers,
+                    image_seq_length=config.image_seq_length,
                 )
                 for layer_idx in range(text_config.num_hidden_layers)
             ]
@@ -152,7 +155,8 @@ class VisualChatTextModel(PreTrainedModel):
             starts,
             prefix_rotary,
         )
-        check_image_numbers(plan.image_numbers, self.max_image_number)
+        numbers_per_image = self.image_seq_length // self.tokens_per_number
+        check_image_numbers(plan.image_numbers, self.max_image_number, numbers_per_image)
         plans = [plan] * len(self.layers)
         records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if tokens_to_keep is not None and not records and not is_tracing():
@@ -266,7 +270,7 @@ class VisualChatTextModel(PreTrainedModel):
                 attention_mask,
                 position_embeddings,
                 tuple(inputs_embeds.shape[:2]),
-                self.image_seq_length,
+                self.tokens_per_number,
                 merged=is_merged,
                 positions=positions,
                 image_source=image_source,
@@ -300,7 +304,7 @@ class VisualChatTextModel(PreTrainedModel):
             position_ids,
             past_key_values,
             is_image,
-            self.image_seq_length,
+            self.tokens_per_number,
             image_source,
             starts,
             prefix_rotary,

@@ -9,15 +9,15 @@ from torch import nn
 from transformers.utils import is_tracing, torch_compilable_check
 
 
-def check_image_numbers(image_numbers: torch.Tensor | None, limit: int | None) -> None:
+def check_image_numbers(image_numbers: torch.Tensor | None, limit: int | None, numbers_per_image: int = 1) -> None:
     """Raises a `ValueError` with both counts if there are more images than the model has numbers for (`None`: no limit)."""
     if limit is None or image_numbers is None or image_numbers.numel() == 0:
         return
     check_values(
-        image_numbers.max() <= limit,
+        image_numbers.max() <= limit * numbers_per_image,
         lambda: (
-            f"A conversation holds {int(image_numbers.max())} images, but the model has only {limit} numbers for them"
-            " (config.max_image_number)"
+            f"A conversation holds {-(-int(image_numbers.max()) // numbers_per_image)} images, but the model has only"
+            f" {limit} numbers for them (config.max_image_number)"
         ),
         f"A conversation holds more images than the model has numbers for, {limit} (config.max_image_number)",
     )

@@ -53,7 +53,7 @@ class ModalityPlan(AttentionPlan):
         attention_mask (`torch.Tensor` of shape `(batch_size, tokens seen)`, *optional*): 0 for padding.
         rotary: cos and sin of shape `(batch_size or 1, sequence_length, head_size)`.
         batch_and_length (`tuple[int, int]`): B and Q.
-        image_seq_length (`int`): Tokens of one image.
+        image_seq_length (`int`): Tokens that share a number in `image_numbers`: those of one image, or each alone.
         merged (`bool`): Whether text and images share one softmax (`mmca_merged`).
         positions (`ModalityPositions`, *optional*): Positions of the cached keys. The new ones are added to it.
         image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which image token of the stream, or after

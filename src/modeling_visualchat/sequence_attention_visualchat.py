@@ -59,7 +59,7 @@ class SequencePlan(AttentionPlan):
             new tokens are added to it.
         is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The new tokens that belong to an
             image. `None`: all of them are text.
-        image_seq_length (`int`): Tokens of one image.
+        image_seq_length (`int`): Tokens that share a number in `image_numbers`: those of one image, or each alone.
         image_source (`torch.LongTensor` of shape `(placeholders,)`, *optional*): Which image token each placeholder stands
             for. `None`: its own, in order.
         starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.

@@ -22,7 +22,8 @@ def make_two(attn_implementation: str, decoder: str = "llama", **overrides) -> l
     with torch.no_grad():
         embeds = spelled.model.embed_image_numbers(spelled.get_input_embeddings().weight)
         for layer in learned.model.language_model.layers:
-            layer.self_attn.image_numbers.weight.copy_(layer.input_layernorm(embeds))
+            layer.self_attn.image_numbers.weight[:NUMBERS] = layer.input_layernorm(embeds)
+            layer.self_attn.image_numbers.weight[NUMBERS:] = 0  # of the tokens of an image
     return [spelled, learned]
 
 
@@ -38,6 +39,36 @@ def test_they_are_numbered_keys_with_values_of_their_own(attn_implementation, de
     torch.testing.assert_close(learned(**inputs).logits[is_token], spelled(**inputs).logits[is_token], atol=1e-5, rtol=1e-5)
     generated = [model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in (spelled, learned)]
     assert torch.equal(*generated)
+
+
+@torch.no_grad()
+def test_a_key_is_of_the_number_and_of_the_token():
+    model = make_model(learned_image_numbers=NUMBERS)
+    attention = model.model.language_model.layers[0].self_attn
+    keys = attention.k_proj(attention.image_numbers.weight)
+    table = attention._make_learned_keys(keys)
+    tokens = model.config.image_seq_length
+    assert table.shape == (1 + NUMBERS * tokens, keys.shape[1]) and not table[0].any()
+    torch.testing.assert_close(table[1 + 2 * tokens + 4], keys[2] + keys[NUMBERS + 4])
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen3"])
+@torch.no_grad()
+def test_all_paths_add_the_same_keys(decoder):
+    settings = {"decoder": decoder, "learned_image_numbers": NUMBERS, "multimodal_attention": "mmca_merged"}
+    models = [make_model(name, **settings).double() for name in ("eager", "sdpa")]
+    inputs = make_inputs(LAYOUT, models[0])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != models[0].config.image_token_id)
+    expected, logits = (model(**inputs).logits[is_text] for model in models)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # eager takes the softmax in float32
+    assert torch.equal(*(model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in models))
+    remembered = models[1](**inputs | {"pixel_values": None}, image_memory=models[1].encode_images(inputs["pixel_values"]))
+    torch.testing.assert_close(remembered.logits[is_text], logits, atol=1e-9, rtol=1e-9)
+    other = make_model("sdpa", **settings).double()
+    for layer in other.model.language_model.layers:
+        layer.self_attn.image_numbers.weight[NUMBERS:] = 0
+    assert not torch.allclose(other(**inputs).logits[is_text], expected, atol=1e-3)
 
 
 @torch.no_grad()
