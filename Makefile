@@ -6,7 +6,7 @@ VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-slow test-browser conformance bench study lint format clean
+.PHONY: help install demo pictures test test-slow test-browser conformance bench study lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,6 +15,9 @@ install: $(VENV)/installed  ## the environment, .venv
 
 demo: $(VENV)/installed  ## build, train, save and talk to a small VisualChat (outputs/demo)
 	python -m examples.digits_demo.demo
+
+pictures: $(VENV)/installed  ## pretrained parts from pip packages, and a chat about pictures (outputs/pictures), half an hour
+	python -m examples.pictures.demo
 
 test: $(VENV)/installed  ## the tests
 	python -m pytest -m "not slow and not browser" --numprocesses logical --maxprocesses 4 --dist loadfile

@@ -40,7 +40,7 @@ from examples.digits_demo.talk import run_conversation
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.processing_visualchat import fill_images
 from visualchat.data.digits import KINDS, jitter, make_conversations, split_digits
-from visualchat.evaluation.answers import generate_answers, is_exact
+from visualchat.evaluation.answers import generate_answers, is_exact, text_of
 
 
 @dataclass
@@ -197,7 +197,7 @@ def save_conversation(examples: list[dict], folder: Path) -> list[dict]:
     messages = [
         {
             "role": message["role"],
-            "content": message["content"]
+            "content": text_of(message["content"])
             if message["role"] == "assistant"
             else [
                 {**part, "path": next(remaining_paths)} if part["type"] == "image" else part for part in message["content"]

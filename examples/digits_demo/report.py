@@ -89,12 +89,14 @@ KIND_TITLES = {
 }
 
 
-def draw_conversation(messages: list[dict], answers: list[str], file: Path) -> None:
+def draw_conversation(messages: list[dict], answers: list[str], file: Path, credit: str = "") -> None:
     """
     Args:
         messages (`list[dict]`): Messages of the user, whose image parts have a `path`, each followed by a message of the
             assistant with the true answer.
         answers (`list[str]`): The answer of the model in each round.
+        file (`Path`): Where the drawing is saved.
+        credit (`str`): A line under the conversation: who made the images.
     """
     rows = []  # (height in inches, what to draw)
     for question, true_answer, answer in zip(messages[::2], messages[1::2], answers):
@@ -109,7 +111,7 @@ def draw_conversation(messages: list[dict], answers: list[str], file: Path) -> N
             (LINE_HEIGHT * 1.3, ("VisualChat", f"{answer}  {verdict}", is_correct)),
         ]
 
-    total = sum(height for height, _ in rows) + 0.3
+    total = sum(height for height, _ in rows) + (0.5 if credit else 0.3)
     figure = plt.figure(figsize=(WIDTH, total), dpi=120)
     top, number = total - 0.15, 0
     for height, content in rows:
@@ -135,6 +137,7 @@ def draw_conversation(messages: list[dict], answers: list[str], file: Path) -> N
             figure.text(0.2 / WIDTH, top / total, speaker, fontsize=11, weight="bold", va="top")
             figure.text(1.4 / WIDTH, top / total, text, fontsize=11, color=colour, va="top")
         top -= height
+    figure.text(0.2 / WIDTH, 0.1 / total, credit, fontsize=8, color="dimgray")
     figure.savefig(file)
     plt.close(figure)
 

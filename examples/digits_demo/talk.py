@@ -32,7 +32,7 @@ def run_conversation(model: PreTrainedModel, processor: ProcessorMixin, messages
         inputs = processor.apply_chat_template(
             history, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=32)
         answers.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         history.append({"role": "assistant", "content": answers[-1]})
 

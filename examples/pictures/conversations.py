@@ -4,7 +4,7 @@ Conversations about scenes of drawings: 1 to 4 images, and a question in each ro
 is a function of the scenes. Equal seeds give equal conversations.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import combinations
 from random import Random
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from examples.pictures.kinds import Kind
 from examples.pictures.scenes import Scene, make_scene
 
 
-COUNTS = ("None.", "One.", "Two.", "Three.", "Four.")
+NUMBERS = ("no", "one", "two", "three", "four")
 GROUP_PHRASES = {
     "animal": "an animal",
     "fruit": "a fruit",
@@ -41,6 +41,20 @@ TEXT_ROUNDS = (
     ("What is the opposite of hot?", "The opposite of hot is cold."),
 )
 
+QUESTION_WEIGHTS = {
+    "name": 4,
+    "count": 3,
+    "side": 2,
+    "sort": 1,
+    "which": 1,
+    "same": 1,
+    "total": 1,
+    "ground": 1,
+    "describe": 0.5,
+    "text": 0.2,
+}
+"""The kinds of questions, and how often each is asked where it can be."""
+
 
 class Question(NamedTuple):
     """A question about scenes, its true answer, and its kind, by which the accuracy is reported."""
@@ -59,62 +73,107 @@ def split_kinds(kinds: list[Kind], held_out: int = 24, seed: int = 0) -> tuple[l
     return [kind for kind in kinds if kind not in unseen], [kind for kind in kinds if kind in unseen]
 
 
-def make_conversations(kinds: list[Kind], count: int, split: str, seed: int = 0) -> list[dict]:
+def make_scenes(kinds: list[Kind], count: int, split: str, seed: int = 0) -> list[Scene]:
     """
-    Makes conversations of 1 to 4 images and 1 to 4 rounds with things of these kinds. The scenes of two splits differ, since
-    the name of the split is part of the seed.
-
-    Returns:
-        `list[dict]`: Examples with `scenes` (`list[Scene]`), `messages`, and the `kinds` (`list[str]`) of the questions.
+    Makes scenes of things of these kinds. Half of them show one thing, each kind equally often; the others show two to four
+    of one kind, or two to four different ones. The scenes of two splits differ, since the name of the split is part of the
+    seed.
     """
     rng = Random(f"{split} {seed}")
-    return [make_conversation(kinds, rng) for _ in range(count)]
+    scenes = []
+    for index in range(count):
+        if index % (2 * len(kinds)) == 0:
+            shuffled = rng.sample(kinds, len(kinds))
+        number = rng.randint(2, 4)
+        if index % 2 == 0:
+            drawn = [shuffled[index // 2 % len(kinds)]]
+        else:
+            drawn = [rng.choice(kinds)] * number if rng.random() < 0.5 else rng.sample(kinds, number)
+        scenes.append(make_scene(drawn, rng))
+    return scenes
 
 
-def make_conversation(kinds: list[Kind], rng: Random) -> dict:
-    """Makes one conversation. The first round brings an image, and each later image comes in a random round."""
-    num_images, num_rounds = rng.randint(1, 4), rng.randint(1, 4)
-    scenes: list[Scene] = []
-    for _ in range(num_images):
-        # One scene in three shows the same single thing as an earlier one: else "the same thing" would nearly always be "no"
-        single = [scene for scene in scenes if len(scene.things) == 1]
-        repeated = [rng.choice(single).things[0].kind] if single and rng.random() < 1 / 3 else None
-        scenes.append(make_scene(repeated or draw_kinds(kinds, rng), rng))
-    arrivals = [0, *sorted(rng.randrange(num_rounds) for _ in range(num_images - 1))]
-    messages, question_kinds, asked = [], [], set()
-    for number in range(num_rounds):
-        shown = scenes[: sum(arrival <= number for arrival in arrivals)]
-        question = draw_question([q for q in list_questions(shown, kinds, rng) if q.text not in asked], rng)
-        asked.add(question.text)
-        content = [{"type": "image"}] * arrivals.count(number) + [{"type": "text", "text": question.text}]
-        answer = [{"type": "text", "text": question.answer}]
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        question_kinds.append(question.kind)
-    return {"scenes": scenes, "messages": messages, "kinds": question_kinds}
+class ConversationMaker:
+    """
+    Makes conversations about scenes, which may be in several of them.
+
+    Args:
+        scenes (`list[Scene]`): What images may show. Some show one thing, and some several.
+        seed (`str`): Seed of the conversations.
+    """
+
+    def __init__(self, scenes: list[Scene], seed: str):
+        self.scenes, self.rng = scenes, Random(seed)
+        self.single = [index for index, scene in enumerate(scenes) if len(scene.things) == 1]
+        self.several = [index for index, scene in enumerate(scenes) if len(scene.things) > 1]
+        self.of_kind = defaultdict(list)
+        for index in self.single:
+            self.of_kind[scenes[index].things[0].kind].append(index)
+
+    def make_conversation(self) -> dict:
+        """
+        Makes a conversation of 1 to 4 images and 3 to 6 rounds. The first round brings an image, and often all; each later
+        image comes in a random round.
+
+        Returns:
+            `dict`: `scenes` (`list[int]`, the images' indices), `messages`, and the `kinds` (`list[str]`) of the questions.
+        """
+        num_images, num_rounds = self.rng.randint(1, 4), self.rng.randint(3, 6)
+        indices = []
+        for _ in range(num_images):
+            indices.append(self._draw_scene(indices))
+        arrivals = [0, *sorted(self.rng.choice([0, 0, *range(num_rounds)]) for _ in range(num_images - 1))]
+        messages, question_kinds, asked = [], [], set()
+        for number in range(num_rounds):
+            shown = [self.scenes[index] for index in indices[: sum(arrival <= number for arrival in arrivals)]]
+            question = self._draw_question([one for one in list_questions(shown) if one.text not in asked])
+            asked.add(question.text)
+            messages += make_round(question, arrivals.count(number))
+            question_kinds.append(question.kind)
+        return {"scenes": indices, "messages": messages, "kinds": question_kinds}
+
+    def make_naming(self, num_images: int) -> dict:
+        """
+        Makes a conversation that brings so many images at once, each with one thing, and asks for each, in a random order.
+        The result is that of [`make_conversation`].
+        """
+        indices = self.rng.sample(self.single, num_images)
+        scenes = [self.scenes[index] for index in indices]
+        messages = []
+        for number in self.rng.sample(range(num_images), num_images):
+            questions = list_questions(scenes)
+            text = "What is this?" if num_images == 1 else f"What is in image {number + 1}?"
+            question = next(one for one in questions if one.text == text)
+            messages += make_round(question, 0 if messages else num_images)
+        return {"scenes": indices, "messages": messages, "kinds": ["name"] * num_images}
+
+    def _draw_scene(self, earlier: list[int]) -> int:
+        """One scene in four shows the thing of an earlier one: else "the same thing" would nearly always be "no"."""
+        things = [self.scenes[index].things for index in earlier]
+        single = [scene[0].kind for scene in things if len(scene) == 1]
+        if single and self.rng.random() < 0.25:
+            return self.rng.choice(self.of_kind[self.rng.choice(single)])
+        return self.rng.choice(self.single if self.rng.random() < 0.5 else self.several)
+
+    def _draw_question(self, questions: list[Question]) -> Question:
+        """Draws a kind of question first, so that the number of its questions does not matter."""
+        kinds = sorted({question.kind for question in questions})
+        kind = self.rng.choices(kinds, [QUESTION_WEIGHTS[kind] for kind in kinds])[0]
+        return self.rng.choice([question for question in questions if question.kind == kind])
 
 
-def draw_kinds(kinds: list[Kind], rng: Random) -> list[Kind]:
-    """Draws what a scene shows: one thing (half of the time), two to four of one kind or of two, or two different ones."""
-    if rng.random() < 0.5:
-        return [rng.choice(kinds)]
-    first, second = rng.sample(kinds, 2)
-    number = rng.randint(2, 4)
-    drawn = [first] * rng.randint(1, number)
-    drawn += [second] * (number - len(drawn))
-    return rng.sample(drawn, number)
+def make_round(question: Question, num_images: int) -> list[dict]:
+    """The messages of a round that brings images before its question."""
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question.text}]
+    answer = [{"type": "text", "text": question.answer}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
-def draw_question(questions: list[Question], rng: Random) -> Question:
-    """Draws a kind of question first, so that each kind is asked equally often, whatever the number of its questions."""
-    kind = rng.choice(sorted({question.kind for question in questions}))
-    return rng.choice([question for question in questions if question.kind == kind])
-
-
-def list_questions(scenes: list[Scene], kinds: list[Kind], rng: Random) -> list[Question]:
+def list_questions(scenes: list[Scene]) -> list[Question]:
     """Returns the questions about the scenes shown so far. The first is image 1."""
     questions = [Question("text", *pair) for pair in TEXT_ROUNDS]
     for number, scene in enumerate(scenes, 1):
-        questions += scene_questions(scene, number, len(scenes) == 1, kinds, rng)
+        questions += scene_questions(scene, number, len(scenes) == 1)
     questions += [
         Question("same", f"Do images {i} and {j} show the same thing?", "Yes." if same_thing(left, right) else "No.")
         for (i, left), (j, right) in combinations(enumerate(scenes, 1), 2)
@@ -129,50 +188,55 @@ def list_questions(scenes: list[Scene], kinds: list[Kind], rng: Random) -> list[
     return questions
 
 
-def scene_questions(scene: Scene, number: int, only: bool, kinds: list[Kind], rng: Random) -> list[Question]:
+def scene_questions(scene: Scene, number: int, only: bool) -> list[Question]:
     """Returns the questions about one scene. `only` says that no other image was shown, so that "this" is clear."""
     image = f"image {number}"
     counts = Counter(thing.kind for thing in scene.things)
     questions = [
         Question("describe", f"Describe {image}.", describe(scene)),
-        Question("ground", f"What color is the background of {image}?", f"{scene.ground.capitalize()}."),
+        Question("ground", f"What color is the background of {image}?", sentence(scene.ground)),
+        Question("total", f"How many things are in {image}?", sentence(NUMBERS[len(scene.things)])),
     ]
     if len(scene.things) == 1:
         kind = scene.things[0].kind
-        text = "What is this?" if only else f"What is in {image}?"
-        questions.append(Question("name", text, f"{kind.phrase.capitalize()}."))
+        texts = [f"What is in {image}?"] + ["What is this?"] * only
+        questions += [Question("name", text, sentence(kind.phrase)) for text in texts]
         if kind.group in GROUP_PHRASES:
             text = f"What sort of thing is in {image}?"
-            questions.append(Question("sort", text, f"{GROUP_PHRASES[kind.group].capitalize()}."))
+            questions.append(Question("sort", text, sentence(GROUP_PHRASES[kind.group])))
     else:
-        absent = rng.choice([kind for kind in kinds if kind not in counts])
         questions += [
-            Question("count", f"How many {kind.plural} are in {image}?", COUNTS[counts[kind]]) for kind in [*counts, absent]
+            Question("count", f"How many {kind.plural} are in {image}?", sentence(NUMBERS[count]))
+            for kind, count in counts.items()
         ]
         questions += side_questions(scene, image, counts)
     return questions
 
 
 def side_questions(scene: Scene, image: str, counts: Counter) -> list[Question]:
-    """Returns "what is left of" and "right of" for each pair of different things at one height, if there is one of each."""
-    questions = []
-    for left, right in combinations(sorted(scene.things, key=lambda thing: thing.x), 2):
-        same_height = len(scene.things) == 2 or abs(left.y - right.y) < 0.25
-        if same_height and right.x - left.x > 0.25 and counts[left.kind] == counts[right.kind] == 1:
-            for side, thing, other in (("left", left, right), ("right", right, left)):
-                text = f"What is {side} of the {other.kind.name} in {image}?"
-                questions.append(Question("side", text, f"{thing.kind.phrase.capitalize()}."))
-    return questions
+    """Returns the questions about left and right, if the scene shows two different things, which stand side by side."""
+    if len(scene.things) != 2 or len(counts) != 2:
+        return []
+    left, right = (thing.kind for thing in sorted(scene.things, key=lambda thing: thing.x))
+    return [
+        Question("side", f"What is left of the {right.name} in {image}?", sentence(left.phrase)),
+        Question("side", f"What is right of the {left.name} in {image}?", sentence(right.phrase)),
+        Question("side", f"What is on the left in {image}?", sentence(left.phrase)),
+        Question("side", f"What is on the right in {image}?", sentence(right.phrase)),
+    ]
 
 
 def describe(scene: Scene) -> str:
     """Says what a scene shows, such as "A cat and two dogs on a red background."."""
     counts = Counter(thing.kind for thing in scene.things)
-    numbers = ("no", "one", "two", "three", "four")
-    parts = [kind.phrase if count == 1 else f"{numbers[count]} {kind.plural}" for kind, count in counts.items()]
+    parts = [kind.phrase if count == 1 else f"{NUMBERS[count]} {kind.plural}" for kind, count in counts.items()]
+    things = parts[-1] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     article = "an" if scene.ground == "orange" else "a"
-    text = f"{' and '.join(parts)} on {article} {scene.ground} background."
-    return text[0].upper() + text[1:]
+    return sentence(f"{things} on {article} {scene.ground} background")
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def same_thing(left: Scene, right: Scene) -> bool:

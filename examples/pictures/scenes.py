@@ -79,13 +79,13 @@ def draw_kind(character: str, font: Path) -> Image.Image:
 def make_scene(kinds: list[Kind], rng: Random) -> Scene:
     """
     Puts one to four things of these kinds at random positions: one alone is large, and of several each has a quarter of the
-    image to itself. They stand in reading order, from the upper left to the lower right.
+    image to itself. They stand in reading order, from the upper left to the lower right; two stand side by side.
     """
     if len(kinds) == 1:
         cells, side, size_range = [(0.5, 0.5)], 1.0, (0.6, 0.9)
     else:
         cells, side, size_range = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)], 0.5, (0.36, 0.46)
-    chosen = sorted(rng.sample(range(len(cells)), len(kinds)))
+    chosen = sorted(rng.sample(range(len(cells)), len(kinds))) if len(kinds) != 2 else rng.choice([[0, 1], [2, 3]])
     things = []
     for kind, (x, y) in zip(kinds, (cells[index] for index in chosen)):
         size = rng.uniform(*size_range)

@@ -13,9 +13,19 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from examples.pictures import parts
-from examples.pictures.conversations import COUNTS, describe, list_questions, make_conversations, split_kinds
+from examples.pictures.conversations import (
+    GROUP_PHRASES,
+    QUESTION_WEIGHTS,
+    ConversationMaker,
+    describe,
+    list_questions,
+    make_scenes,
+    sentence,
+    split_kinds,
+)
 from examples.pictures.kinds import Kind, list_kinds
 from examples.pictures.scenes import GROUNDS, Scene, Thing, draw_scene, make_scene
+from examples.pictures.words import list_words
 from visualchat.errors import InputError
 
 
@@ -64,16 +74,24 @@ def test_drawing_stands_where_the_scene_says():
     assert 30 < np.ptp(columns) <= 40
 
 
+def test_two_things_stand_side_by_side():
+    for _ in range(20):
+        left, right = make_scene([CAT, DOG], Random(0)).things
+        assert left.x < 0.5 < right.x and (left.y < 0.5) == (right.y < 0.5)
+
+
 def test_answers_follow_from_the_scenes():
     beside = Scene("red", (Thing(CAT, 0.25, 0.5, 0.4, 0), Thing(SOCKS, 0.75, 0.4, 0.4, 0)))
     dogs = Scene("orange", tuple(Thing(DOG, x, 0.5, 0.4, 0) for x in (0.25, 0.75)))
     one_cat = Scene("blue", (Thing(CAT, 0.5, 0.5, 0.8, 0),))
-    answers = {q.text: q.answer for q in list_questions([beside, dogs, one_cat, one_cat], [CAT, DOG, SOCKS], Random(0))}
+    answers = {q.text: q.answer for q in list_questions([beside, dogs, one_cat, one_cat])}
     expected = {
         "What is left of the pair of socks in image 1?": "A cat.",
         "What is right of the cat in image 1?": "A pair of socks.",
+        "What is on the right in image 1?": "A pair of socks.",
         "How many dogs are in image 2?": "Two.",
-        "How many dogs are in image 1?": "None.",
+        "How many cats are in image 1?": "One.",
+        "How many things are in image 1?": "Two.",
         "What is in image 3?": "A cat.",
         "What sort of thing is in image 3?": "An animal.",
         "Which image shows clothing?": "Image 1.",
@@ -84,36 +102,60 @@ def test_answers_follow_from_the_scenes():
     }
     assert {text: answers.get(text) for text in expected} == expected
     # Three images show an animal, and two things of one kind have no left and right
-    assert not [text for text in answers if text == "Which image shows an animal?" or "of the dog" in text]
+    assert not [text for text in answers if text == "Which image shows an animal?" or "right of the dog" in text]
+    assert "What is this?" not in answers and "What is this?" in {q.text for q in list_questions([one_cat])}
     assert describe(one_cat) == "A cat on a blue background."
 
 
-def test_conversations_are_determined_by_seed_and_split():
+def test_scenes_are_determined_by_seed_and_split():
     kinds = list_kinds()
-    first, again = (make_conversations(kinds, 20, "train") for _ in range(2))
-    assert first == again
-    assert first != make_conversations(kinds, 20, "test")
-    assert first != make_conversations(kinds, 20, "train", seed=1)
+    scenes = make_scenes(kinds, 2000, "train")
+    assert scenes == make_scenes(kinds, 2000, "train")
+    assert scenes[:50] != make_scenes(kinds, 50, "test") and scenes[:50] != make_scenes(kinds, 50, "train", seed=1)
+    singly = Counter(scene.things[0].kind for scene in scenes if len(scene.things) == 1)
+    assert set(singly) == set(kinds) and max(singly.values()) - min(singly.values()) <= 1
+    several = [len({thing.kind for thing in scene.things}) for scene in scenes if len(scene.things) > 1]
+    assert len(several) == 1000 and 400 < several.count(1) < 600
 
 
 def test_conversations_bring_each_image_once_and_ask_each_question_once():
+    scenes = make_scenes(list_kinds(), 2000, "train")
+    first, again = (ConversationMaker(scenes, "train 0") for _ in range(2))
     asked = Counter()
-    for conversation in make_conversations(list_kinds(), 300, "train"):
+    for _ in range(300):
+        conversation = first.make_conversation()
+        assert conversation == again.make_conversation()
         questions, answers = conversation["messages"][::2], conversation["messages"][1::2]
         brought = [sum(part["type"] == "image" for part in message["content"]) for message in questions]
         assert sum(brought) == len(conversation["scenes"]) <= 4 and brought[0] >= 1
         texts = [message["content"][-1]["text"] for message in questions]
         assert len(set(texts)) == len(texts) == len(answers) == len(conversation["kinds"])
         asked.update(conversation["kinds"])
-    assert set(asked) == {"name", "sort", "describe", "ground", "count", "side", "same", "which", "text"}
-    assert set(COUNTS) >= {"None.", "Four."}
+    assert set(asked) == set(QUESTION_WEIGHTS)
+
+
+def test_three_images_are_each_asked_for_once():
+    scenes = make_scenes(list_kinds(), 100, "test")
+    conversation = ConversationMaker(scenes, "test").make_naming(3)
+    names = [scenes[index].things[0].kind.phrase for index in conversation["scenes"]]
+    rounds = zip(conversation["messages"][::2], conversation["messages"][1::2])
+    answers = {question["content"][-1]["text"]: answer["content"][0]["text"] for question, answer in rounds}
+    expected = {f"What is in image {number}?": sentence(name) for number, name in enumerate(names, 1)}
+    assert answers == expected and len(conversation["messages"][0]["content"]) == 4
 
 
 def test_names_of_held_out_kinds_are_not_trained():
     trained, held_out = split_kinds(list_kinds())
     assert len(held_out) == 24 and not set(trained) & set(held_out)
-    scenes = [scene for c in make_conversations(trained, 200, "train") for scene in c["scenes"]]
-    assert not {thing.kind for scene in scenes for thing in scene.things} & set(held_out)
+    assert {kind.group for kind in held_out} <= set(GROUP_PHRASES)
+
+
+def test_each_token_of_an_image_stands_for_a_word():
+    """Number 0 is of the thing, or of none if they differ; then come their number, the ground, and the quarters."""
+    one = Scene("red", (Thing(CAT, 0.5, 0.5, 0.8, 0),))
+    assert list_words(one) == ["cat", "one", "red", "cat", "cat", "cat", "cat"]
+    two = Scene("blue", (Thing(CAT, 0.3, 0.7, 0.4, 0), Thing(DOG, 0.7, 0.8, 0.4, 0)))
+    assert list_words(two) == [None, "two", "blue", "blue", "blue", "cat", "dog"]
 
 
 def test_matrices_are_named_by_the_nodes_that_use_them():

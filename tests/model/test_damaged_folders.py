@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CLIPVisionModel, LlamaForCausalLM
 
-from helpers.tiny import make_model, make_processor
+from helpers.tiny import TOKENS_PER_IMAGE, make_model, make_processor
 from helpers.training import arguments, save_parts
 from modeling_visualchat import VisualChatForCausalLM
 from modeling_visualchat.weight_checks_visualchat import find_not_finite
@@ -267,7 +267,9 @@ class TestJson:
         make_model(learned_image_numbers=3).save_pretrained(tmp_path)
         make_processor().save_pretrained(tmp_path)
         name = "layers.0.self_attn.image_numbers.weight"
-        for count, message in ((4, "has the shape (3, 64), but config.json needs (4, 64)"), (0, "belongs to no part of")):
+        saved, needed = (number + TOKENS_PER_IMAGE for number in (3, 4))
+        shapes = f"has the shape ({saved}, 64), but config.json needs ({needed}, 64)"
+        for count, message in ((4, shapes), (0, "belongs to no part of")):
             change_fields(tmp_path / "config.json", "learned_image_numbers", value=count)
             assert_refused(tmp_path, f"{name} {message}", capsys)
 

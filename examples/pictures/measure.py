@@ -1,0 +1,145 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+Measures the model of `make pictures` on scenes that it was not trained on.
+
+Each question comes after the true answers of the earlier rounds, and is answered with greedy decoding, in bfloat16. An
+answer is right if it equals the true one after SQuAD's normalization, which drops articles: "A eagle." is right. `exact`
+counts what is right word for word.
+"""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.pictures.dataset import read_examples
+from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.processing_visualchat import fill_images
+from visualchat.evaluation.answers import generate_answers, is_exact, is_normalized_match, text_of
+
+
+TEXT_QUESTIONS = (
+    "What is the capital of Italy?",
+    "Write one sentence about the sea.",
+    "How do I boil an egg?",
+    "What is 3 plus 4?",
+    "Name three colors.",
+    "Who wrote Romeo and Juliet?",
+    "Why is the sky blue?",
+    "Give me a word that rhymes with cat.",
+    "Translate 'good morning' to French.",
+    "What do bees make?",
+)
+TEXT_TOKENS = 32
+
+
+def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: Path, decoder: Path) -> dict:
+    """
+    Answers the questions of all test files.
+
+    Args:
+        model ([`VisualChatForCausalLM`]), processor ([`VisualChatProcessor`]): What was trained.
+        data (`Path`): What [`make_data`] wrote.
+        decoder (`Path`): The decoder's folder, for the answers to text alone.
+
+    Returns:
+        `dict`: The metrics. Shares are between 0 and 1.
+    """
+    test = read_examples(data / "test.jsonl")
+    kinds = [kind for example in test for kind in example["kinds"]]
+    true = list_answers(test)
+    answers = answer_questions(model, processor, test, "test")
+    right = list(map(is_normalized_match, answers, true))
+    blank = Image.new("RGB", Image.open(test[0]["images"][0]).size, "white")
+    blanks = [{**example, "images": [blank] * len(example["images"])} for example in test]
+    without = list(map(is_normalized_match, answer_questions(model, processor, blanks, "blank images"), true))
+    guesses = most_common_answers(read_examples(data / "train.jsonl"))
+    guessed = [is_normalized_match(guesses[kind], answer) for kind, answer in zip(kinds, true)]
+    by_kind = defaultdict(list)
+    for kind, *of_question in zip(kinds, right, without, guessed):
+        by_kind[kind].append(of_question)
+    metrics = {
+        "accuracy": share(right),
+        "exact": share(list(map(is_exact, answers, true))),
+        "accuracy_blank_images": share(without),
+        "accuracy_most_common_answer": share(guessed),
+        "by_kind": {
+            kind: {
+                "questions": len(rows),
+                "accuracy": share([row[0] for row in rows]),
+                "blank_images": share([row[1] for row in rows]),
+                "most_common_answer": share([row[2] for row in rows]),
+            }
+            for kind, rows in sorted(by_kind.items())
+        },
+        "questions": len(true),
+        "conversations": len(test),
+    }
+    for name in ("names-1", "names-3", "unseen"):
+        examples = read_examples(data / f"{name}.jsonl")
+        true = list_answers(examples)
+        answers = answer_questions(model, processor, examples, name)
+        right, exact = (list(map(matches, answers, true)) for matches in (is_normalized_match, is_exact))
+        metrics[name] = {"questions": len(true), "accuracy": share(right), "exact": share(exact)}
+    equal = compare_text_answers(model, processor, decoder)
+    metrics["text_answers_equal_to_decoder"] = f"{sum(equal)} of {len(equal)}"
+    return metrics
+
+
+def share(values: list[bool]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
+def list_answers(examples: list[dict]) -> list[str]:
+    """The true answers, round by round."""
+    messages = [message for example in examples for message in example["messages"]]
+    return [text_of(message["content"]) for message in messages if message["role"] == "assistant"]
+
+
+def most_common_answers(examples: list[dict]) -> dict[str, str]:
+    """For each kind of question the most common answer."""
+    counts = defaultdict(Counter)
+    for kind, answer in zip([kind for example in examples for kind in example["kinds"]], list_answers(examples)):
+        counts[kind][answer] += 1
+    return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
+
+
+@torch.no_grad()
+def answer_questions(
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, examples: list[dict], name: str, batch_size: int = 32
+) -> list[str]:
+    """Asks each question after the true answers of the earlier rounds."""
+    prompts = []
+    for example in examples:
+        messages = fill_images(example, "example")
+        prompts += [messages[:index] for index in range(1, len(messages), 2)]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        for start in tqdm(range(0, len(prompts), batch_size), desc=name):
+            batch = by_length[start : start + batch_size]
+            given = generate_answers(
+                model, processor, [prompts[index] for index in batch], do_sample=False, max_new_tokens=32
+            )
+            for index, answer in zip(batch, given):
+                answers[index] = answer
+    return answers
+
+
+@torch.no_grad()
+def compare_text_answers(model: VisualChatForCausalLM, processor: VisualChatProcessor, folder: Path) -> list[bool]:
+    """Whether each answer to a text alone has the tokens that the decoder itself gives, in float32."""
+    decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    equal = []
+    for question in TEXT_QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        settings = {"do_sample": False, "max_new_tokens": TEXT_TOKENS}
+        expected = decoder.generate(**tokenizer.apply_chat_template(messages, **chat).to(model.device), **settings)
+        tokens = model.generate(**processor.apply_chat_template(messages, **chat).to(model.device), **settings)
+        equal.append(tokens.tolist() == expected.tolist())
+    return equal
