@@ -179,7 +179,8 @@ def test_a_trace_has_the_bytes_of_a_real_step(mode, parts, checkpointing):
 def test_learned_numbers_are_counted_by_themselves():
     config = make_config(**copy.deepcopy(OTHER_PARTS))
     counts = plan.count_parts(plan.build_model(config, ModelArguments(), torch.float32)[1])
-    size = config.text_config.num_hidden_layers * config.learned_image_numbers * config.hidden_size
+    embeddings = config.learned_image_numbers + config.image_seq_length  # of the numbers, and of the tokens of an image
+    size = config.text_config.num_hidden_layers * embeddings * config.hidden_size
     assert counts["image numbers"] == (size, size) and counts["decoder layers"][1] == 0
     assert sum(every for every, _ in counts.values()) == VisualChatForCausalLM(config).num_parameters()
 
