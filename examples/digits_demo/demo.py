@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,10 +127,7 @@ def measure(
     correct_without = answer_questions(model, processor, blank_examples, "without images")
     kinds = [kind for example in test_examples for kind in example["kinds"]]
 
-    common = {kind: Counter() for kind in KINDS}
-    for kind, answer in list_answers(train_examples):
-        common[kind][answer] += 1
-    guesses = {kind: answers.most_common(1)[0][0] for kind, answers in common.items()}
+    guesses = most_common_answers(train_examples)
     guessed = [guesses[kind] == answer for kind, answer in list_answers(test_examples)]
     return {
         "accuracy": accuracy(correct),
@@ -150,10 +147,23 @@ def accuracy(correct: list[bool]) -> float:
 
 def list_answers(examples: list[dict]) -> list[tuple[str, str]]:
     """The kind and the true answer of each question."""
-    answers = [
-        message["content"] for example in examples for message in example["messages"] if message["role"] == "assistant"
-    ]
+    messages = [message for example in examples for message in example["messages"]]
+    answers = [text_of(message["content"]) for message in messages if message["role"] == "assistant"]
     return list(zip([kind for example in examples for kind in example["kinds"]], answers))
+
+
+def most_common_answers(examples: list[dict]) -> dict[str, str]:
+    """For each kind of question the most common answer."""
+    counts = defaultdict(Counter)
+    for kind, answer in list_answers(examples):
+        counts[kind][answer] += 1
+    return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
+
+
+def list_prompts(examples: list[dict]) -> list[list[dict]]:
+    """For each question its conversation up to there, with the true answers of the earlier rounds."""
+    conversations = [fill_images(example, "example") for example in examples]
+    return [messages[:index] for messages in conversations for index in range(1, len(messages), 2)]
 
 
 @torch.no_grad()
@@ -161,17 +171,11 @@ def answer_questions(
     model: VisualChatForCausalLM, processor: VisualChatProcessor, examples: list[dict], name: str, batch_size: int = 64
 ) -> list[bool]:
     """Asks each question after the true answers of the earlier rounds. Returns whether each answer is correct."""
-    prompts, true_answers = [], []
-    for example in examples:
-        messages = fill_images(example, "example")
-        for index in range(1, len(messages), 2):
-            prompts.append(messages[:index])
-            true_answers.append(messages[index]["content"])
-    answers = []
+    prompts, answers = list_prompts(examples), []
     for start in tqdm(range(0, len(prompts), batch_size), desc=name):
         batch = prompts[start : start + batch_size]
         answers += generate_answers(model, processor, batch, do_sample=False, max_new_tokens=8)
-    return [is_exact(answer, true) for answer, true in zip(answers, true_answers)]
+    return [is_exact(answer, true) for answer, (_, true) in zip(answers, list_answers(examples))]
 
 
 def save_conversation(examples: list[dict], folder: Path) -> list[dict]:

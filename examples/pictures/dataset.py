@@ -53,12 +53,14 @@ def make_data(folder: Path, font: Path, tokenizer: PreTrainedTokenizerBase, seed
         (partial / split).mkdir(parents=True)
         for index, scene in enumerate(tqdm(those, desc=f"images of {split}")):
             draw_scene(scene, font, IMAGE_SIZE).save(image_path(partial, split, index))
-    makers = {split: ConversationMaker(scenes[split], f"{split} {seed}") for split in ("train", "test")}
-    examples = {split: [maker.make_conversation() for _ in range(CONVERSATIONS[split])] for split, maker in makers.items()}
+    makers = {split: ConversationMaker(those, f"{split} {seed}") for split, those in scenes.items()}
+    examples = {
+        split: [makers[split].make_conversation() for _ in range(CONVERSATIONS[split])] for split in ("train", "test")
+    }
     for count in (1, 3):
         name = f"names-{count}"
         examples[name] = [makers["test"].make_naming(count) for _ in range(CONVERSATIONS[name])]
-    examples["unseen"] = [ask_sort(scenes["unseen"], index) for index in indices_of_one_thing(scenes["unseen"])]
+    examples["unseen"] = [ask_sort(scenes["unseen"], index) for index in makers["unseen"].single]
     for name, those in examples.items():
         split = "test" if name.startswith("names") else name
         with (partial / f"{name}.jsonl").open("w") as file:
@@ -76,10 +78,6 @@ def one_token_kinds(tokenizer: PreTrainedTokenizerBase) -> list[Kind]:
     its name ([`teach_words`]), which a name of several tokens does not have.
     """
     return [kind for kind in list_kinds() if len(tokenizer(f" {kind.name}", add_special_tokens=False)["input_ids"]) == 1]
-
-
-def indices_of_one_thing(scenes: list[Scene]) -> list[int]:
-    return [index for index, scene in enumerate(scenes) if len(scene.things) == 1]
 
 
 def ask_sort(scenes: list[Scene], index: int) -> dict:

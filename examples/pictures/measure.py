@@ -7,7 +7,7 @@ answer is right if it equals the true one after SQuAD's normalization, which dro
 counts what is right word for word.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.digits_demo.demo import accuracy, list_answers, list_prompts, most_common_answers
 from examples.pictures.dataset import read_examples
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.processing_visualchat import fill_images
-from visualchat.evaluation.answers import generate_answers, is_exact, is_normalized_match, text_of
+from visualchat.evaluation.answers import generate_answers, is_exact, is_normalized_match
 
 
 TEXT_QUESTIONS = (
@@ -49,8 +49,7 @@ def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: 
         `dict`: The metrics. Shares are between 0 and 1.
     """
     test = read_examples(data / "test.jsonl")
-    kinds = [kind for example in test for kind in example["kinds"]]
-    true = list_answers(test)
+    kinds, true = zip(*list_answers(test))
     answers = answer_questions(model, processor, test, "test")
     right = list(map(is_normalized_match, answers, true))
     blank = Image.new("RGB", Image.open(test[0]["images"][0]).size, "white")
@@ -62,16 +61,16 @@ def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: 
     for kind, *of_question in zip(kinds, right, without, guessed):
         by_kind[kind].append(of_question)
     metrics = {
-        "accuracy": share(right),
-        "exact": share(list(map(is_exact, answers, true))),
-        "accuracy_blank_images": share(without),
-        "accuracy_most_common_answer": share(guessed),
+        "accuracy": accuracy(right),
+        "exact": accuracy(list(map(is_exact, answers, true))),
+        "accuracy_blank_images": accuracy(without),
+        "accuracy_most_common_answer": accuracy(guessed),
         "by_kind": {
             kind: {
                 "questions": len(rows),
-                "accuracy": share([row[0] for row in rows]),
-                "blank_images": share([row[1] for row in rows]),
-                "most_common_answer": share([row[2] for row in rows]),
+                "accuracy": accuracy([row[0] for row in rows]),
+                "blank_images": accuracy([row[1] for row in rows]),
+                "most_common_answer": accuracy([row[2] for row in rows]),
             }
             for kind, rows in sorted(by_kind.items())
         },
@@ -80,31 +79,13 @@ def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: 
     }
     for name in ("names-1", "names-3", "unseen"):
         examples = read_examples(data / f"{name}.jsonl")
-        true = list_answers(examples)
+        true = [answer for _, answer in list_answers(examples)]
         answers = answer_questions(model, processor, examples, name)
         right, exact = (list(map(matches, answers, true)) for matches in (is_normalized_match, is_exact))
-        metrics[name] = {"questions": len(true), "accuracy": share(right), "exact": share(exact)}
+        metrics[name] = {"questions": len(true), "accuracy": accuracy(right), "exact": accuracy(exact)}
     equal = compare_text_answers(model, processor, decoder)
     metrics["text_answers_equal_to_decoder"] = f"{sum(equal)} of {len(equal)}"
     return metrics
-
-
-def share(values: list[bool]) -> float:
-    return round(sum(values) / len(values), 4)
-
-
-def list_answers(examples: list[dict]) -> list[str]:
-    """The true answers, round by round."""
-    messages = [message for example in examples for message in example["messages"]]
-    return [text_of(message["content"]) for message in messages if message["role"] == "assistant"]
-
-
-def most_common_answers(examples: list[dict]) -> dict[str, str]:
-    """For each kind of question the most common answer."""
-    counts = defaultdict(Counter)
-    for kind, answer in zip([kind for example in examples for kind in example["kinds"]], list_answers(examples)):
-        counts[kind][answer] += 1
-    return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
 
 
 @torch.no_grad()
@@ -112,10 +93,7 @@ def answer_questions(
     model: VisualChatForCausalLM, processor: VisualChatProcessor, examples: list[dict], name: str, batch_size: int = 32
 ) -> list[str]:
     """Asks each question after the true answers of the earlier rounds."""
-    prompts = []
-    for example in examples:
-        messages = fill_images(example, "example")
-        prompts += [messages[:index] for index in range(1, len(messages), 2)]
+    prompts = list_prompts(examples)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
     with torch.autocast(model.device.type, dtype=torch.bfloat16):

@@ -75,8 +75,9 @@ def test_drawing_stands_where_the_scene_says():
 
 
 def test_two_things_stand_side_by_side():
+    rng = Random(0)
     for _ in range(20):
-        left, right = make_scene([CAT, DOG], Random(0)).things
+        left, right = make_scene([CAT, DOG], rng).things
         assert left.x < 0.5 < right.x and (left.y < 0.5) == (right.y < 0.5)
 
 
