@@ -5,12 +5,14 @@ is a function of the scenes. Equal seeds give equal conversations.
 """
 
 from collections import Counter, defaultdict
+from functools import cached_property
 from itertools import combinations
 from random import Random
 from typing import NamedTuple
 
 from examples.pictures.kinds import Kind
 from examples.pictures.scenes import Scene, make_scene
+from examples.pictures.text_rounds import TEXT_ROUNDS
 
 
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -33,17 +35,9 @@ GROUP_PHRASES = {
 EDIBLE = ("fruit", "vegetable", "food", "drink")
 """The word food may mean each of these groups, so no question asks to tell one of them from another by that word."""
 
-TEXT_ROUNDS = (
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("How many days are in a week?", "There are seven days in a week."),
-    ("What is two plus two?", "Two plus two is four."),
-    ("Which planet do we live on?", "We live on Earth."),
-    ("What is the opposite of hot?", "The opposite of hot is cold."),
-)
-
 QUESTION_WEIGHTS = {
-    "name": 4,
-    "count": 3,
+    "name": 3,
+    "count": 4,
     "side": 2,
     "sort": 1,
     "which": 1,
@@ -147,6 +141,24 @@ class ConversationMaker:
             messages += make_round(question, 0 if messages else num_images)
         return {"scenes": indices, "messages": messages, "kinds": ["name"] * num_images}
 
+    def make_counting(self) -> dict:
+        """
+        Makes a conversation that brings an image with several things, and asks how many there are of one kind. The answers
+        one to four are equally frequent. The result is that of [`make_conversation`].
+        """
+        index, question = self.rng.choice(self._counting[self.rng.choice(sorted(self._counting))])
+        return {"scenes": [index], "messages": make_round(question, 1), "kinds": ["count"]}
+
+    @cached_property
+    def _counting(self) -> dict[str, list[tuple[int, Question]]]:
+        """For each answer the scenes with the questions for a number that have it."""
+        by_answer = defaultdict(list)
+        for index in self.several:
+            for question in list_questions([self.scenes[index]]):
+                if question.kind == "count":
+                    by_answer[question.answer].append((index, question))
+        return by_answer
+
     def _draw_scene(self, earlier: list[int]) -> int:
         """One scene in four shows the thing of an earlier one: else "the same thing" would nearly always be "no"."""
         things = [self.scenes[index].things for index in earlier]
@@ -156,10 +168,11 @@ class ConversationMaker:
         return self.rng.choice(self.single if self.rng.random() < 0.5 else self.several)
 
     def _draw_question(self, questions: list[Question]) -> Question:
-        """Draws a kind of question first, so that the number of its questions does not matter."""
+        """Draws a kind of question, then an answer, then a question: so no answer is common because its question is."""
         kinds = sorted({question.kind for question in questions})
         kind = self.rng.choices(kinds, [QUESTION_WEIGHTS[kind] for kind in kinds])[0]
-        return self.rng.choice([question for question in questions if question.kind == kind])
+        answer = self.rng.choice(sorted({question.answer for question in questions if question.kind == kind}))
+        return self.rng.choice([one for one in questions if (one.kind, one.answer) == (kind, answer)])
 
 
 def make_round(question: Question, num_images: int) -> list[dict]:

@@ -7,6 +7,7 @@ Writes scenes as PNG files, and conversations about them as JSON Lines that `vis
 | `train.jsonl`, `train/` | the conversations to learn from, and their images |
 | `test.jsonl`, `test/` | conversations about other scenes of the same kinds of things |
 | `names-1.jsonl`, `names-3.jsonl` | "What is this?" about one image of `test/`, and "What is in image k?" about three |
+| `counts.jsonl` | "How many cats are in image 1?" about one image of `test/`; one to four are equally frequent |
 | `unseen.jsonl`, `unseen/` | "What sort of thing is in image 1?" about kinds of things whose names are never trained |
 """
 
@@ -23,10 +24,10 @@ from examples.pictures.parts import IMAGE_SIZE
 from examples.pictures.scenes import Scene, draw_scene
 
 
-SCENES = {"train": 8000, "test": 1600, "unseen": 240}
+SCENES = {"train": 16000, "test": 1600, "unseen": 240}
 """How many images there are of each kind. Training conversations use each several times."""
 
-CONVERSATIONS = {"train": 8000, "test": 200, "names-1": 400, "names-3": 200}
+CONVERSATIONS = {"train": 8000, "test": 200, "names-1": 400, "names-3": 200, "counts": 400}
 
 
 def make_data(folder: Path, font: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> dict[str, list[Scene]]:
@@ -60,9 +61,10 @@ def make_data(folder: Path, font: Path, tokenizer: PreTrainedTokenizerBase, seed
     for count in (1, 3):
         name = f"names-{count}"
         examples[name] = [makers["test"].make_naming(count) for _ in range(CONVERSATIONS[name])]
+    examples["counts"] = [makers["test"].make_counting() for _ in range(CONVERSATIONS["counts"])]
     examples["unseen"] = [ask_sort(scenes["unseen"], index) for index in makers["unseen"].single]
     for name, those in examples.items():
-        split = "test" if name.startswith("names") else name
+        split = name if name in SCENES else "test"
         with (partial / f"{name}.jsonl").open("w") as file:
             for number, example in enumerate(those):
                 paths = [str(image_path(folder, split, index)) for index in example["scenes"]]

@@ -90,9 +90,11 @@ def main(argv: list[str] | None = None) -> dict:
     print(json.dumps(metrics, indent=2))
 
     test = read_examples(data / "test.jsonl")
-    for example in test:
+    # To be looked at: a conversation that shows an image twice is dull
+    varied = [example for example in test if len(set(example["images"])) == len(example["images"])]
+    for example in varied:
         example["images"] = [Image.open(path) for path in example["images"]]
-    conversation = save_conversation(test, args.output / "conversation")
+    conversation = save_conversation(varied, args.output / "conversation")
     answers = run_conversation(model.cpu(), processor, conversation)
     draw_conversation(conversation, answers, args.output / "conversation.png", CREDIT)
     kinds = {thing.kind for scene in scenes["train"] for thing in scene.things}

@@ -17,12 +17,13 @@ KIND_TITLES = {
     "same": "“Do images 1 and 3 show the same thing?”",
     "ground": "“What color is the background of image 2?”",
     "describe": "“Describe image 2.”",
-    "text": "a question without any image, such as “What is two plus two?”",
+    "text": "a question without any image, such as “What is half of 20?”",
 }
 
 MORE_TITLES = {
     "names-1": "“What is this?” about one image with one thing",
     "names-3": "“What is in image k?” about one of three such images",
+    "counts": "“How many cats are in image 1?”, with one to four of them equally often",
     "unseen": "“What sort of thing is in image 1?”, of kinds of things that were never shown",
 }
 
@@ -87,7 +88,8 @@ the true one after SQuAD's normalization, which drops articles; word for word, {
 |---|---|---|---|
 {more}
 
-The answers to {text_answers_equal_to_decoder} questions without images have the same tokens as those of SmolLM2 alone.
+Without images the answers to {same_tokens} of {asked} questions have the same tokens as those of SmolLM2 alone; after an
+image, {same_first_sentence_after_image} have the same first sentence.
 
 ## Training
 
@@ -122,5 +124,7 @@ def write_model_card(output: Path, metrics: dict, sizes: dict[str, int]) -> None
         for title, row in ((title, metrics[name]) for name, title in MORE_TITLES.items())
     )
     tables = {"by_kind": "\n".join(by_kind), "more": "\n".join(more)}
-    (output / "model" / "README.md").write_text(MODEL_CARD.format(**metrics | sizes | tables, credit=CREDIT))
+    (output / "model" / "README.md").write_text(
+        MODEL_CARD.format(**metrics | metrics["text_answers"] | sizes | tables, credit=CREDIT)
+    )
     shutil.copy(output / "conversation.png", output / "model" / "conversation.png")

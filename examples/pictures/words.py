@@ -22,18 +22,21 @@ DISTANCE_WEIGHT = 5.0
 CLASS_TOKEN_OUTPUTS = 3
 """The class token becomes the word of the thing, of the number of things, and of the ground's colour."""
 
+MIXED = "different"
+"""The word for different things, which have no name in common."""
 
-def list_words(scene: Scene) -> list[str | None]:
+
+def list_words(scene: Scene) -> list[str]:
     """
     The word of each token of an image, as the `pooled` projector makes them: three of the class token, then those of the
-    upper left, upper right, lower left and lower right quarter, which show a thing or the ground. `None`: different things
-    have no common word.
+    upper left, upper right, lower left and lower right quarter, which show a thing or the ground. A thing alone, which is in
+    all quarters, is the word of the first: so as many quarters have its word as there are things.
     """
     names = [thing.kind.name for thing in scene.things]
-    quarters = [names[0] if len(names) == 1 else scene.ground] * 4
-    for thing in scene.things if len(names) > 1 else ():
-        quarters[2 * (thing.y > 0.5) + (thing.x > 0.5)] = thing.kind.name
-    return [names[0] if len(set(names)) == 1 else None, NUMBERS[len(names)], scene.ground, *quarters]
+    quarters = [scene.ground] * 4
+    for thing in scene.things:
+        quarters[2 * (thing.y > 0.5) + (thing.x > 0.5) if len(names) > 1 else 0] = thing.kind.name
+    return [names[0] if len(set(names)) == 1 else MIXED, NUMBERS[len(names)], scene.ground, *quarters]
 
 
 @torch.no_grad()
@@ -65,8 +68,8 @@ def teach_words(
         seed (`int`): Seed of the batches.
     """
     labels = [list_words(scene) for scene in scenes]
-    words = sorted({word for row in labels for word in row if word is not None})
-    index = {word: number for number, word in enumerate(words)} | {None: -100}
+    words = sorted({word for row in labels for word in row})
+    index = {word: number for number, word in enumerate(words)}
     targets = torch.tensor([[index[word] for word in row] for row in labels], device=model.device)
     embeds_WC = embed_words(model, processor, words)
     mean = embeds_WC.mean(0)
@@ -85,8 +88,7 @@ def teach_words(
         batch = torch.randint(len(scenes), (BATCH_SIZE,), generator=generator)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             tokens_NKC = projector(features[batch]).float()
-        known = targets[batch] != -100
-        tokens, target = tokens_NKC[known], targets[batch][known]
+        tokens, target = tokens_NKC.flatten(0, 1), targets[batch].flatten()
         similarity = COSINE_SCALE * torch.nn.functional.normalize(tokens - mean, dim=-1) @ directions_WC.T
         distance = (tokens - embeds_WC[target]).square().mean() / variance
         loss = torch.nn.functional.cross_entropy(similarity, target) + DISTANCE_WEIGHT * distance

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from examples.pictures import parts
 from examples.pictures.conversations import (
     GROUP_PHRASES,
+    NUMBERS,
     QUESTION_WEIGHTS,
     ConversationMaker,
     describe,
@@ -24,7 +25,9 @@ from examples.pictures.conversations import (
     split_kinds,
 )
 from examples.pictures.kinds import Kind, list_kinds
+from examples.pictures.measure import TEXT_QUESTIONS, first_sentence
 from examples.pictures.scenes import GROUNDS, Scene, Thing, draw_scene, make_scene
+from examples.pictures.text_rounds import TEXT_ROUNDS
 from examples.pictures.words import list_words
 from visualchat.errors import InputError
 
@@ -145,6 +148,28 @@ def test_three_images_are_each_asked_for_once():
     assert answers == expected and len(conversation["messages"][0]["content"]) == 4
 
 
+def test_counts_from_one_to_four_are_asked_for_equally_often():
+    scenes = make_scenes(list_kinds()[:20], 400, "test")
+    maker = ConversationMaker(scenes, "test")
+    answers = Counter()
+    for _ in range(400):
+        conversation = maker.make_counting()
+        question, answer = (message["content"][-1]["text"] for message in conversation["messages"])
+        counts = Counter(thing.kind.plural for thing in scenes[conversation["scenes"][0]].things)
+        asked = next(plural for plural in counts if question == f"How many {plural} are in image 1?")
+        assert answer == sentence(NUMBERS[counts[asked]])
+        answers[answer] += 1
+    assert set(answers) == {"One.", "Two.", "Three.", "Four."} and max(answers.values()) < 150
+
+
+def test_questions_without_an_image_are_measured_with_others_than_the_trained():
+    trained = dict(TEXT_ROUNDS)
+    assert len(trained) == len(TEXT_ROUNDS) and not trained.keys() & set(TEXT_QUESTIONS)
+    for answer in trained.values():
+        assert first_sentence(answer) == answer.strip()
+    assert first_sentence("It is. So 1. is a number! Yes") == "It is."
+
+
 def test_names_of_held_out_kinds_are_not_trained():
     trained, held_out = split_kinds(list_kinds())
     assert len(held_out) == 24 and not set(trained) & set(held_out)
@@ -152,11 +177,11 @@ def test_names_of_held_out_kinds_are_not_trained():
 
 
 def test_each_token_of_an_image_stands_for_a_word():
-    """Number 0 is of the thing, or of none if they differ; then come their number, the ground, and the quarters."""
+    """Number 0 is of the thing, if all are of one kind; then come their number, the ground, and the quarters."""
     one = Scene("red", (Thing(CAT, 0.5, 0.5, 0.8, 0),))
-    assert list_words(one) == ["cat", "one", "red", "cat", "cat", "cat", "cat"]
+    assert list_words(one) == ["cat", "one", "red", "cat", "red", "red", "red"]
     two = Scene("blue", (Thing(CAT, 0.3, 0.7, 0.4, 0), Thing(DOG, 0.7, 0.8, 0.4, 0)))
-    assert list_words(two) == [None, "two", "blue", "blue", "blue", "cat", "dog"]
+    assert list_words(two) == ["different", "two", "blue", "blue", "blue", "cat", "dog"]
 
 
 def test_matrices_are_named_by_the_nodes_that_use_them():

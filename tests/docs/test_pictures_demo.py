@@ -60,7 +60,7 @@ def run(parts, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "RECIPE", output.parent / "recipe.yaml")
         patch.setattr(dataset, "SCENES", {"train": 40, "test": 40, "unseen": 8})
-        patch.setattr(dataset, "CONVERSATIONS", {"train": 12, "test": 6, "names-1": 3, "names-3": 2})
+        patch.setattr(dataset, "CONVERSATIONS", {"train": 12, "test": 6, "names-1": 3, "names-3": 2, "counts": 4})
         patch.setattr(dataset, "one_token_kinds", lambda tokenizer: list_kinds()[:20])
         patch.setattr(dataset, "split_kinds", partial(split_kinds, held_out=4))
         patch.setattr(words, "STEPS", 3)
@@ -77,7 +77,9 @@ def test_it_writes_everything(run):
     assert json.loads((output / "metrics.json").read_text()) == metrics
     assert metrics["conversations"] == 6 and metrics["names-3"]["questions"] == 6 and metrics["unseen"]["questions"] == 4
     assert sum(row["questions"] for row in metrics["by_kind"].values()) == metrics["questions"]
-    assert metrics["text_answers_equal_to_decoder"] == "10 of 10"
+    text_answers = metrics["text_answers"]
+    assert text_answers["asked"] == text_answers["same_tokens"] == 3  # as many as there are conversations of names-1
+    assert metrics["counts"]["questions"] == 4
     card = (output / "model/README.md").read_text()
     assert "OpenMoji" in card and "CC BY-SA 4.0" in card and f"{metrics['accuracy']:.1%}" in card
     assert (output / "model/conversation.png").exists()
