@@ -151,7 +151,7 @@ class ConversationMaker:
 
     @cached_property
     def _counting(self) -> dict[str, list[tuple[int, Question]]]:
-        """For each answer the scenes with the questions for a number that have it."""
+        """For each answer to "How many cats are in image 1?", the scenes and questions that have it."""
         by_answer = defaultdict(list)
         for index in self.several:
             for question in list_questions([self.scenes[index]]):
@@ -168,7 +168,10 @@ class ConversationMaker:
         return self.rng.choice(self.single if self.rng.random() < 0.5 else self.several)
 
     def _draw_question(self, questions: list[Question]) -> Question:
-        """Draws a kind of question, then an answer, then a question: so no answer is common because its question is."""
+        """
+        Draws a kind of question, then an answer, then a question, so that the number of questions of a kind or with the same
+        answer does not matter.
+        """
         kinds = sorted({question.kind for question in questions})
         kind = self.rng.choices(kinds, [QUESTION_WEIGHTS[kind] for kind in kinds])[0]
         answer = self.rng.choice(sorted({question.answer for question in questions if question.kind == kind}))

@@ -1,8 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-Questions without an image, to which SmolLM2-135M-Instruct gives a short and sensible answer, and the first sentence of that
-answer (greedy, as the decoder of `parts.py` gives it). Rounds with them stand between those about images, so that the model
-keeps its decoder's way of answering.
+Questions without an image, and short answers, for rounds between those about images. `measure.py` compares how the model
+answers other questions after an image with how its decoder does.
 """
 
 TEXT_ROUNDS = (
