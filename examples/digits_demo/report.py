@@ -2,6 +2,7 @@
 """The report of the demo: an image of the conversation, the loss curves and the model card."""
 
 import shutil
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ matplotlib.use("Agg")  # works on machines without a display
 LINE_HEIGHT = 0.42  # inches, of a line of text
 IMAGE_HEIGHT = 0.95  # inches
 WIDTH = 7.5  # inches
+LINE_LENGTH = 68  # characters of an answer
 
 MODEL_CARD = """\
 ---
@@ -106,9 +108,10 @@ def draw_conversation(messages: list[dict], answers: list[str], file: Path, cred
             rows.append((IMAGE_HEIGHT + LINE_HEIGHT, paths))
         is_correct = answer == true_answer["content"]
         verdict = "✓" if is_correct else f"✗  (true answer: {true_answer['content']})"
+        lines = textwrap.wrap(f"{answer}  {verdict}", LINE_LENGTH)
         rows += [
             (LINE_HEIGHT, ("User", text, "black")),
-            (LINE_HEIGHT * 1.3, ("VisualChat", f"{answer}  {verdict}", is_correct)),
+            (LINE_HEIGHT * (0.9 + 0.4 * len(lines)), ("VisualChat", "\n".join(lines), is_correct)),
         ]
 
     total = sum(height for height, _ in rows) + (0.5 if credit else 0.3)

@@ -36,7 +36,7 @@ EDIBLE = ("fruit", "vegetable", "food", "drink")
 """The word food may mean each of these groups, so no question asks to tell one of them from another by that word."""
 
 QUESTION_WEIGHTS = {
-    "name": 3,
+    "name": 4,
     "count": 4,
     "side": 2,
     "sort": 1,

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -50,7 +51,9 @@ TEXT_QUESTIONS = (
 TEXT_TOKENS = 32
 
 
-def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: Path, decoder: Path) -> dict:
+def measure(
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, data: Path, decoder: Path
+) -> tuple[dict, list[list[bool]]]:
     """
     Answers the questions of all test files.
 
@@ -60,12 +63,14 @@ def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: 
         decoder (`Path`): The decoder's folder, for the answers to text alone.
 
     Returns:
-        `dict`: The metrics. Shares are between 0 and 1.
+        The metrics, whose shares are between 0 and 1; and of each conversation of `test.jsonl`, which answers are right.
     """
     test = read_examples(data / "test.jsonl")
     kinds, true = zip(*list_answers(test))
     answers = answer_questions(model, processor, test, "test")
     right = list(map(is_normalized_match, answers, true))
+    in_order = iter(right)
+    by_conversation = [[next(in_order) for _ in example["kinds"]] for example in test]
     blank = Image.new("RGB", Image.open(test[0]["images"][0]).size, "white")
     blanks = [{**example, "images": [blank] * len(example["images"])} for example in test]
     without = list(map(is_normalized_match, answer_questions(model, processor, blanks, "blank images"), true))
@@ -98,7 +103,22 @@ def measure(model: VisualChatForCausalLM, processor: VisualChatProcessor, data: 
         right, exact = (list(map(matches, answers, true)) for matches in (is_normalized_match, is_exact))
         metrics[name] = {"questions": len(true), "accuracy": accuracy(right), "exact": accuracy(exact)}
     metrics["text_answers"] = compare_text_answers(model, processor, decoder, read_examples(data / "names-1.jsonl"))
-    return metrics
+    return metrics, by_conversation
+
+
+def list_typical(examples: list[dict], right: list[list[bool]]) -> list[dict]:
+    """
+    The conversations that show no image twice, and of whose answers as many are right as in the whole test, or as near to it
+    as there are.
+
+    Args:
+        examples (`list[dict]`): The conversations of the test.
+        right (`list[list[bool]]`): What [`measure`] returned for them.
+    """
+    accuracy_of_all = np.mean([one for of_example in right for one in of_example])
+    varied = [k for k, example in enumerate(examples) if len(set(example["images"])) == len(example["images"])]
+    distances = {k: abs(np.mean(right[k]) - accuracy_of_all) for k in varied}
+    return [examples[k] for k in varied if distances[k] == min(distances.values())]
 
 
 @torch.no_grad()
