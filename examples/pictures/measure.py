@@ -75,7 +75,7 @@ def measure(
     blanks = [{**example, "images": [blank] * len(example["images"])} for example in test]
     without = list(map(is_normalized_match, answer_questions(model, processor, blanks, "blank images"), true))
     guesses = most_common_answers(read_examples(data / "train.jsonl"))
-    guessed = [is_normalized_match(guesses[kind], answer) for kind, answer in zip(kinds, true)]
+    guessed = [is_normalized_match(guesses.get(kind, ""), answer) for kind, answer in zip(kinds, true)]
     by_kind = defaultdict(list)
     for kind, *of_question in zip(kinds, right, without, guessed):
         by_kind[kind].append(of_question)
