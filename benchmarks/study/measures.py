@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.study.tasks import IDENTIFY, Task
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.evaluation.answers import generate_answers, is_exact
 
 

@@ -38,7 +38,7 @@ from examples.digits_demo.report import draw_conversation, draw_losses, write_mo
 from examples.digits_demo.stages import align, describe_in_words, make_processor, train_decoder, train_tower
 from examples.digits_demo.talk import run_conversation
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.data.digits import KINDS, jitter, make_conversations, split_digits
 from visualchat.evaluation.answers import generate_answers, is_exact, text_of
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.digits_demo.demo import accuracy, list_answers, list_prompts, most_common_answers
 from examples.pictures.dataset import read_examples
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.evaluation.answers import generate_answers, is_exact, is_normalized_match
 
 

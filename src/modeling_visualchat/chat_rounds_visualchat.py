@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from .image_loading_visualchat import ImageSource
-from .processing_visualchat import fill_images, list_images
+from .messages_visualchat import fill_images, list_images
 
 
 @dataclass

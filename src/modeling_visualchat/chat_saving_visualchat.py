@@ -21,7 +21,7 @@ from PIL import Image
 
 from .chat_streaming_visualchat import check_characters
 from .image_loading_visualchat import load_own_image
-from .processing_visualchat import MAX_TEXT_LENGTH
+from .messages_visualchat import MAX_TEXT_LENGTH
 
 
 FILE_NAME = "conversation.json"

@@ -5,11 +5,22 @@ import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .decoders_visualchat import find_decoder_family, without_sliding_window
 from .towers_visualchat import find_tower_family
+
+
+DEFAULT_TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+"""CLIP ViT-L/14."""
 
 
 @strict
@@ -95,22 +106,7 @@ class VisualChatConfig(PreTrainedConfig):
     model_type = "visualchat"
     # What the Trainer does not gather with the logits. Batches differ in their number of images, and some have none
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="clip_vision_model",
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 224,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
-        ),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -132,6 +128,8 @@ class VisualChatConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.vision_config = _make_config(self.vision_config, "clip_vision_model", DEFAULT_TOWER)
+        self.text_config = _make_config(self.text_config, "llama", {})
         super().__post_init__(**kwargs)
         if settings := find_tower_family(self.vision_config).settings:
             self.vision_config = copy.deepcopy(self.vision_config)  # the caller's stays as it is
@@ -287,6 +285,19 @@ class VisualChatConfig(PreTrainedConfig):
             )
         if min(rows, columns) < 1:
             raise ValueError(f"`image_size`: images of {self.input_size} pixels are smaller than a patch")
+
+
+def _make_config(given: dict | PreTrainedConfig | None, model_type: str, default: dict) -> PreTrainedConfig:
+    """The config of a part: as it was given, or of a `dict`, of this `model_type` unless it names its own."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    fields = default if given is None else given
+    if not isinstance(fields, dict):
+        raise TypeError(f"a config must be a `dict`, a `PreTrainedConfig` or `None`, got {type(fields).__name__}")
+    model_type = fields.get("model_type", model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model_type {model_type!r}")
+    return CONFIG_MAPPING[model_type](**fields)
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -1,17 +1,16 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Batches of conversations for the Trainer."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_loading_visualchat import ImageSource, crop_for_clip, load_image
-from .processing_visualchat import VisualChatProcessor, fill_images, list_images
+from .messages_visualchat import fill_images, list_images
+from .processing_visualchat import VisualChatProcessor
 
 
 IGNORE_INDEX = -100
@@ -56,7 +55,7 @@ class VisualChatDataCollator:
             for index, one in enumerate(conversations)
         ]
         tokens, learned = [], []
-        for index, (ids, is_answer) in enumerate(self._tokenize(conversations)):
+        for index, (ids, is_answer) in enumerate(processor.encode_answers(conversations)):
             placeholders = (ids == processor.image_token_id).sum() // processor.image_seq_length
             if placeholders != len(images[index]):
                 raise ValueError(
@@ -85,23 +84,6 @@ class VisualChatDataCollator:
 
     def _open(self, source: ImageSource, name: str) -> Image.Image:
         return crop_for_clip(load_image(source, name), self.processor.image_processor, f"{name}: ")
-
-    def _tokenize(self, conversations: list[list[dict]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each conversation the token ids, and which of them are an answer, both of shape `(tokens,)`."""
-        processor = self.processor
-        prompts, answer_spans = render_jinja_template(
-            conversations,
-            chat_template=processor.chat_template,
-            return_assistant_tokens_mask=True,
-            **processor.tokenizer.special_tokens_map,
-        )
-        encoded = processor.encode_prompts(prompts)
-        for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans):
-            starts, ends = offsets.T
-            is_answer = np.zeros(len(ids), dtype=bool)
-            for start, end in spans:
-                is_answer |= (starts < end) & (ends > start)
-            yield ids, is_answer
 
 
 def _pad(sequences: list[np.ndarray], length: int, value: int | bool) -> torch.Tensor:

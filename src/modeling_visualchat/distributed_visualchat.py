@@ -35,8 +35,8 @@ class VisualChatDistributedMixin:
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args):
-        """As in transformers: called by `from_pretrained` before the weights are read."""
-        processes, text = distributed_config.tp_size, model.config.text_config
+        """As in transformers: called by `from_pretrained` before the weights are read, in some versions always."""
+        processes, text = 1 if distributed_config is None else distributed_config.tp_size, model.config.text_config
         if text.num_attention_heads % processes or text.num_key_value_heads % processes:
             raise ValueError(
                 f"Tensor parallelism gives each process whole heads: {text.num_attention_heads} heads and"

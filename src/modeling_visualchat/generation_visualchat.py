@@ -6,6 +6,7 @@ import copy
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -15,6 +16,10 @@ from .modality_cache_visualchat import get_modality_positions
 
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAM_FLAGS = ("early_stopping", "length_penalty")
+
+# What this version of transformers does: encodes images before the first forward pass; cuts them for a prefill in chunks
+ENCODES_IMAGES = "_prepare_multimodal_encoder_kwargs_for_generation" in vars(GenerationMixin)
+CUTS_IMAGES = "_slice_mm_encoder_output" in vars(generation_utils)
 
 
 def drop_unused_flags(generation_config: GenerationConfig) -> GenerationConfig:
@@ -48,7 +53,7 @@ class VisualChatGenerationMixin(GenerationMixin):
                 f"cache_implementation={cache_implementation!r} moves the cache from an accelerator to the CPU, where this"
                 " model already is: use 'dynamic' or 'static', or 'quantized' to save memory"
             )
-        self._check_assistance(**kwargs)
+        self._check_assistance(**{**kwargs, "input_ids": input_ids})
         if input_ids is not None:
             self.model.language_model.check_length(input_ids.shape[1])
         for name in ("pixel_values", "image_memory"):
@@ -81,7 +86,23 @@ class VisualChatGenerationMixin(GenerationMixin):
             )
             if len(kwargs[name]) == 0:
                 kwargs.pop(name)
+        if "pixel_values" in kwargs:
+            self._check_what_transformers_can_do(**kwargs)
+            if not ENCODES_IMAGES:
+                with torch.no_grad():
+                    features = self.get_image_features(kwargs.pop("pixel_values"), return_dict=True)
+                kwargs["mm_encoder_outputs"] = {"image": features}
         return super().generate(inputs, *args, **kwargs)
+
+    def _check_what_transformers_can_do(self, generation_config=None, assistant_model=None, **kwargs):
+        generation_config = generation_config or self.generation_config
+        if not CUTS_IMAGES and kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
+            raise ValueError("`prefill_chunk_size` with images needs transformers 5.23 or later: leave it out")
+        if not ENCODES_IMAGES and assistant_model is not None:
+            raise ValueError(
+                "`assistant_model` with images needs transformers 5.18 or later, since earlier versions hand them to the"
+                " assistant: use `prompt_lookup_num_tokens`"
+            )
 
     def _check_guidance(self, input_ids=None, negative_prompt_ids=None, **kwargs):
         generation_config = kwargs.get("generation_config") or self.generation_config
@@ -112,10 +133,18 @@ class VisualChatGenerationMixin(GenerationMixin):
         lookup = kwargs.get("prompt_lookup_num_tokens", defaults.prompt_lookup_num_tokens)
         if (lookup is None and assistant_model is None) or past_key_values is None or past_key_values.get_seq_length() == 0:
             return
+        mode = "prompt_lookup_num_tokens" if lookup is not None else "assistant_model"
+        input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        passes_new_alone = (
+            attention_mask is not None and input_ids is not None and len(attention_mask[0]) > len(input_ids[0])
+        )
+        if passes_new_alone and not ENCODES_IMAGES:
+            raise ValueError(
+                f"`{mode}` with `past_key_values` and the new tokens alone needs transformers 5.18 or later: pass all tokens"
+            )
         settings = {"output_attentions": output_attentions, "output_hidden_states": kwargs.get("output_hidden_states")}
         for name, given in settings.items():
             if given if given is not None else getattr(defaults, name):
-                mode = "prompt_lookup_num_tokens" if lookup is not None else "assistant_model"
                 raise ValueError(
                     f"`{name}` with `{mode}` and a filled `past_key_values`: transformers would take the outputs of the"
                     " new tokens for those of the whole prompt. Leave one of the three out"
@@ -149,13 +178,15 @@ class VisualChatGenerationMixin(GenerationMixin):
     ) -> dict:
         """As in transformers. Image memory goes into the prefill alone, like images."""
         if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("image_memory", None)
-        cache, position_ids = kwargs.get("past_key_values"), kwargs.get("position_ids")
-        if is_first_iteration and next_sequence_length is None and cache is not None and position_ids is not None:
-            # Assisted decoding begins with the whole prompt, whatever is cached of it. Positions are those of all tokens
-            # seen: where they are more than what is given, the new tokens alone were passed
+            for name in ("image_memory", "mm_encoder_outputs", "mm_token_type_ids"):
+                kwargs.pop(name, None)
+        cache, of_all = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        of_all = kwargs.get("attention_mask") if of_all is None else of_all
+        if is_first_iteration and next_sequence_length is None and cache is not None and of_all is not None:
+            # Assisted decoding begins with the whole prompt, whatever is cached of it. Positions and mask are those of all
+            # tokens seen: where they are more than what is given, the new tokens alone were passed
             given, cached = input_ids if inputs_embeds is None else inputs_embeds, int(cache.get_seq_length())
-            if 0 < cached < given.shape[1] == position_ids.shape[-1]:
+            if 0 < cached < given.shape[1] == of_all.shape[-1]:
                 next_sequence_length = given.shape[1] - cached
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -185,7 +216,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         cache, attention_mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         cached = int(cache.get_seq_length()) if cache is not None else 0
         # transformers counts the images of the cache with the new ones, which alone are given
-        names = ("image_memory", "mm_encoder_outputs") if cached else ("image_memory",)
+        names = ("image_memory", "mm_encoder_outputs") if cached or not ENCODES_IMAGES else ("image_memory",)
         images = {name: kwargs.pop(name) for name in names if kwargs.get(name)}
         if images and expand_size > 1:  # the new images of a sequence are repeated together
             if attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.gguf import read_gguf_metadata
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_gguf_available
 
 from .decoders_visualchat import DECODERS, list_decoders, without_sliding_window
 from .generation_visualchat import drop_unused_flags
 from .towers_visualchat import FOLDER_TYPES, MASK_TOKEN, adopt_tower
 from .weight_checks_visualchat import find_weight_file
+
+
+if is_gguf_available():
+    from gguf import GGUFReader
 
 
 class VisualChatJoiningMixin:
@@ -186,17 +189,23 @@ def check_parts(vision: str | None, text: str | None, gguf_file: str | None = No
 
 def _read_gguf_fields(text: str, gguf_file: str) -> dict[str, str]:
     """
-    The `model_type` of a GGUF file, without the vocabulary and the weights.
+    The `model_type` of a GGUF file.
 
     Raises:
+        ImportError: If the package `gguf` is not installed.
         ValueError: If it is no GGUF file, or if it scales rotary positions: transformers reads the weights alone, and would
             compute something else.
     """
+    if not is_gguf_available():
+        raise ImportError(f"{gguf_file} needs the package gguf: pip install 'gguf>=0.17'")
     with _readable(text, gguf_file):
-        metadata, tensors = read_gguf_metadata(cached_file(text, gguf_file))
-    architecture = metadata["general.architecture"]
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
+        reader = GGUFReader(cached_file(text, gguf_file))
+        if (field := reader.get_field("general.architecture")) is None:
+            raise ValueError("it has no field general.architecture")
+        architecture = field.contents()
+    scaling_field = reader.get_field(f"{architecture}.rope.scaling.type")
+    scaling = "none" if scaling_field is None else scaling_field.contents()
+    if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         found = "a tensor rope_freqs.weight" if scaling == "none" else f"{architecture}.rope.scaling.type {scaling!r}"
         raise ValueError(
             f"`text`: {gguf_file} in {text} scales its rotary positions ({found}), which transformers does not read from"

@@ -135,6 +135,8 @@ class ModalityLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         for part in self._parts:
+            # Not all versions of transformers drop them
+            part.keys, part.values, part.is_initialized = None, None, False
             part.reset()
         if self.owns_positions:
             self.positions.reset()

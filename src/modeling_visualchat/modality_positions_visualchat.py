@@ -73,7 +73,7 @@ class ModalityPositions(DynamicLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         text, images = self.kept_by_crop(tokens_to_remove)
-        self.length += tokens_to_remove
+        self.length += int(tokens_to_remove)
         self.keys = self.keys[:, :, :text]
         self.values = self.values[:, :, :images]
         # One sequence may have held fewer of the removed tokens than another
@@ -81,6 +81,7 @@ class ModalityPositions(DynamicLayer):
         self.values = self.values.masked_fill(self.values >= self.length, NO_KEY)
 
     def reset(self) -> None:
+        self.keys, self.values, self.is_initialized = None, None, False
         super().reset()
         self.length = 0
 

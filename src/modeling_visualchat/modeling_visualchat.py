@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -27,10 +29,11 @@ from .generation_visualchat import VisualChatGenerationMixin
 from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, find_different_images, repeat_images
 from .image_memory_visualchat import ImageMemory, VisualChatImageMemoryMixin
 from .joining_visualchat import VisualChatJoiningMixin
+from .kept_logits_visualchat import find_kept, is_mask, keep_logits_for_trainer, slice_kept
 from .projector_visualchat import PROJECTORS, init_projector_weights
 from .released_attention_visualchat import warn_of_defects
 from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
-from .towers_visualchat import make_tower
+from .towers_visualchat import make_tower, run_tower
 from .weight_checks_visualchat import VisualChatWeightChecksMixin
 
 
@@ -140,15 +143,10 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
                 f" {tuple(pixel_values.shape)}"
             )
         self.check_adapters_of_images(len(pixel_values))
-        layer = self.config.vision_feature_layer
-        is_last_layer = layer in (-1, self.config.vision_config.num_hidden_layers)
-        if not is_last_layer and not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = [layer]  # only this one is kept
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         different, image_of = find_different_images(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            outputs = self.vision_tower(different, return_dict=True, **kwargs)
-        features = outputs.last_hidden_state if is_last_layer else outputs.hidden_states[layer]
+            outputs, features = run_tower(self.vision_tower, different, self.config.vision_feature_layer, **kwargs)
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return repeat_images(outputs, image_of)
 
@@ -315,7 +313,7 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatJoiningMixin, V
                 loss of a compiled model itself.
         """
         if labels is None and kwargs.get("num_items_in_batch") is not None:
-            logits_to_keep = _keep_logits_for_trainer(logits_to_keep)
+            logits_to_keep = keep_logits_for_trainer(logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -326,17 +324,17 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatJoiningMixin, V
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             image_memory=image_memory,
-            tokens_to_keep=_find_kept(logits_to_keep, input_ids if input_ids is not None else inputs_embeds),
+            tokens_to_keep=find_kept(logits_to_keep, input_ids if input_ids is not None else inputs_embeds),
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_kept(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:
             shift_labels = kwargs.pop("shift_labels", None)  # given where a sequence is shared out over processes
             if shift_labels is None:
                 shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if _is_mask(logits_to_keep):
+            if is_mask(logits_to_keep):
                 shift_labels = shift_labels[logits_to_keep]
             loss = self.loss_function(
                 logits=logits,
@@ -356,43 +354,11 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatJoiningMixin, V
         )
 
 
-def _is_mask(logits_to_keep: int | torch.Tensor) -> bool:
-    return isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool
-
-
-def _keep_logits_for_trainer(logits_to_keep: int | torch.Tensor) -> int | torch.Tensor:
-    """Where the Trainer computes the loss itself, it has the labels of all positions."""
-    if torch.compiler.is_compiling():
-        _refuse_loss_of_compiled_model()
-    return 0 if _is_mask(logits_to_keep) else logits_to_keep
-
-
-@torch.compiler.disable
-def _refuse_loss_of_compiled_model() -> None:
-    """In a graph that is traced, an error would be traced too."""
-    raise ValueError(
-        "The Trainer computes the loss itself from the logits of a compiled model, which it does not know as a language"
-        " model: with label_smoothing_factor it would smooth labels that are not shifted. Leave out torch_compile, or"
-        " label_smoothing_factor and compute_loss_func"
-    )
-
-
-def _find_kept(logits_to_keep: int | torch.Tensor, inputs: torch.Tensor | None) -> torch.BoolTensor | None:
-    """The tokens whose logits are computed, of shape `(batch_size, sequence_length)`; `None`: all."""
-    if inputs is None or (isinstance(logits_to_keep, int) and not 0 < logits_to_keep < inputs.shape[1]):
-        return None
-    shape, device = inputs.shape[:2], inputs.device
-    if isinstance(logits_to_keep, int):
-        return (torch.arange(shape[1], device=device) >= shape[1] - logits_to_keep).expand(shape)
-    logits_to_keep = logits_to_keep.to(device).expand(shape[0], -1)
-    if logits_to_keep.dtype == torch.bool:
-        return logits_to_keep
-    return torch.zeros(shape, dtype=torch.bool, device=device).scatter(1, logits_to_keep % shape[1], True)
-
-
 # Where the Trainer smooths labels, it shifts them for the classes that it finds here by name; of a model with PEFT's virtual
 # tokens it looks at what is inside, without the head
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["visualchat"] = "VisualChatForCausalLM"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["visualchat_model"] = "VisualChatModel"
+# `transformers serve` finds here which models take images, and the pipeline which it takes
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForCausalLM"
 
 __all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel"]

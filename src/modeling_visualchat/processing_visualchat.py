@@ -5,6 +5,7 @@ processor is the one place that decides what of it is a special token and what i
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 
@@ -14,19 +15,19 @@ from transformers import AddedToken, BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_template_visualchat import read_turn, splice_chat_template, write_chat_template
 from .image_loading_visualchat import ImageSource, clip_pixel_values, clip_side, crop_for_clip, load_image
+from .messages_visualchat import check_conversation
 
 
 # Stands within a special token that people typed: the tokenizer finds none there, and its normalizer, which is asked later,
 # takes the mark out. A private character that no text holds; if one does, it is taken out as well.
 MARK = "\U000f0001"
-# Characters of one message. Where a regular expression cuts a text into words, tokenizers' engine gives up after 10,000,000
-# steps on a match, and panics: the demo's expression does at 2,000,000 characters without a digit or a line break
-MAX_TEXT_LENGTH = 400_000
 
-PART_KEYS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
+# Of `apply_chat_template`: what the template does not read
+CALL_OPTIONS = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "processor_kwargs")
 IMAGE_OPTIONS = ImagesKwargs.__annotations__.keys() - {"return_tensors"}
 
 
@@ -142,6 +143,18 @@ class VisualChatProcessor(ProcessorMixin):
             kwargs["add_special_tokens"] = self._needs_beginning([text] if isinstance(text, str) else text)
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
+    def validate_inputs(self, images=None, text=None, **others):
+        """As in transformers. Not all versions count the images."""
+        super().validate_inputs(images=images, text=text, **others)
+        if text is None:
+            return
+        count = sum(one.count(self.image_token) for one in ([text] if isinstance(text, str) else text))
+        given = 0 if images is None else len(make_flat_list_of_images(images))
+        if count and images is None:
+            raise ValueError(f"Found {count} {self.image_token} tokens in the text but no images were passed")
+        if images is not None and count != given:
+            raise ValueError(f"Found {count} {self.image_token} tokens and {given} images")
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, list[np.ndarray]]:
         """
         Tokenizes prompts of the chat template, as [`~VisualChatProcessor.apply_chat_template`] does. Nothing is padded.
@@ -160,6 +173,21 @@ class VisualChatProcessor(ProcessorMixin):
             expanded["input_ids"].append(ids.repeat(repeats))
             expanded["offset_mapping"].append(offsets.repeat(repeats, axis=0))
         return expanded
+
+    def encode_answers(self, conversations: list[list[dict]], **template_options) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """
+        Of each conversation that was prepared, the token ids, and which of them the template generates, both of shape
+        `(tokens,)`. Nothing is padded.
+        """
+        options = {"chat_template": self.chat_template, **self.tokenizer.special_tokens_map, **template_options}
+        prompts, answer_spans = render_jinja_template(conversations, return_assistant_tokens_mask=True, **options)
+        encoded = self.encode_prompts(prompts)
+        for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], answer_spans):
+            starts, ends = offsets.T
+            is_answer = np.zeros(len(ids), dtype=bool)
+            for start, end in spans:
+                is_answer |= (starts < end) & (ends > start)
+            yield ids, is_answer
 
     def _needs_beginning(self, texts: list[str]) -> bool:
         """Templates that were saved earlier leave it to the tokenizer."""
@@ -196,7 +224,7 @@ class VisualChatProcessor(ProcessorMixin):
                 )
         return _starts_of(tuple(token.content for token in special)).sub(lambda start: start[0] + MARK, content)
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """
         As in transformers, with every message checked first. Special tokens in texts are text; in a prompt that is not
         tokenized, a mark within each sees to that.
@@ -209,20 +237,47 @@ class VisualChatProcessor(ProcessorMixin):
                 their turn or where they are in it, by `image_position`.
             sanitize_control_tokens (`bool`, *optional*, defaults to `False`): Takes the placeholder `<image>` in a text as
                 text too, in place of an error.
+            return_assistant_tokens_mask (`bool`, *optional*, defaults to `False`): Adds `assistant_masks`, which is 1 where
+                a token is learned: those of the answers with their ends.
 
         Raises:
             ValueError: Naming the conversation, message and part at fault.
         """
         conversation = getattr(conversation, "messages", conversation)
         sanitize = kwargs.pop("sanitize_control_tokens", False)
-        if len(conversation) > 0 and not isinstance(conversation[0], dict):  # a batch
+        is_batch = len(conversation) > 0 and not isinstance(conversation[0], dict)
+        if is_batch:
             conversation = [
                 self.prepare_conversation(getattr(one, "messages", one), f"conversation {index}: ", sanitize)
                 for index, one in enumerate(conversation)
             ]
         else:
             conversation = self.prepare_conversation(conversation, "", sanitize)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        inputs = super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        if isinstance(inputs, BatchFeature) and "assistant_masks" in inputs:
+            # Not all versions of transformers know that an image is several tokens
+            options = {name: value for name, value in kwargs.items() if name not in CALL_OPTIONS}
+            options["chat_template"] = chat_template or self.chat_template
+            conversations = conversation if is_batch else [conversation]
+            inputs["assistant_masks"] = self._mask_answers(inputs, self.encode_answers(conversations, **options))
+        return inputs
+
+    def _mask_answers(
+        self, inputs: BatchFeature, answers: Iterator[tuple[np.ndarray, np.ndarray]]
+    ) -> list[list[int]] | np.ndarray | torch.Tensor:
+        """The `assistant_masks` of tokens that may be padded or cut, on either side."""
+        given, masks = inputs["assistant_masks"], []
+        everything = [np.ones(len(ids)) for ids in inputs["input_ids"]]
+        for is_token, (_, is_answer) in zip(inputs.get("attention_mask", everything), answers):
+            is_token = np.asarray(is_token, dtype=bool)
+            if (count := is_token.sum()) < len(is_answer):
+                is_answer = is_answer[-count:] if self.tokenizer.truncation_side == "left" else is_answer[:count]
+            mask = is_token.astype(int)
+            mask[is_token] = is_answer
+            masks.append(mask)
+        if isinstance(given, torch.Tensor):
+            return torch.from_numpy(np.stack(masks)).to(given.dtype)
+        return np.stack(masks) if isinstance(given, np.ndarray) else [mask.tolist() for mask in masks]
 
     def prepare_inputs_layout(self, images: ImageSource | list | None = None, **kwargs):
         """
@@ -294,99 +349,6 @@ def _starts_of(tokens: tuple[str, ...]) -> re.Pattern:
     """Matches the first character of each of these tokens, also where they overlap. One of one character has no inside."""
     found = "|".join(re.escape(token) for token in tokens if len(token) > 1)
     return re.compile(f"(?=(?:{found})).", flags=re.DOTALL)
-
-
-def check_conversation(conversation: list[dict], image_token: str | None = None, name: str = "") -> list[dict]:
-    """
-    Checks the messages of one conversation and returns a copy without entries that are `None`, which tables of messages
-    are full of. No text may hold `image_token`, because it would be taken for an image. Errors begin with `name`.
-    """
-    if not conversation:
-        raise ValueError(f"{name}the conversation is empty: it needs at least one message from the user")
-    checked = []
-    expected = "user"
-    for index, message in enumerate(conversation):
-        where = f"{name}message {index}"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"{where} has the role {role!r}: use 'system', 'user' or 'assistant'")
-        if role == "system":
-            if index > 0:
-                raise ValueError(f"{where} has the role 'system', which only the first message may have")
-        elif role != expected:
-            raise ValueError(f"{where} has the role {role!r}, but user and assistant take turns: expected {expected!r}")
-        else:
-            expected = "assistant" if role == "user" else "user"
-
-        content = message.get("content")
-        if isinstance(content, list | tuple):
-            content = [_check_part(part, role, f"{where}, part {k}") for k, part in enumerate(content)]
-        elif not isinstance(content, str):
-            raise ValueError(f"{where} has a content of type {type(content).__name__}: use a string or a list of parts")
-        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-        if (length := sum(map(len, texts))) > MAX_TEXT_LENGTH:
-            raise ValueError(f"{where} holds {length} characters of text, but at most {MAX_TEXT_LENGTH} are tokenized")
-        if image_token is not None and any(image_token in text for text in texts):
-            raise ValueError(
-                f"{where} holds the text {image_token!r}, which stands for an image: give images as parts of the type"
-                " 'image', or pass sanitize_control_tokens=True to take it as text"
-            )
-        checked.append({**{key: value for key, value in message.items() if value is not None}, "content": content})
-    if checked[-1]["role"] == "system":
-        raise ValueError(f"{name}the conversation holds only a system message: it needs at least one from the user")
-    return checked
-
-
-def _check_part(part: dict, role: str, where: str) -> dict:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in PART_KEYS:
-        raise ValueError(f"{where} must be a dict whose 'type' is 'text' or 'image', got {part!r:.80}")
-    if kind == "text" and not isinstance(part.get("text"), str):
-        raise ValueError(f"{where} has the type 'text', but its 'text' is {part.get('text')!r:.80}")
-    if kind != "text" and role != "user":
-        raise ValueError(f"{where} is an image in a message of the role {role!r}: only the user brings images")
-    if kind == "image_url":  # OpenAI's form
-        url = part.get("image_url")
-        return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
-    return {key: part[key] for key in ("type", *PART_KEYS[kind]) if part.get(key) is not None}
-
-
-def list_images(conversation: list[dict]) -> list[ImageSource]:
-    """The sources of the images of a conversation that was checked, in reading order."""
-    parts = [part for message in conversation if not isinstance(message["content"], str) for part in message["content"]]
-    return [part[next(key for key in PART_KEYS["image"] if key in part)] for part in parts if part["type"] == "image"]
-
-
-def fill_images(example: dict, name: str) -> list[dict]:
-    """
-    The messages of an example, with its images put into the image parts that carry none, in reading order. An image may be
-    what datasets' undecoded Image feature holds, a dict of `bytes` and `path`.
-    """
-    images = [undecoded(image) for image in example.get("images") or []]
-    given = len(images)
-    empty = 0
-    messages = []
-    for message in check_conversation(example.get("messages"), name=f"{name}: "):
-        content = message["content"]
-        if isinstance(content, list):
-            filled = []
-            for part in content:
-                if part["type"] == "image" and all(part.get(key) is None for key in ("image", "url", "path", "base64")):
-                    empty += 1
-                    part = {"type": "image", "image": images.pop(0) if images else None}
-                filled.append(part)
-            content = filled
-        messages.append({**message, "content": content})
-    if empty != given:
-        raise ValueError(f"{name}: {empty} image parts wait for an image, but `images` holds {given}")
-    return messages
-
-
-def undecoded(image: ImageSource | dict | None) -> ImageSource | None:
-    """An image of an example, or what is in it if it is what datasets' undecoded Image feature holds."""
-    if isinstance(image, dict):
-        return image["path"] if image.get("bytes") is None else image["bytes"]
-    return image
 
 
 __all__ = ["VisualChatProcessor"]

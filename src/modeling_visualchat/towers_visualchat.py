@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoModel,
@@ -22,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import output_capturing
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _leave_out_mask_token(tower: PreTrainedModel) -> None:
     The token that stands for hidden patches in DINO's pretraining: a parameter that would never get a gradient. An empty
     tensor takes its place, since the tower's initialization writes to it.
     """
-    if isinstance(tower.embeddings.mask_token, nn.Parameter):
+    if "mask_token" in dict(tower.embeddings.named_parameters(recurse=False)):
         del tower.embeddings.mask_token
         tower.embeddings.mask_token = torch.zeros(0)
 
@@ -138,6 +139,8 @@ FAMILIES = (
 TOWERS = {family.config_class.model_type: family for family in FAMILIES}
 # What a folder may lack, since it is left out
 MASK_TOKEN = "embeddings.mask_token"
+# Whether this version of transformers can keep one hidden state alone, named by its index among all
+SELECTS_HIDDEN_STATES = "selected_hidden_states" in vars(output_capturing)
 # By the `model_type` of a folder
 FOLDER_TYPES = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
@@ -188,6 +191,24 @@ def adopt_tower(model: PreTrainedModel) -> PreTrainedModel:
     if family.leave_out is not None:
         family.leave_out(tower)
     return tower
+
+
+def run_tower(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
+    """
+    Args:
+        tower (`PreTrainedModel`): What [`make_tower`] or [`adopt_tower`] returned.
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Normalized pixels.
+        layer (`int`): `vision_feature_layer` of [`VisualChatConfig`].
+        kwargs: Of the tower.
+
+    Returns:
+        The tower's outputs, and this hidden state, of shape `(images, num_prefix_tokens + patches, vision_hidden_size)`.
+    """
+    is_last_layer = layer in (-1, tower.config.num_hidden_layers)
+    if not is_last_layer and not kwargs.get("output_hidden_states"):
+        kwargs["output_hidden_states"] = [layer] if SELECTS_HIDDEN_STATES else True
+    outputs = tower(pixel_values, return_dict=True, **kwargs)
+    return outputs, outputs.last_hidden_state if is_last_layer else outputs.hidden_states[layer]
 
 
 def _list(classes) -> str:

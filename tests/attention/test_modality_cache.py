@@ -10,7 +10,16 @@ from transformers import DynamicCache, StaticCache
 
 from helpers.modality import DOUBLE, MODELS, SIDES, Conversations, drawn, forward, layouts_of, make_pair
 from helpers.tiny import TOKENS_PER_IMAGE, make_inputs
+from modeling_visualchat.generation_visualchat import CUTS_IMAGES
 from modeling_visualchat.modality_cache_visualchat import ModalityLayer, get_modality_positions
+
+
+def resets_to_empty() -> bool:
+    """Whether a `DynamicCache` of this version of transformers, which holds text alone, is empty after a reset."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0)
+    cache.reset()
+    return cache.get_seq_length() == 0
 
 
 class TestCache:
@@ -57,7 +66,8 @@ class TestCache:
     def test_whatever_is_done_to_the_cache_is_done_to_text_images_and_places(self, data, key, batch_size):
         conversations = Conversations(*make_pair(*key, dtype=DOUBLE), batch_size)
         conversations.say(data.draw(layouts_of(batch_size), "layout"), data.draw(SIDES, "side"))
-        operations = ["crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "deepcopy", "reset"]
+        operations = ["crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "deepcopy"]
+        operations += ["reset"] if resets_to_empty() else []
         for operation in data.draw(st.lists(st.sampled_from(operations), min_size=1, max_size=3), "operations"):
             rows = range(len(conversations.pictures))
             if operation == "crop":
@@ -289,5 +299,6 @@ class TestMasksOfACache:
             cache.reset()
         inputs = {**rounds[0], "pixel_values": rounds[0]["pixel_values"].double()}
         settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-        ours = model.generate(**inputs, **settings, cache_implementation="static", prefill_chunk_size=3)
+        chunks = {"prefill_chunk_size": 3} if CUTS_IMAGES else {}
+        ours = model.generate(**inputs, **settings, cache_implementation="static", **chunks)
         assert torch.equal(ours, model.generate(**inputs, **settings))

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from helpers.released import make_released
 from helpers.tiny import copy_llama_weights, make_config, make_inputs, make_model
+from helpers.versions import needs_transformers
 from modeling_visualchat.released_attention_visualchat import ReleasedPlan, create_released_masks, place_in_reverse
 
 
@@ -175,6 +176,7 @@ class TestGeneration:
         with pytest.raises(ValueError, match=rf"the {length} tokens before them.*without past_key_values"):
             model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], past_key_values=cache)
 
+    @needs_transformers("5.23", "images are not cut")
     @pytest.mark.parametrize("chunk", [4, 7])
     def test_a_prefill_in_chunks_is_refused(self, chunk):
         model = make_released()

@@ -15,7 +15,7 @@ from benchmarks.study.results import Study, interval, paired, samples_to_reach
 from benchmarks.study.runs import CHANGES, GRIDS, Job, build, join_samples, list_jobs, load_processor, run, work
 from benchmarks.study.tasks import SHADES, load_task
 from helpers.tiny import make_model, make_processor
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 
 
 ROOT = Path(__file__).parents[2]

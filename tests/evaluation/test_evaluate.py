@@ -17,7 +17,7 @@ from helpers.commands import command
 from helpers.evaluation import CONVERSATIONS, LABELLED, by_round, journal, make_row, results, run, save_tiny
 from helpers.tiny import make_processor
 from modeling_visualchat import VisualChatDataCollator
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.cli import main as visualchat
 from visualchat.evaluation import answers, evaluate
 

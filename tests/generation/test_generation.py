@@ -15,6 +15,7 @@ from transformers import (
 
 from helpers.generation import LAYOUT, NEW, rows_alone
 from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_inputs, make_model, make_tokenizer
+from helpers.versions import needs_transformers
 
 
 def test_a_left_padded_batch_of_0_to_4_images_equals_its_rows_alone(model):
@@ -77,6 +78,7 @@ def test_no_placeholder_is_ever_generated(mmca):
     assert model.config.image_token_id not in tokens[:, inputs["input_ids"].shape[1] :]
 
 
+@needs_transformers("5.18", "it hands images to the assistant")
 def test_assisted_decoding_with_a_text_model(mmca):
     assistant = copy_llama_weights(mmca, LlamaForCausalLM(mmca.config.text_config))
     inputs = make_inputs(["titit"], mmca)
@@ -91,6 +93,7 @@ def test_an_assistant_that_needs_images_says_what_to_use(mmca):
     assert torch.equal(mmca.generate(**text, **NEW, assistant_model=assistant), mmca.generate(**text, **NEW))
 
 
+@needs_transformers("5.18", "it knows a cache of the whole prompt alone")
 @pytest.mark.parametrize("mode", ["prompt_lookup_num_tokens", "assistant_model"])
 @pytest.mark.parametrize("rounds", [["titit", "tit"], ["tttt", "ttt"], ["tit", "ttt"], ["ttt", "ti"]], ids=str)
 def test_assisted_decoding_goes_on_from_a_cache(model, mode, rounds):

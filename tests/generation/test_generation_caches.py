@@ -14,6 +14,7 @@ from transformers.cache_utils import QuantoQuantizedLayer
 
 from helpers.generation import LAYOUT, NEW
 from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_inputs, make_model
+from helpers.versions import needs_transformers
 from modeling_visualchat.sequence_cache_visualchat import get_image_numbers
 
 
@@ -114,6 +115,7 @@ def test_offloading_from_the_cpu_says_what_to_use(mmca, implementation):
         mmca.generate(**make_inputs(["titit"], mmca), **NEW, cache_implementation=implementation)
 
 
+@needs_transformers("5.23", "no fp8, and no beams in a quantized cache")
 def test_a_quantized_cache(model):
     """
     fp8 keys and values: as LLaMA's for text, and with images the numbers that tell them from text stay exact. Such a cache
@@ -139,6 +141,7 @@ def test_a_quantized_cache(model):
     assert torch.equal(model.generate(**text, **NEW, **fp8), llama.generate(**text, **NEW, **fp8))
 
 
+@needs_transformers("5.23", "beams do not reorder a quantized cache")
 @pytest.mark.slow  # quanto compiles an extension for two minutes, once a machine
 def test_a_quanto_cache_is_quantized_in_all_its_layers(model):
     inputs = make_inputs(["titit", "ts"], model)
@@ -186,6 +189,7 @@ def test_a_cache_has_the_layers_and_the_format_of_the_decoder(cache, variant, at
 
 
 # Chunks cut through images. In the second batch, one holds 3 rows of an image and 2 of another, as many as an image has
+@needs_transformers("5.23", "images are not cut")
 @pytest.mark.parametrize("layout, size", [(["titit", "tiitt"], 4), (["titit", "ts", "iit"], 3)])
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 def test_chunked_prefill(model, layout, size, implementation):

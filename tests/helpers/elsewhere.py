@@ -24,6 +24,8 @@ CODE_FILES = {
     "image_memory_visualchat.py",
     "input_checks_visualchat.py",
     "joining_visualchat.py",
+    "kept_logits_visualchat.py",
+    "messages_visualchat.py",
     "modality_attention_visualchat.py",
     "modality_cache_visualchat.py",
     "modality_kernels_visualchat.py",

@@ -73,9 +73,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(OSError, match=r"nothing\.gguf"):
         VisualChatForCausalLM.from_vision_text_pretrained(*parts, gguf_file="nothing.gguf")
     (tmp_path / "text" / "other.gguf").write_bytes(b"no such file" * 9)
-    with pytest.raises(
-        ValueError, match=r"other\.gguf in .* cannot be read as GGUF: .*does not start with the GGUF magic bytes"
-    ):
+    with pytest.raises(ValueError, match=r"other\.gguf in .* cannot be read as GGUF: GGUF magic invalid"):
         VisualChatForCausalLM.from_vision_text_pretrained(*parts, gguf_file="other.gguf")
     whole = (tmp_path / "text" / FILE).read_bytes()
     for size in (100, len(whole) // 2, len(whole) - 100):

@@ -27,6 +27,7 @@ from helpers.tiny import (
     make_tokenizer,
     make_tower_config,
 )
+from helpers.versions import needs_transformers
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
 
@@ -196,6 +197,7 @@ class TestImageMemory:
         assert not torch.equal(features_of(other.eval(), make_pixels()), features_of(model, make_pixels()))
         assert other.image_fingerprint() != model.image_fingerprint()
 
+    @needs_transformers("5.23", "CLIP and SigLIP take squares")
     def test_the_fingerprint_tells_grids_that_are_shuffled(self):
         shuffled = {"tower": "dinov3_vit", "projector": "pixel_shuffle"}
         model = make_model(**shuffled, vision={"image_size": [16, 64]})
@@ -224,6 +226,7 @@ class TestProjectors:
         assert shuffled.shape == (2, 4, 128)
         assert torch.equal(projector(features), projector.layer_norm(projector.linear(shuffled)))
 
+    @needs_transformers("5.23", "CLIP and SigLIP take squares")
     def test_pixel_shuffle_keeps_the_squares_of_any_grid(self):
         """Features that name their own row and column of patches."""
         settings = {"vision": {"image_size": [32, 48]}, "projector": "pixel_shuffle"}
@@ -240,6 +243,7 @@ class TestProjectors:
         with pytest.raises(ValueError, match="The images have 16 patches, but the model takes 2 × 2"):
             model.get_image_features(make_pixels(size=32))
 
+    @needs_transformers("5.23", "CLIP and SigLIP take squares")
     def test_pooled_tokens_are_of_the_class_token_and_of_squares(self):
         settings = {"vision": {"image_size": [32, 48]}, "projector": "pooled", "class_token_outputs": 2}
         projector = make_model(tower="dinov3_vit", **settings).model.multi_modal_projector

@@ -15,7 +15,7 @@ from helpers.prompts import DESIGN_PROMPT
 from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, make_processor, text_part, user
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.image_loading_visualchat import load_image
-from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
+from modeling_visualchat.messages_visualchat import MAX_TEXT_LENGTH
 
 
 @pytest.fixture(scope="module")

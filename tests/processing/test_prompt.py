@@ -15,7 +15,8 @@ from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_model, m
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.chat_rounds_visualchat import Round
 from modeling_visualchat.chat_template_visualchat import CHAT_TEMPLATE, FIRST_LINE
-from modeling_visualchat.processing_visualchat import MARK, list_images
+from modeling_visualchat.messages_visualchat import list_images
+from modeling_visualchat.processing_visualchat import MARK
 from visualchat.evaluation.answers import generate_answers
 
 

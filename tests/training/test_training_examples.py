@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny import assistant, digit_image, make_model, make_processor, text_part
 from helpers.training import FEATURES, TEXT, arguments, losses, make_row
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.training.collator import TrainingCollator
 from visualchat.training.dataset import drop_rounds, load_examples, measure, prepare_dataset
 from visualchat.training.train import main

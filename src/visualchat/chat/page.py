@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
+from modeling_visualchat.messages_visualchat import MAX_TEXT_LENGTH
 from visualchat.chat.image_marks import IMAGE_MARK
 from visualchat.chat.page_conversation import EXAMPLES, Conversation, DisplayedRound, Example
 from visualchat.chat.page_routes import PageRoutes

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_visualchat.image_loading_visualchat import crop_for_clip, load_image
 from modeling_visualchat.image_memory_visualchat import ImageMemoryStore
-from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
+from modeling_visualchat.messages_visualchat import MAX_TEXT_LENGTH
 from visualchat.chat.image_marks import read_marks, write_marks
 from visualchat.data.digits import split_digits
 

@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH
+from modeling_visualchat.messages_visualchat import MAX_TEXT_LENGTH
 
 
 API = "/gradio_api"

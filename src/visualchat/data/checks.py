@@ -20,7 +20,7 @@ from modeling_visualchat.image_loading_visualchat import (
     load_image,
     shorter_edge,
 )
-from modeling_visualchat.processing_visualchat import MAX_TEXT_LENGTH, PART_KEYS, undecoded
+from modeling_visualchat.messages_visualchat import MAX_TEXT_LENGTH, PART_KEYS, undecoded
 
 
 PLACEHOLDER = "<image>"

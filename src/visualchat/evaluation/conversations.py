@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from modeling_visualchat.image_loading_visualchat import DATA_URL, ImageSource, check_not_too_thin, load_image, shorter_edge
-from modeling_visualchat.processing_visualchat import fill_images
+from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.data.checks import IMAGE_TYPES, InvalidExample, check_conversation, find_image_source
 from visualchat.evaluation.answers import text_of
 from visualchat.training.dataset import count_images, load_examples

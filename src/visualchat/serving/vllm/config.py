@@ -1,0 +1,39 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""The config of a VisualChat as vLLM reads it."""
+
+from vllm.config import VllmConfig
+
+from modeling_visualchat import VisualChatConfig
+
+
+VARIANTS = ("causal", "mmca", "mmca_merged")
+
+
+class VisualChatServingConfig(VisualChatConfig):
+    """
+    A [`VisualChatConfig`] by which vLLM keeps three rows of positions for each token, as for models with M-RoPE. The rows
+    carry what a layer has to know of the token (`token_notes.py`). The rotary embedding itself has one position.
+    """
+
+    mrope_section = (1, 1, 1)
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """
+    Raises:
+        ValueError: If vLLM is told to do what cannot be done right with this model, or if the model itself is of a variant
+            that is not served here. The error says what to do.
+    """
+    config = vllm_config.model_config.hf_config
+    if config.multimodal_attention not in VARIANTS:
+        raise ValueError(
+            f"vLLM serves multimodal_attention {' or '.join(map(repr, VARIANTS))}, but this model has"
+            f" {config.multimodal_attention!r}: serve it with `visualchat serve`"
+        )
+    if config.text_config.hidden_act != "silu":
+        raise ValueError(f"vLLM's LLaMA computes hidden_act 'silu', but this decoder has {config.text_config.hidden_act!r}")
+    if vllm_config.lora_config is not None and (config.max_image_number is not None or config.image_prefix_ids is not None):
+        raise ValueError(
+            "LoRA adapters cannot be served with a model that numbers its images or has an image prefix, since the keys of"
+            " both change with the adapter: merge it first (visualchat merge)"
+        )

@@ -1,0 +1,106 @@
+"""Conversations answered by vLLM with the plugin, and by `model.generate`."""
+
+import base64
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+from helpers.tiny import assistant, digit_image, user
+from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+
+
+NEW_TOKENS = 12
+
+
+class Answer(NamedTuple):
+    """The token ids of an answer, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+def list_conversations() -> list[list[dict]]:
+    """Of zero to five images and one to three rounds; images repeat, and come between rounds."""
+    a, b, c, d = map(digit_image, range(4))
+    asked = "what is the difference between image"
+    return [
+        [user("what is this?")],
+        [user("what is this?", a)],
+        [user(f"{asked} 1 and image 2?", a, b)],
+        [user("describe the image", a, b), assistant("a cute cat"), user("what is the difference?")],
+        [user("describe image 1", a), assistant("cat"), user(f"{asked} 1 and 2?", c), assistant("no"), user("and this?", d)],
+        [user("please describe"), assistant("black"), user("what is this?", d)],
+        [user("what is image 2?", d, d)],
+        [user("what is image 3?", c, d, a, b)],
+        [user("what is image 5?", a, b, c, d, a)],
+        [user("describe", a), assistant("a black cat"), user("describe", a), assistant("the same cat"), user("why?")],
+        [user("please describe the image. " * 6, b), assistant("a cat. " * 9), user("what's the difference?", c)],
+        [{"role": "system", "content": "You are a cat."}, user("what is this?", c, b)],
+    ]
+
+
+def answer_with_transformers(folder: Path, conversations: list[list[dict]], new_tokens: int = NEW_TOKENS) -> list[Answer]:
+    """One conversation after the other, greedily, in float32."""
+    model = VisualChatForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = VisualChatProcessor.from_pretrained(folder)
+    answers = []
+    for conversation in conversations:
+        chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template(conversation, **chat)
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        generated = model.generate(**inputs, **settings, output_scores=True)
+        tokens = generated.sequences[0, inputs["input_ids"].shape[1] :]
+        logprobs = torch.cat(generated.scores).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        answers.append(Answer(tokens.tolist(), logprobs))
+    return answers
+
+
+def start_engine(folder: Path, **options) -> LLM:
+    """vLLM in float32, where prompts are cut into chunks of 16 tokens, and so are images."""
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 16,
+        "enable_chunked_prefill": True,
+        "enforce_eager": True,
+        "limit_mm_per_prompt": {"image": 8},
+        "seed": 0,
+        "disable_log_stats": False,
+    }
+    return LLM(model=str(folder), **{**settings, **options})
+
+
+def answer_with_vllm(engine: LLM, conversations: list[list[dict]], new_tokens: int = NEW_TOKENS, **options) -> list[Answer]:
+    """All conversations at once, as OpenAI's clients send them."""
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=0)
+    outputs = engine.chat([in_openai_form(one) for one in conversations], sampling, use_tqdm=False, **options)
+    answers = []
+    for output in (output.outputs[0] for output in outputs):
+        logprobs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs)]
+        answers.append(Answer(list(output.token_ids), torch.tensor(logprobs)))
+    return answers
+
+
+def in_openai_form(conversation: list[dict]) -> list[dict]:
+    """Images as data URLs."""
+
+    def convert(part: dict) -> dict:
+        if part["type"] == "text":
+            return part
+        return {"type": "image_url", "image_url": {"url": as_data_url(part["image"])}}
+
+    return [
+        one if isinstance(one["content"], str) else {**one, "content": [convert(part) for part in one["content"]]}
+        for one in conversation
+    ]
+
+
+def as_data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

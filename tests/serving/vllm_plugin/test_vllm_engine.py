@@ -1,0 +1,134 @@
+"""vLLM with the plugin gives the tokens of `model.generate`, for each attention, decoder, tower and projector."""
+
+import pytest
+import torch
+
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+from peft import LoraConfig, get_peft_model
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+
+from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_image_processor, make_model, make_tokenizer, user
+from helpers.vllm_engine import answer_with_transformers, answer_with_vllm, list_conversations, start_engine
+from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+
+
+pytestmark = pytest.mark.vllm
+# The kernels of vLLM for CPUs take heads of 32 and more
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+MODELS = {
+    "causal": {"multimodal_attention": "causal"},
+    "causal-numbered": {"multimodal_attention": "causal", "image_number_keys": True},
+    "mmca": {"multimodal_attention": "mmca"},
+    "mmca-numbered": {"multimodal_attention": "mmca", "image_number_keys": True, "decoder": "qwen3", "tower": "siglip"},
+    "merged": {"multimodal_attention": "mmca_merged", "decoder": "mistral", "projector": "mlp", "vision_feature_layer": -2},
+    "merged-numbered": {"multimodal_attention": "mmca_merged", "image_number_keys": True, "projector": "perceiver"},
+    "merged-learned-prefix": {
+        "multimodal_attention": "mmca_merged",
+        "learned_image_numbers": 8,
+        "image_prefix_ids": [5, 9, 17, 40],
+        "tower": "dinov2_with_registers",
+        "projector": "pooled",
+        "decoder": "qwen3",
+    },
+    "mmca-learned-prefix": {
+        "multimodal_attention": "mmca",
+        "learned_image_numbers": 8,
+        "image_prefix_ids": [5, 9, 17],
+        "projector": "pixel_shuffle",
+        "decoder": "qwen2",
+        "tower": "dinov3_vit",
+        "text": {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64, "head_dim": None},
+    },
+}
+
+
+def save_model(folder, **overrides) -> None:
+    if overrides.get("projector") == "perceiver":
+        overrides.setdefault("num_query_tokens", 4)
+    text = {**HEADS, **overrides.pop("text", {})}
+    model = make_model(text={name: value for name, value in text.items() if value is not None}, **overrides)
+    image_processor = make_image_processor(overrides.get("tower", "clip"))
+    processor = VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=model.config.image_seq_length)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_equal_those_of_generate(name, tmp_path):
+    save_model(tmp_path, **MODELS[name])
+    conversations = list_conversations()
+    expected = answer_with_transformers(tmp_path, conversations)
+    given = answer_with_vllm(start_engine(tmp_path), conversations)
+    assert [one.tokens for one in given] == [one.tokens for one in expected]
+    for one, other in zip(given, expected):
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-3, rtol=0)
+
+
+def test_cached_prefixes_and_graphs_change_nothing(tmp_path):
+    """A question that goes on from cached blocks, which end within an image, in a compiled model."""
+    save_model(tmp_path, multimodal_attention="mmca", image_number_keys=True)
+    engine = start_engine(
+        tmp_path, enforce_eager=False, block_size=32, enable_prefix_caching=True, max_num_batched_tokens=64
+    )
+    images = [digit_image(index) for index in range(8)]
+    rounds = [user("describe these images", *images), assistant("eight cats"), user("what is image 7?")]
+    conversations = [rounds[:1], rounds, rounds, [*rounds, assistant("a cat"), user("and image 8?")]]
+    assert 8 * TOKENS_PER_IMAGE > 32
+    expected = answer_with_transformers(tmp_path, conversations)
+    for conversation, one in zip(conversations, expected):
+        (given,) = answer_with_vllm(engine, [conversation])
+        assert given.tokens == one.tokens
+    hits = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:prefix_cache_hits"]
+    assert sum(hits) >= 32
+
+
+def test_lora_adapters(tmp_path):
+    """Two adapters and the base model in one engine."""
+    base, folders = tmp_path / "base", [tmp_path / "first", tmp_path / "second"]
+    save_model(base, multimodal_attention="mmca_merged", projector="mlp")
+    conversations, expected = list_conversations()[:6], [answer_with_transformers(base, list_conversations()[:6])]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        targets = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        config = LoraConfig(r=8, lora_alpha=32, target_modules=targets, init_lora_weights=False)
+        model = get_peft_model(VisualChatForCausalLM.from_pretrained(base), config)
+        model.save_pretrained(folder)
+        model.merge_and_unload().save_pretrained(folder / "merged")
+        VisualChatProcessor.from_pretrained(base).save_pretrained(folder / "merged")
+        expected.append(answer_with_transformers(folder / "merged", conversations))
+    engine = start_engine(base, enable_lora=True, max_loras=2, max_lora_rank=8)
+    adapters = [None, *(LoRARequest(folder.name, k + 1, str(folder)) for k, folder in enumerate(folders))]
+    for adapter, of_adapter in zip(adapters, expected):
+        given = answer_with_vllm(engine, conversations, lora_request=adapter)
+        assert [one.tokens for one in given] == [one.tokens for one in of_adapter]
+    assert expected[0][1].tokens != expected[1][1].tokens
+
+
+class TestRefusals:
+    def test_a_placeholder_in_a_text(self, tmp_path):
+        save_model(tmp_path, multimodal_attention="mmca_merged")
+        engine = start_engine(tmp_path)
+        with pytest.raises(ValueError, match="2 placeholders <image> for 1 images"):
+            answer_with_vllm(engine, [[user("what is <image>?", digit_image(0))]])
+
+    def test_more_images_than_numbers(self, tmp_path):
+        save_model(tmp_path, multimodal_attention="mmca_merged", learned_image_numbers=2)
+        engine = start_engine(tmp_path, limit_mm_per_prompt={"image": 2})
+        with pytest.raises(VLLMValidationError, match="At most 2 image"):
+            answer_with_vllm(engine, [[user("what?", *map(digit_image, range(3)))]])
+
+    @pytest.mark.parametrize(
+        ("config", "options", "reason"),
+        [
+            ({"multimodal_attention": "mmca_released"}, {}, "serve it with `visualchat serve`"),
+            ({"multimodal_attention": "mmca", "image_number_keys": True}, {"enable_lora": True}, "merge it first"),
+        ],
+    )
+    def test_models_that_are_not_served(self, config, options, reason, tmp_path, capfd):
+        save_model(tmp_path, **config)
+        with pytest.raises(Exception):  # noqa: B017, vLLM's engine process dies of it, and says why
+            start_engine(tmp_path, **options)
+        assert reason in "".join(capfd.readouterr())
