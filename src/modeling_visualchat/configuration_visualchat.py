@@ -148,6 +148,11 @@ class VisualChatConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @classmethod
+    def default_config_fields(cls) -> dict:
+        """As in transformers. Of parts that are named here, the fields are saved that differ from those of every config."""
+        return {**super().default_config_fields(), "vision_config": {}, "text_config": {}}
+
+    @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "VisualChatConfig":
         """As in transformers. What an earlier version saved computes what it was trained to."""
         is_saved = "transformers_version" in config_dict

@@ -4,9 +4,12 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+# At the top of transformers, older versions have one that needs torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM, VisualChatProcessor

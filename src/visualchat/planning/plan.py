@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from modeling_visualchat import VisualChatConfig
 from visualchat.loading import check_model_type
@@ -35,6 +35,10 @@ PREFERRED = (
     ("zero3_offload", True),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What this version of transformers calls it: before 5.23 it has the second name alone
+ENABLE_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if name in dir(PreTrainedModel)
+)
 LARGEST_BATCH = 1024  # nobody trains with a larger micro-batch
 HEADS = {"image features": "images", "gathered": "buffers"}
 
@@ -111,7 +115,7 @@ def build_model(
         model = set_mode(model, model_args)
     model.to(dtype).train()  # DeepSpeed casts all parameters, also LoRA's, which PEFT makes in fp32
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, ENABLE_CHECKPOINTING)({"use_reentrant": False})
     groups = group_parameters(model, VisualChatTrainingArguments(output_dir="unused", use_cpu=True))
     group_of = {id(one): index for index, group in enumerate(groups) for one in group["params"]}
     return model, [Parameter(name, one.numel(), group_of.get(id(one))) for name, one in model.named_parameters()]
