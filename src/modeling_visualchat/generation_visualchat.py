@@ -77,8 +77,10 @@ class VisualChatGenerationMixin(GenerationMixin):
             )
         if not {"pixel_values", "image_memory", "mm_encoder_outputs"} & set(kwargs):
             if self.model.runs_in_step(kwargs.get("past_key_values")):
-                # transformers encodes images before the first forward pass, on the processes that have some
+                # Images are encoded before the first forward pass, on the processes that have some
                 self.get_image_features(self.model.dummy_pixel_values())
+                if not ENCODES_IMAGES:
+                    kwargs["mm_encoder_outputs"] = {}
         name = "image_memory" if "image_memory" in kwargs else "pixel_values"
         if name in kwargs and input_ids is not None and kwargs.get("past_key_values") is not None:
             kwargs[name] = self._select_new_images(

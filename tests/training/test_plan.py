@@ -158,7 +158,7 @@ def test_a_trace_has_the_bytes_of_a_real_step(mode, parts, checkpointing):
             model = VisualChatForCausalLM._from_config(config, attn_implementation="sdpa")
             model = set_mode(model, ModelArguments(mode=mode)).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            getattr(model, plan.ENABLE_CHECKPOINTING)({"use_reentrant": False})
         shape = trace.StepShape(3, 400, 3, 100)
         if device == "meta":
             traced = trace.trace_step(model, shape, "cpu")
