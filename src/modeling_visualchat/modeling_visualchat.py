@@ -358,7 +358,7 @@ class VisualChatForCausalLM(VisualChatPreTrainedModel, VisualChatJoiningMixin, V
 # tokens it looks at what is inside, without the head
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["visualchat"] = "VisualChatForCausalLM"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["visualchat_model"] = "VisualChatModel"
-# `transformers serve` finds here which models take images, and the pipeline which it takes
+# The pipeline finds here which models it takes, and else says that it does not know this one
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["visualchat"] = "VisualChatForCausalLM"
 
 __all__ = ["VisualChatForCausalLM", "VisualChatModel", "VisualChatPreTrainedModel"]
