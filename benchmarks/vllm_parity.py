@@ -32,12 +32,13 @@ def list_prompts(count: int) -> list[list[dict]]:
         messages = fill_images(example, "example")[:-1]
         for message in messages:
             if not isinstance(message["content"], str):
-                message["content"] = [_in_openai_form(part) for part in message["content"]]
+                message["content"] = [in_openai_form(part) for part in message["content"]]
         prompts.append(messages)
     return prompts
 
 
-def _in_openai_form(part: dict) -> dict:
+def in_openai_form(part: dict) -> dict:
+    """A part of a message, with its image as a data URL."""
     if part["type"] == "text":
         return part
     buffer = io.BytesIO()
@@ -46,19 +47,26 @@ def _in_openai_form(part: dict) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def answer(
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, prompt: list[dict], new_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """The tokens of a greedy answer, and the log-probability of each."""
+    chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(prompt, **chat)
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    generated = model.generate(**inputs, **settings, output_scores=True)
+    tokens = generated.sequences[0, inputs["input_ids"].shape[1] :]
+    return tokens.tolist(), torch.cat(generated.scores).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
 def ask(folder: str, count: int, path: Path) -> None:
     """Writes the prompts, and the tokens of `generate` with their log-probabilities."""
     model = VisualChatForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     processor = VisualChatProcessor.from_pretrained(folder)
     rows = []
     for prompt in list_prompts(count):
-        chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = processor.apply_chat_template(prompt, **chat)
-        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
-        generated = model.generate(**inputs, **settings, output_scores=True)
-        tokens = generated.sequences[0, inputs["input_ids"].shape[1] :]
-        logprobs = torch.cat(generated.scores).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        rows.append({"prompt": prompt, "tokens": tokens.tolist(), "logprobs": logprobs.tolist()})
+        tokens, logprobs = answer(model, processor, prompt, NEW_TOKENS)
+        rows.append({"prompt": prompt, "tokens": tokens, "logprobs": logprobs.tolist()})
     path.write_text(json.dumps(rows))
     print(f"{len(rows)} conversations, {sum(len(row['tokens']) for row in rows)} tokens of answers: {path}")
 

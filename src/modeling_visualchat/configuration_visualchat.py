@@ -11,7 +11,7 @@ from .decoders_visualchat import find_decoder_family, without_sliding_window
 from .towers_visualchat import find_tower_family
 
 
-DEFAULT_TOWER = {
+CLIP_VIT_L_14 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -20,7 +20,7 @@ DEFAULT_TOWER = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-"""CLIP ViT-L/14."""
+"""The vision tower by default."""
 
 
 @strict
@@ -128,7 +128,7 @@ class VisualChatConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.vision_config = _make_config(self.vision_config, "clip_vision_model", DEFAULT_TOWER)
+        self.vision_config = _make_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14)
         self.text_config = _make_config(self.text_config, "llama", {})
         super().__post_init__(**kwargs)
         if settings := find_tower_family(self.vision_config).settings:

@@ -30,9 +30,9 @@ from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, f
 from .image_memory_visualchat import ImageMemory, VisualChatImageMemoryMixin
 from .joining_visualchat import VisualChatJoiningMixin
 from .kept_logits_visualchat import find_kept, is_mask, keep_logits_for_trainer, slice_kept
-from .projector_visualchat import PROJECTORS, init_projector_weights
+from .projector_visualchat import init_projector_weights
 from .released_attention_visualchat import warn_of_defects
-from .released_projector_visualchat import VisualChatReleasedPerceiverProjector, released_positions
+from .released_projector_visualchat import ALL_PROJECTORS, VisualChatReleasedPerceiverProjector, released_positions
 from .towers_visualchat import make_tower, run_tower
 from .weight_checks_visualchat import VisualChatWeightChecksMixin
 
@@ -116,8 +116,7 @@ class VisualChatModel(VisualChatPreTrainedModel, VisualChatImageInputsMixin, Vis
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
         self.vision_tower = make_tower(config.vision_config)
-        projectors = {**PROJECTORS, "perceiver_released": VisualChatReleasedPerceiverProjector}
-        self.multi_modal_projector = projectors[config.projector](config)
+        self.multi_modal_projector = ALL_PROJECTORS[config.projector](config)
         self.language_model = VisualChatTextModel(config)
         self.post_init()
         if config.multimodal_attention == "mmca_released":

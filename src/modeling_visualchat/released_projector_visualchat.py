@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from .configuration_visualchat import VisualChatConfig
-from .projector_visualchat import VisualChatPerceiverProjector
+from .projector_visualchat import PROJECTORS, VisualChatPerceiverProjector
 
 
 class VisualChatReleasedPerceiverProjector(VisualChatPerceiverProjector):
@@ -61,3 +61,7 @@ def released_positions(length: int, hidden_size: int, device: torch.device | Non
     columns = waves[None].expand(len(cells), -1, -1)
     rows = waves[:, None].expand(-1, len(cells), -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+ALL_PROJECTORS = {**PROJECTORS, "perceiver_released": VisualChatReleasedPerceiverProjector}
+"""By the config field `projector`."""

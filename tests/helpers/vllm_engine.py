@@ -1,14 +1,12 @@
 """Conversations answered by vLLM with the plugin, and by `model.generate`."""
 
-import base64
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from vllm import LLM, SamplingParams
 
+from benchmarks.vllm_parity import answer, in_openai_form
 from helpers.tiny import assistant, digit_image, user
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
@@ -47,16 +45,7 @@ def answer_with_transformers(folder: Path, conversations: list[list[dict]], new_
     """One conversation after the other, greedily, in float32."""
     model = VisualChatForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     processor = VisualChatProcessor.from_pretrained(folder)
-    answers = []
-    for conversation in conversations:
-        chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = processor.apply_chat_template(conversation, **chat)
-        settings = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
-        generated = model.generate(**inputs, **settings, output_scores=True)
-        tokens = generated.sequences[0, inputs["input_ids"].shape[1] :]
-        logprobs = torch.cat(generated.scores).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        answers.append(Answer(tokens.tolist(), logprobs))
-    return answers
+    return [Answer(*answer(model, processor, one, new_tokens)) for one in conversations]
 
 
 def start_engine(folder: Path, **options) -> LLM:
@@ -78,7 +67,7 @@ def start_engine(folder: Path, **options) -> LLM:
 def answer_with_vllm(engine: LLM, conversations: list[list[dict]], new_tokens: int = NEW_TOKENS, **options) -> list[Answer]:
     """All conversations at once, as OpenAI's clients send them."""
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=0)
-    outputs = engine.chat([in_openai_form(one) for one in conversations], sampling, use_tqdm=False, **options)
+    outputs = engine.chat([with_data_urls(one) for one in conversations], sampling, use_tqdm=False, **options)
     answers = []
     for output in (output.outputs[0] for output in outputs):
         logprobs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs)]
@@ -86,21 +75,8 @@ def answer_with_vllm(engine: LLM, conversations: list[list[dict]], new_tokens: i
     return answers
 
 
-def in_openai_form(conversation: list[dict]) -> list[dict]:
-    """Images as data URLs."""
-
-    def convert(part: dict) -> dict:
-        if part["type"] == "text":
-            return part
-        return {"type": "image_url", "image_url": {"url": as_data_url(part["image"])}}
-
+def with_data_urls(conversation: list[dict]) -> list[dict]:
     return [
-        one if isinstance(one["content"], str) else {**one, "content": [convert(part) for part in one["content"]]}
+        one if isinstance(one["content"], str) else {**one, "content": list(map(in_openai_form, one["content"]))}
         for one in conversation
     ]
-
-
-def as_data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

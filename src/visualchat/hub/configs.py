@@ -25,17 +25,9 @@ from transformers import (
 )
 
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
+from modeling_visualchat.configuration_visualchat import CLIP_VIT_L_14
 
 
-CLIP_VIT_L_14 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 LLAMA_2_7B = {
     **LLAMA_2,

@@ -22,8 +22,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
-from modeling_visualchat.projector_visualchat import PROJECTORS
-from modeling_visualchat.released_projector_visualchat import VisualChatReleasedPerceiverProjector
+from modeling_visualchat.released_projector_visualchat import ALL_PROJECTORS
 from modeling_visualchat.towers_visualchat import make_tower, run_tower
 
 from .config import check_config
@@ -67,8 +66,7 @@ class VisualChatForCausalLM(nn.Module, SupportsMultiModal, SupportsMRoPE, Suppor
         self.configure_mm_token_handling(vocab_size=text_config.vocab_size, mm_token_ids=[config.image_token_id])
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_tower = make_tower(config.vision_config).to(vllm_config.model_config.dtype)
-            projectors = {**PROJECTORS, "perceiver_released": VisualChatReleasedPerceiverProjector}
-            self.multi_modal_projector = projectors[config.projector](config)
+            self.multi_modal_projector = ALL_PROJECTORS[config.projector](config)
         with self._mark_language_model(vllm_config):
             self.language_model = VisualChatTextForCausalLM(
                 vllm_config=vllm_config.with_hf_config(text_config, architectures=["LlamaForCausalLM"]),
