@@ -2,6 +2,7 @@
 """`generate` with images: which of them a cached conversation still needs, and image memory in their place."""
 
 import copy
+import inspect
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -254,6 +255,17 @@ class VisualChatGenerationMixin(GenerationMixin):
         starts = [sum(counts[:k]) for k in range(len(counts))]
         new = [start + k for start, seen, count in zip(starts, cached_counts, counts) for k in range(seen, count)]
         return images[new] if isinstance(images, torch.Tensor) else [images[k] for k in new]
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer) -> dict:
+        """As in transformers, but a `custom_generate` function gets the streamer and the tokenizer if it takes them."""
+        given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
+        mode_kwargs = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        if callable(custom_generate):
+            taken = inspect.signature(custom_generate).parameters
+            mode_kwargs |= {name: value for name, value in given.items() if value is not None and name in taken}
+        return mode_kwargs
 
     def start_chat(self, processor, **settings):
         """

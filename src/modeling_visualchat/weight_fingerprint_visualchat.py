@@ -54,10 +54,8 @@ class ModelWeights:
         self.held: dict[str, torch.Tensor] = {}
         self.besides: dict[str, torch.Tensor] = {}
         self.unreadable: dict[str, Unreadable] = {}
-        saved = self._read_layers(model, without)
-        not_saved = dict(model.named_non_persistent_buffers())
-        held = dict(model.named_parameters())
-        held |= {name: one for name, one in model.named_buffers() if name not in not_saved and one.numel() > 0}
+        layers = dict(model.named_modules())
+        held, saved = _find_held(layers), self._read_layers(layers, without)
         for name, weight in {**held, **saved}.items():
             if not name.startswith(without):
                 self._read(name, own_part(weight), self.held if name in held else self.besides)
@@ -73,10 +71,10 @@ class ModelWeights:
         for unreadable in self.unreadable.values():
             raise ValueError(f"{purpose} {unreadable.reason}")
 
-    def _read_layers(self, model: PreTrainedModel, without: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def _read_layers(self, layers: dict[str, nn.Module], without: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """What is saved by layers that do it in a way of their own."""
         found, refused = {}, set()
-        for name, layer in model.named_modules():
+        for name, layer in layers.items():
             kind = type(layer)
             if name.startswith(without) or not _saves_its_own_way(kind):
                 continue
@@ -107,6 +105,25 @@ class ModelWeights:
             self.unreadable[name] = Unreadable(reason, [weight])
         else:
             into[name] = weight
+
+
+def _find_held(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """
+    Parameters and the buffers that are saved, each once. torch's own `named_parameters` and `named_buffers` would go through
+    all layers once more each, and every answer of a server asks for this.
+    """
+    held, seen = {}, set()
+    for prefix, layer in layers.items():
+        buffers = {
+            name: one
+            for name, one in layer._buffers.items()
+            if name not in layer._non_persistent_buffers_set and one is not None and one.numel() > 0
+        }
+        for name, one in (*layer._parameters.items(), *buffers.items()):
+            if one is not None and id(one) not in seen:
+                seen.add(id(one))
+                held[f"{prefix}.{name}" if prefix else name] = one
+    return held
 
 
 def _saves_its_own_way(kind: type[nn.Module]) -> bool:

@@ -41,7 +41,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_device(parser)
     add_dtype(parser)
     parser.add_argument(
-        "--concurrency", type=positive, default=1, metavar="N", help="answers at a time (default %(default)s)"
+        "--concurrency",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="answers that are generated together, in one batch; each needs memory for its cache (default %(default)s)",
     )
     parser.add_argument(
         "--queue",

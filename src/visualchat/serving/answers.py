@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from anyio import CapacityLimiter, move_on_after
 from starlette.types import Receive
@@ -19,6 +20,7 @@ from visualchat.serving.choices import AnswerChunk, Choice, Conversation
 from visualchat.serving.errors import RequestError, overloaded_error, panics_as_errors, stopping_error
 from visualchat.serving.limits import Limits
 from visualchat.serving.metrics import TokenCounter
+from visualchat.serving.model_thread import ModelThread, ThreadImageStore
 from visualchat.serving.requests import ChatRequest
 from visualchat.serving.sampling import make_warpers
 from visualchat.serving.turns import FairQueue
@@ -170,6 +172,8 @@ class AnswerService:
         self.image_limiter = CapacityLimiter(2)
         self._longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self._pool = ThreadPoolExecutor(concurrency, "answer")
+        self._model_thread = ModelThread(model)
+        self._thread_store = ThreadImageStore(store, self._model_thread)
 
     @property
     def end_tokens(self) -> set[int]:
@@ -227,7 +231,7 @@ class AnswerService:
         if unknown:
             message = f"logit_bias: there is no token {unknown[0]!s:.40}, the model has {vocabulary}"
             raise RequestError(message, "logit_bias", "invalid_value")
-        session = self.model.start_chat(self.processor, store=self.store, system=system)
+        session = self.model.start_chat(self.processor, store=self._thread_store, system=system)
         try:
             input_ids = session.tokenize(rounds)
             start, prompt_tokens = session.find_answer(rounds, input_ids), input_ids.shape[1]
@@ -274,6 +278,7 @@ class AnswerService:
         """Ends all answers, and waits a second for their threads, no longer: the computation of a token may take long."""
         self.fail_all()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._model_thread.close()
         with move_on_after(1):
             while self._answers:
                 await asyncio.sleep(0.02)
@@ -285,6 +290,7 @@ class AnswerService:
         settings = {
             "stream": True,
             "begin_with": question.answer,
+            "custom_generate": partial(self._model_thread.decode, empties_cache=choice.index == request.n - 1),
             "max_new_tokens": conversation.max_new_tokens,
             "num_return_sequences": 1,
             "do_sample": False,  # `make_warpers` takes care of sampling
