@@ -228,7 +228,8 @@ def test_the_lines_of_the_page_run(server, package, tmp_path, monkeypatch, capsy
     (tmp_path / "outputs/demo/conversation").mkdir(parents=True)
     digit_image(1).save(tmp_path / "outputs/demo/conversation/image-1.png")
     names = {}
-    for block in (FIRST, *(block for block in OTHERS if re.search(rf"^(from|import) {package}\b", block, flags=re.MULTILINE))):
+    of_package = [block for block in OTHERS if re.match(rf"(from|import) {package}\b", block)]
+    for block in (FIRST, *of_package):
         block = block.replace("http://127.0.0.1:8000", server.url).replace("outputs/demo/model", "tiny")
         exec(compile(block, "docs/serving.md", "exec"), names)
     assert capsys.readouterr().out.strip()
