@@ -42,6 +42,8 @@ def allow_only(*allowed: Any, because: str) -> BeforeValidator:
 
 Integer = Annotated[int, BeforeValidator(accept_integral_float)]
 NO_TOOLS = "this server calls no tools, leave it out"
+# Whose pages show the error to people, and do not show what was sent
+OPEN_WEBUI_TOOLS = f"{NO_TOOLS} (in Open WebUI, take Builtin Tools from the capabilities of the model)"
 
 
 class ImageUrl(StrictModel):
@@ -140,7 +142,7 @@ class ChatRequest(StrictModel):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     # Refused, unless they ask for the default behaviour
     response_format: Annotated[Any, allow_only({"type": "text"}, because="this server answers with plain text only")] = None
-    tools: Annotated[Any, allow_only([], because=NO_TOOLS)] = None
+    tools: Annotated[Any, allow_only([], because=OPEN_WEBUI_TOOLS)] = None
     tool_choice: Annotated[Any, allow_only("none", "auto", because=NO_TOOLS)] = None
     functions: Annotated[Any, allow_only([], because=NO_TOOLS)] = None
     function_call: Annotated[Any, allow_only("none", "auto", because=NO_TOOLS)] = None
@@ -188,21 +190,25 @@ def parse_request(body: bytes, limits: Limits) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as invalid:
-        error = invalid.errors(include_url=False)[0]
-    else:
-        check_consistency(request)
-        return request
+        raise describe_invalid(invalid) from invalid
+    check_consistency(request)
+    return request
+
+
+def describe_invalid(invalid: ValidationError) -> RequestError:
+    """The first error of a request that is not valid, as the client gets it."""
+    error = invalid.errors(include_url=False)[0]
     keys = (f"[{one}]" if isinstance(one, int) else f".{cut(one, MAX_PARAM // 2)}" for one in error["loc"])
     param = "".join(keys).lstrip(".") or None
     if error["type"] == "json_invalid":
-        raise RequestError(f"The body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
+        return RequestError(f"The body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
     if error["type"] == "extra_forbidden":
-        raise RequestError(f"{param}: this server does not support it, leave it out", param, "unsupported_parameter")
+        return RequestError(f"{param}: this server does not support it, leave it out", param, "unsupported_parameter")
     if error["type"] == "missing":
-        raise RequestError(f"{param}: this field is required", param, "missing_required_parameter")
+        return RequestError(f"{param}: this field is required", param, "missing_required_parameter")
     problem = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     code = "unsupported_value" if error["type"] == "unsupported_value" else "invalid_value"
-    raise RequestError(f"{param or 'The body'}: {problem}, got {show(error['input'])}", param, code)
+    return RequestError(f"{param or 'The body'}: {problem}, got {show(error['input'])}", param, code)
 
 
 def check_consistency(request: ChatRequest) -> None:

@@ -103,6 +103,11 @@ def build_app(service: AnswerService, name: str, limits: Limits, hosts: Collecti
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {cut(request.url.path, 200)}: {error.detail}"
+        if error.status_code == 404:  # most often of a base URL without /v1, or of OpenAI's other APIs
+            message += (
+                ". This server has POST /v1/chat/completions and GET /v1/models: give clients a base URL that ends in /v1,"
+                " and let them use the chat completions API"
+            )
         return RequestError(message, status=error.status_code, headers=error.headers).to_response()
 
     return app

@@ -12,6 +12,7 @@ vLLM finds [`register`] by the entry point `vllm.general_plugins` of this packag
 | `attention.py`, `image_prefix.py` | multi-modal causal attention over vLLM's attention kernels and paged cache |
 | `decoder.py` | vLLM's LLaMA around it |
 | `model.py` | the vision tower and the projector of `modeling_visualchat`, and this decoder |
+| `refusals.py` | a middleware for parameters that vLLM would ignore |
 """
 
 

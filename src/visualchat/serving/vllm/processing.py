@@ -74,6 +74,7 @@ class VisualChatMultiModalProcessor(BaseMultiModalProcessor[VisualChatProcessing
         if (placeholders := inputs.prompt.count(token_id)) != images:
             token = self.info.get_hf_processor().image_token
             raise ValueError(
-                f"The prompt has {placeholders} placeholders {token} for {images} images: a text may not contain {token}"
+                f"The prompt has {placeholders} placeholders {token} for {images} images: a text may not contain {token},"
+                " only messages of the user may have images, and truncate_prompt_tokens may not cut one"
             )
         return super().apply(inputs, timing_ctx)
