@@ -239,7 +239,10 @@ class AnswerService:
             raise RequestError(f"messages: {error}", "messages", "invalid_value") from error
         name, requested = request.new_tokens
         if requested is not None and requested > limits.new_tokens:
-            message = f"{name}: this server answers with up to {limits.new_tokens} tokens, got {requested}"
+            message = (
+                f"{name}: this server answers with up to {limits.new_tokens} tokens, got {requested} (the operator can"
+                " change this with --max-new-tokens)"
+            )
             raise RequestError(message, name, "invalid_value")
         if prompt_tokens + (requested or 1) > context:
             raise context_length_error(f"{prompt_tokens} tokens and the answer up to {requested or 1}", str(context))
@@ -317,9 +320,10 @@ class AnswerService:
 
 
 def context_length_error(what: str, context: str) -> RequestError:
+    # By "prompt is too long", litellm and langchain-openai tell this error from others
     return RequestError(
-        f"The conversation has {what}, but the model's context holds {context}: send fewer rounds or images, or ask"
-        " for fewer tokens",
+        f"The prompt is too long: the conversation has {what}, but the model's context holds {context}. Send fewer rounds or"
+        " images, or ask for fewer tokens",
         "messages",
         "context_length_exceeded",
     )
