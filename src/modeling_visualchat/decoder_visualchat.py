@@ -137,7 +137,8 @@ class VisualChatTextModel(PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if is_image is not None:
-            self.check_length(inputs_embeds.shape[1], past_length)
+            packed = is_packed(starts, attention_mask)
+            self.check_length(int(position_ids.max()) + 1 if packed else inputs_embeds.shape[1], past_length)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         prefix_rotary = None

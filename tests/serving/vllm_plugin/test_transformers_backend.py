@@ -1,12 +1,15 @@
 """vLLM's Transformers backend serves `causal` with the tokens of `model.generate`; the rest is refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
-from helpers.transformers_backend import answer_with_backend
+from helpers.transformers_backend import FLAGS, answer_with_backend
 from helpers.vllm_engine import NEW_TOKENS, answer_with_transformers, list_conversations, save_model, with_data_urls
 
 
@@ -38,6 +41,12 @@ def test_answers_equal_those_of_generate(name, tmp_path):
     assert [one["tokens"] for one in given] == [one.tokens for one in expected]
     for one, other in zip(given, expected):
         torch.testing.assert_close(torch.tensor(one["logprobs"]), other.logprobs, atol=1e-3, rtol=0)
+
+
+def test_the_document_has_these_flags():
+    document = (Path(__file__).parents[3] / "docs/serving.md").read_text()
+    overrides = json.dumps(FLAGS["hf_overrides"])
+    assert f"--model-impl {FLAGS['model_impl']} --trust-remote-code \\\n  --hf-overrides '{overrides}'" in document
 
 
 def test_what_it_would_compute_wrong_is_refused(tmp_path):
