@@ -12,10 +12,12 @@ The decoder chooses an [`AttentionPlan`] once per forward pass, for all of its l
 
 The definition and the fast path import nothing of each other. The tests compare them.
 
-Shape letters: N image numbers, C hidden size.
+Shape letters: N image numbers, C hidden size; B batch, Q new tokens, K all tokens that are seen, H query heads, G key-value
+heads, D head size.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,8 +25,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
 from transformers.utils import is_tracing
+from transformers.utils.generic import is_flash_attention_requested
 
 from .decoders_visualchat import find_decoder_family, find_head_dim
 
@@ -32,18 +36,39 @@ from .decoders_visualchat import find_decoder_family, find_head_dim
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
-def check_attention_implementation(config: PreTrainedConfig) -> None:
+def check_attention_implementation(config: PreTrainedConfig, is_plain_causal: bool) -> None:
     """
-    Raises a `ValueError` that says what to use if the decoder is to run an attention backend that cannot express the masks
-    of MMCA. `None` is the default, chosen by transformers.
+    Args:
+        config (`PreTrainedConfig`): The decoder's. Without an attention implementation, transformers chooses one.
+        is_plain_causal (`bool`): Whether its attention is that of its family. Then any function will do that others have
+            registered with transformers: it is called as the family's own attention calls it.
+
+    Raises:
+        ValueError: If the decoder is to run an attention function that cannot express its masks. The error says what to use.
     """
     implementation = config._attn_implementation
-    if implementation is not None and implementation not in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
+    if implementation is None or implementation in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
+        return
+    if not _is_of_others(implementation):
         raise ValueError(
             f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"
             f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder (the vision tower may differ:"
             " attn_implementation={'text_config': …, 'vision_config': …})"
         )
+    if not is_plain_causal:
+        raise ValueError(
+            f"attn_implementation={implementation!r}, which is not of transformers, would compute plain causal attention: it"
+            " is for multimodal_attention='causal' without numbers of images. Choose one of"
+            f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder. In vLLM, leave out `--model-impl"
+            " transformers` and install the package visualchat, which serves this model with an attention of its own"
+        )
+
+
+def _is_of_others(implementation: str) -> bool:
+    """Whether an attention function was registered with transformers by others: an inference engine, a user."""
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
+        return False
+    return implementation in ALL_ATTENTION_FUNCTIONS and not implementation.startswith("paged|")
 
 
 def find_conversation_starts(
@@ -103,11 +128,13 @@ class AttentionPlan(Movable):
 
     Attributes:
         device (`torch.device`): Where its tensors are.
+        backend (`str`): The attention implementation whose function [`~AttentionPlan.attend`] is given.
         image_numbers (`torch.Tensor`, *optional*): Which image of its conversation a token belongs to, 1 for the first. With
             learned numbers: which token of all images of its conversation it is.
     """
 
     device: torch.device
+    backend: str = "sdpa"
     image_numbers: torch.Tensor | None
 
     def to(self, device: torch.device | None, **kwargs) -> "AttentionPlan":
@@ -159,7 +186,7 @@ class AttentionPlan(Movable):
         number_keys: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
-        **kwargs,
+        softmax_over: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -170,6 +197,8 @@ class AttentionPlan(Movable):
                 the keys of text (0: nothing) and of the images with the numbers 1, 2, …, before the rotation.
             position_embeddings (`tuple` of two `torch.Tensor`): cos and sin of the rotary embedding.
             past_key_values (`Cache`, *optional*): Keys after rotation and numbering, and values.
+            softmax_over (`Callable`): The function of the plan's `backend`. Takes queries (BHQD), keys (BGKD), values (BGKD)
+                and a mask; returns the output (BQHD), and with `eager` the weights (BHQK).
 
         Returns:
             What the output projection takes, of the tokens that [`~AttentionPlan.residual`] keeps, and with `eager` the
@@ -283,8 +312,15 @@ class VisualChatAttention(nn.Module):
             keys = keys + 0.0 * number_keys.sum()
         queries = self.q_proj(plan.select_queries(hidden_states))
         values = self.v_proj(hidden_states)
+        # Here and not in the plans: inference engines look for this call in the code of `forward`
+        attention_function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(plan.backend, eager_attention)
+
+        def softmax_over(q_BHQD, k_BGKD, v_BGKD, mask):
+            dropout = self.attention_dropout if self.training else 0.0
+            return attention_function(self, q_BHQD, k_BGKD, v_BGKD, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
         output, weights = plan.attend(
-            self, queries, keys, values, number_keys, position_embeddings, past_key_values, **kwargs
+            self, queries, keys, values, number_keys, position_embeddings, past_key_values, softmax_over
         )
         return self.o_proj(output), weights
 
@@ -334,3 +370,28 @@ class VisualChatAttention(nn.Module):
         if self.image_number_key_bias:
             return torch.cat([nothing - nothing, number_keys[1:]])
         return number_keys - nothing
+
+
+def eager_attention(
+    module: nn.Module,
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One softmax over the keys that `attention_mask` leaves: the definition that every other backend must equal. Returns the
+    output of shape `(batch_size, sequence_length, heads, head_size)` and the weights of shape BHQK.
+    """
+    k_BHKD = repeat_kv(k_BGKD, module.num_key_value_groups)
+    v_BHKD = repeat_kv(v_BGKD, module.num_key_value_groups)
+    scores_BHQK = q_BHQD @ k_BHKD.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BHQK = scores_BHQK + attention_mask
+    softmax_dtype = torch.promote_types(scores_BHQK.dtype, torch.float32)
+    weights_BHQK = scores_BHQK.softmax(-1, dtype=softmax_dtype).to(q_BHQD.dtype)
+    weights_BHQK = nn.functional.dropout(weights_BHQK, p=dropout, training=module.training)
+    return (weights_BHQK @ v_BHKD).transpose(1, 2).contiguous(), weights_BHQK

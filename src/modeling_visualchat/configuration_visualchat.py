@@ -191,6 +191,11 @@ class VisualChatConfig(PreTrainedConfig):
         return self.learned_image_numbers or None
 
     @property
+    def is_plain_causal(self) -> bool:
+        """Whether the decoder's attention is that of its family, over text and images alike."""
+        return self.multimodal_attention == "causal" and self.max_image_number is None
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens that the vision tower puts before those of the patches: a class token, registers."""
         return find_tower_family(self.vision_config).count_prefix_tokens(self.vision_config)

@@ -54,7 +54,7 @@ class VisualChatTextModel(PreTrainedModel):
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config.text_config)
-        self.multimodal_attention = config.multimodal_attention
+        self.multimodal_attention, self.is_plain_causal = config.multimodal_attention, config.is_plain_causal
         self.image_seq_length, self.max_image_number = config.image_seq_length, config.max_image_number
         # Learned numbers tell the tokens of an image apart: there, each token has a number of its own
         self.tokens_per_number = 1 if config.learned_image_numbers else config.image_seq_length
@@ -89,7 +89,8 @@ class VisualChatTextModel(PreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        inputs_embeds: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_image: torch.BoolTensor | None = None,
         image_states: torch.Tensor | None = None,
         image_source: torch.LongTensor | None = None,
@@ -106,8 +107,10 @@ class VisualChatTextModel(PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Text embeddings. Those at
-                image placeholders are not read.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens, in place of
+                `inputs_embeds`.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*): Text
+                embeddings. Those at image placeholders are not read.
             is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens that belong to an
                 image. `None`: all of them are text.
             image_states (`torch.Tensor` of shape `(image tokens, hidden_size)`, *optional*): Projected features, of each
@@ -123,14 +126,19 @@ class VisualChatTextModel(PreTrainedModel):
             tokens_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
                 hidden state is read. The others may be zero.
         """
-        check_attention_implementation(self.config)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`")
+        check_attention_implementation(self.config, self.is_plain_causal)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         starts = find_conversation_starts(position_ids, attention_mask, past_key_values)
         # A cache does not keep packed conversations apart, so none of them could be continued from it
         if use_cache and past_key_values is None and not is_packed(starts, attention_mask):
             past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if is_image is not None:
-            self.check_length(inputs_embeds.shape[1], past_length)
+            packed = is_packed(starts, attention_mask)
+            self.check_length(int(position_ids.max()) + 1 if packed else inputs_embeds.shape[1], past_length)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         prefix_rotary = None
@@ -173,6 +181,7 @@ class VisualChatTextModel(PreTrainedModel):
                 number_embeds,
                 position_embeddings=position_embeddings,
                 plan=plan,
+                position_ids=position_ids,
                 past_key_values=past_key_values,
                 numbers_images=numbers_images,
                 **kwargs,

@@ -20,7 +20,7 @@ W tokens of the longest text, T text keys, I image keys, K all of both, H query 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -259,7 +259,7 @@ class ModalityPlan(AttentionPlan):
         number_keys: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
-        **kwargs,
+        softmax_over: Callable,
     ) -> tuple[torch.Tensor, None]:
         queries, keys, values = (
             states.view(-1, states.shape[-1] // attention.head_dim, attention.head_dim) for states in (queries, keys, values)

@@ -92,7 +92,7 @@ class VisualChatPreTrainedModel(
     _keys_to_ignore_on_load_missing = [r"multi_modal_projector\.positions$"]
 
     def __init__(self, config: VisualChatConfig):
-        check_attention_implementation(config.get_text_config())
+        check_attention_implementation(config.text_config, config.is_plain_causal)
         super().__init__(config)
 
     @classmethod

@@ -30,6 +30,7 @@ H query heads, G key-value heads, D head size, C hidden size.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,7 +38,6 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from .attention_visualchat import AttentionPlan, VisualChatAttention
@@ -154,7 +154,7 @@ class SequencePlan(AttentionPlan):
         number_keys: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
-        **kwargs,
+        softmax_over: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         own_keys = keys
         if number_keys is not None and self.image_numbers is None:  # all is text
@@ -181,21 +181,9 @@ class SequencePlan(AttentionPlan):
         if past_key_values is not None:
             k_BGKD, v_BGKD = past_key_values.update(k_BGQD, v_BGQD, attention.layer_idx)
 
-        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.backend, eager_attention)
-
-        def softmax_over(mask):
-            return backend(
-                attention,
-                q_BHQD,
-                k_BGKD,
-                v_BGKD,
-                mask,
-                dropout=attention.attention_dropout if attention.training else 0.0,
-                scaling=attention.scaling,
-                **kwargs,
-            )
-
-        output_BQHD, weights = self._combine(softmax_over, v_BGKD, attention.num_key_value_groups)
+        output_BQHD, weights = self._combine(
+            partial(softmax_over, q_BHQD, k_BGKD, v_BGKD), v_BGKD, attention.num_key_value_groups
+        )
         if self.sees_itself_only is not None:
             output_BQHD, weights = self._see_itself(
                 output_BQHD, weights, v_BGQD, v_BGKD, attention.num_key_value_groups, seen
@@ -325,28 +313,3 @@ def _restrict(mask: torch.Tensor | BlockMask, keep_BK: torch.Tensor) -> tuple[to
     additive = mask.masked_fill(~keep_B11K, lowest)
     sees_B1Q1 = (additive > lowest).any(-1, keepdim=True)
     return additive.masked_fill(~sees_B1Q1, 0), sees_B1Q1
-
-
-def eager_attention(
-    module: nn.Module,
-    q_BHQD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    One softmax over the keys that `attention_mask` leaves: the definition that every other backend must equal. Returns the
-    output of shape `(batch_size, sequence_length, heads, head_size)` and the weights of shape BHQK.
-    """
-    k_BHKD = repeat_kv(k_BGKD, module.num_key_value_groups)
-    v_BHKD = repeat_kv(v_BGKD, module.num_key_value_groups)
-    scores_BHQK = q_BHQD @ k_BHKD.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores_BHQK = scores_BHQK + attention_mask
-    softmax_dtype = torch.promote_types(scores_BHQK.dtype, torch.float32)
-    weights_BHQK = scores_BHQK.softmax(-1, dtype=softmax_dtype).to(q_BHQD.dtype)
-    weights_BHQK = nn.functional.dropout(weights_BHQK, p=dropout, training=module.training)
-    return (weights_BHQK @ v_BHKD).transpose(1, 2).contiguous(), weights_BHQK

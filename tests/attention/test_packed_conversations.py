@@ -40,6 +40,16 @@ class TestPackedConversations:
         torch.testing.assert_close(outputs.logits, alone, atol=1e-5, rtol=1e-5)
         assert outputs.past_key_values is None  # which of them would go on?
 
+    def test_may_be_longer_together_than_one_may_be(self, implementation, variant, numbered):
+        implementation = {"text_config": implementation, "vision_config": "sdpa"}
+        settings = {"multimodal_attention": variant, "image_number_keys": numbered}
+        model = make_model(implementation, text={"max_position_embeddings": 16}, **settings)
+        conversations = [make_inputs(["titit"], model, seed) for seed in range(2)]
+        with torch.no_grad():
+            assert model(**pack(conversations)).logits.shape[1] == 2 * 16
+            with pytest.raises(ValueError, match=r"18 tokens long.*max_position_embeddings is 16"):
+                model(**pack([make_inputs(["tititss"], model), *conversations]))
+
     def test_under_a_mask_of_four_dimensions(self, implementation, variant, numbered):
         implementation = {"text_config": implementation, "vision_config": "sdpa"}
         model = make_model(implementation, multimodal_attention=variant, image_number_keys=numbered)

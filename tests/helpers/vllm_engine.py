@@ -7,11 +7,13 @@ import torch
 from vllm import LLM, SamplingParams
 
 from benchmarks.vllm_parity import answer, in_openai_form
-from helpers.tiny import assistant, digit_image, user
+from helpers.tiny import assistant, digit_image, make_image_processor, make_model, make_tokenizer, user
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
 
 NEW_TOKENS = 12
+# The kernels of vLLM for CPUs take heads of 32 and more
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
 
 class Answer(NamedTuple):
@@ -19,6 +21,19 @@ class Answer(NamedTuple):
 
     tokens: list[int]
     logprobs: torch.Tensor
+
+
+def save_model(folder: Path, **overrides) -> VisualChatProcessor:
+    """A tiny model and its processor, which is returned."""
+    if overrides.get("projector") == "perceiver":
+        overrides.setdefault("num_query_tokens", 4)
+    text = {**HEADS, **overrides.pop("text", {})}
+    model = make_model(text={name: value for name, value in text.items() if value is not None}, **overrides)
+    image_processor = make_image_processor(overrides.get("tower", "clip"))
+    processor = VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=model.config.image_seq_length)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return processor
 
 
 def list_conversations() -> list[list[dict]]:

@@ -61,7 +61,7 @@ def test_arguments_reach_the_server(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "serve", lambda app, service, *settings: run.append(settings))
     visualchat(["serve", folder])
     service, name, limits, hosts = built
-    assert (name, limits, service.num_slots, service.max_per_client) == (folder, Limits(images=12), 33, 17)
+    assert (name, limits, service.num_slots, service.max_per_client) == (folder, Limits(images=12), 36, 18)
     assert {"localhost", "127.0.0.1"} < hosts and not {"::1", "c.org"} & hosts
     assert run[0][:2] == ("127.0.0.1", 8000)
     assert run[0][2] == ConnectionLimits(possible_connections(1000), shutdown_seconds=25)

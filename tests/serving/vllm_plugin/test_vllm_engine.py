@@ -10,14 +10,18 @@ from peft import LoraConfig, get_peft_model
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, make_image_processor, make_model, make_tokenizer, user
-from helpers.vllm_engine import answer_with_transformers, answer_with_vllm, list_conversations, start_engine
+from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, user
+from helpers.vllm_engine import (
+    answer_with_transformers,
+    answer_with_vllm,
+    list_conversations,
+    save_model,
+    start_engine,
+)
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
 
 pytestmark = pytest.mark.vllm
-# The kernels of vLLM for CPUs take heads of 32 and more
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 MODELS = {
     "causal": {"multimodal_attention": "causal"},
     "causal-numbered": {"multimodal_attention": "causal", "image_number_keys": True},
@@ -43,17 +47,6 @@ MODELS = {
         "text": {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64, "head_dim": None},
     },
 }
-
-
-def save_model(folder, **overrides) -> None:
-    if overrides.get("projector") == "perceiver":
-        overrides.setdefault("num_query_tokens", 4)
-    text = {**HEADS, **overrides.pop("text", {})}
-    model = make_model(text={name: value for name, value in text.items() if value is not None}, **overrides)
-    image_processor = make_image_processor(overrides.get("tower", "clip"))
-    processor = VisualChatProcessor(image_processor, make_tokenizer(), image_seq_length=model.config.image_seq_length)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
