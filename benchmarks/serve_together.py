@@ -1,6 +1,6 @@
 """
 Requests a second of `visualchat serve` where 16 answers are generated together (`--concurrency 16`), to those where they are
-generated one after another (`--concurrency 1`): 16 clients, answers of 8, 32 and 128 tokens. Checks that both give the same
+generated one after another (`--concurrency 1`): 16 clients, answers of 8, 32 and 64 tokens. Checks that both give the same
 answers. Two servers run at the same time, and take turns.
 
     make demo && python -m benchmarks.serve_together
@@ -36,7 +36,7 @@ def send_all(port: int, bodies: list[bytes], clients: int) -> tuple[float, list[
     return len(bodies) / seconds, [read_answer(response.text) for response in responses]
 
 
-def compare(model_dir: str, lengths: list[int], requests: int, clients: int = CLIENTS, repeats: int = 3) -> list[dict]:
+def compare(model_dir: str, lengths: list[int], requests: int, clients: int = CLIENTS, repeats: int = 2) -> list[dict]:
     """
     Runs the benchmark.
 
@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", default=str(ROOT / "outputs/demo/model"), help="folder of the model; by default the one of make demo"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 128], help="in tokens; default %(default)s")
-    parser.add_argument("--requests", type=int, default=64, help="of a turn; default %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each server; default %(default)s")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 64], help="in tokens; default %(default)s")
+    parser.add_argument("--requests", type=int, default=48, help="of a turn; default %(default)s")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each server; default %(default)s")
     args = parser.parse_args(argv)
     write_results("serve_together", compare(args.model, args.lengths, args.requests, repeats=args.repeats))
 

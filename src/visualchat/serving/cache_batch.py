@@ -45,7 +45,7 @@ class CacheBatch:
             return
         old = self.cache
         if kept and len(kept) < len(self.lengths):
-            old.batch_select_indices(torch.tensor(kept, device=_device_of(old)))
+            old.batch_select_indices(torch.tensor(kept))  # on the CPU: layers may lie on several devices
         caches = [old] * bool(kept) + [copy_cache(cache) for cache in new]
         counts = [[self.lengths[row] for row in kept]] * bool(kept) + [[int(cache.get_seq_length())] for cache in new]
         _make_alike(caches, counts)
