@@ -9,6 +9,7 @@ The decoder chooses an [`AttentionPlan`] once per forward pass, for all of its l
 | `SequencePlan` | `sequence_attention_visualchat.py` | the definition of MMCA: all tokens in the order of the sequence  |
 | `ReleasedPlan` | `released_attention_visualchat.py` | what the code released with the paper computes, in that order    |
 | `ModalityPlan` | `modality_attention_visualchat.py` | the same as the definition, much faster: tokens by modality      |
+| `CrossPlan`    | `cross_attention_visualchat.py`    | the paper's other baseline: text alone, which looks at images    |
 
 The definition and the fast path import nothing of each other. The tests compare them.
 
@@ -32,12 +33,14 @@ from .decoders_visualchat import find_decoder_family, find_head_dim
 SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
-def check_attention_implementation(config: PreTrainedConfig) -> None:
+def check_attention_implementation(config: PreTrainedConfig, multimodal_attention: str) -> None:
     """
     Raises a `ValueError` that says what to use if the decoder is to run an attention backend that cannot express the masks
-    of MMCA. `None` is the default, chosen by transformers.
+    of MMCA, or that cross attention does not use. `None` is the default, chosen by transformers.
     """
     implementation = config._attn_implementation
+    if implementation == "flex_attention" and multimodal_attention == "cross":
+        raise ValueError("multimodal_attention='cross' needs attn_implementation 'eager' or 'sdpa', not 'flex_attention'")
     if implementation is not None and implementation not in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
         raise ValueError(
             f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"

@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,7 +27,9 @@ from .attention_visualchat import (
     is_packed,
 )
 from .configuration_visualchat import VisualChatConfig
+from .cross_attention_visualchat import CrossPlan, VisualChatCrossAttention, VisualChatCrossDecoderLayer, make_cross_plan
 from .decoder_layer_visualchat import SequenceOrder, VisualChatDecoderLayer
+from .distributed_visualchat import gathers_weights
 from .input_checks_visualchat import check_image_numbers, find_sequence_arguments
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
@@ -44,7 +47,7 @@ class VisualChatTextModel(PreTrainedModel):
     config: PreTrainedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualChatDecoderLayer"]
+    _no_split_modules = ["VisualChatDecoderLayer", "VisualChatCrossDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -60,18 +63,15 @@ class VisualChatTextModel(PreTrainedModel):
         self.tokens_per_number = 1 if config.learned_image_numbers else config.image_seq_length
         text_config = config.text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
-        self.layers = nn.ModuleList(
-            [
-                VisualChatDecoderLayer(
-                    text_config,
-                    layer_idx,
-                    image_number_key_bias=config.image_number_key_bias,
-                    learned_image_numbers=config.learned_image_numbers,
-                    image_seq_length=config.image_seq_length,
-                )
-                for layer_idx in range(text_config.num_hidden_layers)
-            ]
+        make_layer = partial(
+            VisualChatDecoderLayer,
+            image_number_key_bias=config.image_number_key_bias,
+            learned_image_numbers=config.learned_image_numbers,
+            image_seq_length=config.image_seq_length,
         )
+        if self.multimodal_attention == "cross":
+            make_layer = partial(VisualChatCrossDecoderLayer, cross_attention_every=config.cross_attention_every)
+        self.layers = nn.ModuleList([make_layer(text_config, index) for index in range(text_config.num_hidden_layers)])
         self.norm = VisualChatRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text_config)
         self.sequence_order = SequenceOrder()
@@ -84,6 +84,8 @@ class VisualChatTextModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LearnedImageNumbers):
             nn.init.zeros_(module.weight)
+        if isinstance(module, VisualChatCrossAttention):
+            nn.init.zeros_(module.gate)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -123,7 +125,7 @@ class VisualChatTextModel(PreTrainedModel):
             tokens_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens whose last
                 hidden state is read. The others may be zero.
         """
-        check_attention_implementation(self.config)
+        check_attention_implementation(self.config, self.multimodal_attention)
         starts = find_conversation_starts(position_ids, attention_mask, past_key_values)
         # A cache does not keep packed conversations apart, so none of them could be continued from it
         if use_cache and past_key_values is None and not is_packed(starts, attention_mask):
@@ -166,11 +168,18 @@ class VisualChatTextModel(PreTrainedModel):
         if records:
             in_order = plan.restore(hidden_states)
             hidden_states = plan.go_on_from(in_order, hidden_states)
+        sources = (number_embeds,)
+        if self.multimodal_attention == "cross":
+            is_cross = isinstance(plan, CrossPlan)
+            if numbers_images and not is_cross:  # the dummy image of a distributed run
+                image_states = inputs_embeds.new_zeros(self.image_seq_length, inputs_embeds.shape[-1])
+            sources = (number_embeds, image_states)
+            kwargs["looks_at_images"] = is_cross or numbers_images or gathers_weights(self.layers)
         for layer, plan in zip(self.layers, plans):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
             hidden_states = layer(
                 hidden_states,
-                number_embeds,
+                *sources,
                 position_embeddings=position_embeddings,
                 plan=plan,
                 past_key_values=past_key_values,
@@ -224,6 +233,10 @@ class VisualChatTextModel(PreTrainedModel):
         keys, values = zip(*plan.recorded)
         return torch.stack(keys).unflatten(1, (images, length)), torch.stack(values).unflatten(1, (images, length))
 
+    def takes_padding_mask(self, attention_mask: torch.Tensor | None) -> bool:
+        """Whether images are computed apart from text by such a mask of 2 dimensions, also where the cache is static."""
+        return self.multimodal_attention == "cross" or self.can_split_modalities(attention_mask)
+
     def can_split_modalities(self, attention_mask: torch.Tensor | BlockMask | None) -> bool:
         """Whether the fast path can compute attention with such a mask."""
         is_own = self.multimodal_attention in ("mmca", "mmca_merged")
@@ -244,7 +257,10 @@ class VisualChatTextModel(PreTrainedModel):
         starts: torch.Tensor | None,
         prefix_rotary: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> AttentionPlan:
-        """The fast path where it can compute this call; else the definition, or what the released code computes."""
+        """
+        The fast path where it can compute this call; else the definition, or what the released code computes. With cross
+        attention its own where images have been seen, and the decoder's where not.
+        """
         num_placeholders = None
         if image_source is not None or image_states is not None:
             num_placeholders = len(image_source) if image_source is not None else len(image_states)
@@ -287,6 +303,18 @@ class VisualChatTextModel(PreTrainedModel):
                 " torch.compile, it needs to be without a cache"
             )
         variant, make = self.multimodal_attention, SequencePlan
+        if variant == "cross" and (is_image is not None or get_modality_positions(past_key_values) is not None):
+            return make_cross_plan(
+                self,
+                is_image,
+                attention_mask,
+                position_embeddings,
+                tuple(inputs_embeds.shape[:2]),
+                past_key_values,
+                starts,
+                image_source=image_source,
+                num_placeholders=num_placeholders,
+            )
         if variant == "mmca_released" and is_image is None:
             variant = "mmca"  # text that follows all images, where the two agree
         elif variant == "mmca_released":
@@ -320,6 +348,8 @@ class VisualChatTextModel(PreTrainedModel):
     ) -> bool:
         """Whether the fast path computes this call."""
         can_split = self.can_split_modalities(attention_mask)
+        if self.multimodal_attention == "cross":
+            return False
         if get_modality_positions(past_key_values) is not None:
             if not can_split:
                 raise ValueError(

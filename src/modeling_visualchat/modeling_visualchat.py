@@ -82,7 +82,8 @@ class VisualChatPreTrainedModel(
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualChatDecoderLayer", "CLIPEncoderLayer"]  # of the `vit` projector; the tower has its own
+    # CLIP's is of the `vit` projector; the tower has its own
+    _no_split_modules = ["VisualChatDecoderLayer", "VisualChatCrossDecoderLayer", "CLIPEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -92,7 +93,7 @@ class VisualChatPreTrainedModel(
     _keys_to_ignore_on_load_missing = [r"multi_modal_projector\.positions$"]
 
     def __init__(self, config: VisualChatConfig):
-        check_attention_implementation(config.get_text_config())
+        check_attention_implementation(config.get_text_config(), config.multimodal_attention)
         super().__init__(config)
 
     @classmethod

@@ -13,6 +13,8 @@ CODE_FILES = {
     "chat_template_visualchat.py",
     "chat_visualchat.py",
     "configuration_visualchat.py",
+    "cross_attention_visualchat.py",
+    "cross_cache_visualchat.py",
     "decoder_layer_visualchat.py",
     "decoder_visualchat.py",
     "decoders_visualchat.py",
