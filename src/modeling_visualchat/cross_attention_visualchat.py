@@ -191,17 +191,7 @@ class CrossPlan(ModalityPlan):
         past_key_values: Cache | None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        """
-        Plain causal attention over text.
-
-        Raises:
-            ValueError: If the weights are asked for.
-        """
-        if kwargs.get("output_attentions"):
-            raise ValueError(
-                "`output_attentions`: multimodal_attention='cross' has no one matrix of weights over text and images where a"
-                " conversation holds images; leave it out"
-            )
+        """Plain causal attention over text."""
         queries, keys, values = (
             states.view(-1, states.shape[-1] // attention.head_dim, attention.head_dim) for states in (queries, keys, values)
         )
@@ -289,7 +279,7 @@ def _settings_of(attention: VisualChatAttention | VisualChatCrossAttention) -> d
 
 def see_nothing(queries: torch.Tensor, *images: torch.Tensor | None) -> torch.Tensor:
     """Exactly 0, of the shape of `queries`. All that was computed gets a gradient, as on the other processes of a run."""
-    return 0.0 * (queries + sum(states.sum() for states in images if states is not None))
+    return 0.0 * queries + sum((0.0 * states).sum() for states in images if states is not None)
 
 
 def eager_softmax(
@@ -322,6 +312,7 @@ def make_cross_plan(
     batch_and_length: tuple[int, int],
     past_key_values: Cache | None,
     starts: torch.Tensor | None,
+    returns_weights: bool,
     **kwargs,
 ) -> CrossPlan:
     """
@@ -332,11 +323,17 @@ def make_cross_plan(
         is_image, attention_mask, position_embeddings, batch_and_length, kwargs: As [`CrossPlan`] takes them.
         past_key_values (`Cache`, *optional*): The cache.
         starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
+        returns_weights (`bool`): Whether the weights of attention are asked for.
 
     Raises:
-        ValueError: If conversations are packed, if a mask has 4 dimensions, if the cache is of another kind, or if the
-            sequences of the batch have adapters of their own.
+        ValueError: If conversations are packed, if a mask has 4 dimensions, if the cache is of another kind, if weights are
+            asked for, or if the sequences of the batch have adapters of their own.
     """
+    if returns_weights:
+        raise ValueError(
+            "`output_attentions`: multimodal_attention='cross' has no one matrix of weights over text and images where a"
+            " conversation holds images: leave it out"
+        )
     if not (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)):
         raise ValueError(
             "multimodal_attention='cross' computes the text of a conversation with images without its placeholders, which an"

@@ -156,6 +156,7 @@ class VisualChatTextModel(PreTrainedModel):
             past_key_values,
             starts,
             prefix_rotary,
+            kwargs.get("output_attentions", self.config.output_attentions),
         )
         numbers_per_image = self.image_seq_length // self.tokens_per_number
         check_image_numbers(plan.image_numbers, self.max_image_number, numbers_per_image)
@@ -174,7 +175,7 @@ class VisualChatTextModel(PreTrainedModel):
             if numbers_images and not is_cross:  # the dummy image of a distributed run
                 image_states = inputs_embeds.new_zeros(self.image_seq_length, inputs_embeds.shape[-1])
             sources = (number_embeds, image_states)
-            kwargs["looks_at_images"] = is_cross or numbers_images or gathers_weights(self.layers)
+            kwargs["looks_at_images"] = is_cross or numbers_images or gathers_weights(self.layers[0])
         for layer, plan in zip(self.layers, plans):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
             hidden_states = layer(
@@ -256,6 +257,7 @@ class VisualChatTextModel(PreTrainedModel):
         past_key_values: Cache | None,
         starts: torch.Tensor | None,
         prefix_rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        returns_weights: bool,
     ) -> AttentionPlan:
         """
         The fast path where it can compute this call; else the definition, or what the released code computes. With cross
@@ -312,6 +314,7 @@ class VisualChatTextModel(PreTrainedModel):
                 tuple(inputs_embeds.shape[:2]),
                 past_key_values,
                 starts,
+                returns_weights,
                 image_source=image_source,
                 num_placeholders=num_placeholders,
             )
