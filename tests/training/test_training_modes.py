@@ -28,6 +28,7 @@ from visualchat.training import recipe, train
 from visualchat.training.arguments import ModelArguments
 from visualchat.training.joining import join_parts, prepare_processor
 from visualchat.training.train import main
+from visualchat.training.trainer import VisualChatTrainingArguments, group_parameters
 
 
 class TestModes:
@@ -95,6 +96,18 @@ class TestCrossAttention:
         before = AutoModel.from_pretrained(tmp_path / "cross").state_dict()
         after = AutoModel.from_pretrained(tmp_path / "run" / "model").state_dict()
         assert moved(before, after) == {name for name in before if "multi_modal_projector" in name or "cross_attn" in name}
+
+    def test_its_gates_and_norms_do_not_decay(self):
+        model = make_model(multimodal_attention="cross")
+        model.freeze_for_alignment()
+        settings = VisualChatTrainingArguments(output_dir="unused", use_cpu=True, weight_decay=0.1)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decay = {
+            names[id(one)]: group["weight_decay"] for group in group_parameters(model, settings) for one in group["params"]
+        }
+        of_block = {name.split("cross_attn.")[1]: rate for name, rate in decay.items() if "layers.0.cross_attn" in name}
+        matrices = {f"{letter}_proj.weight": 0.1 for letter in "qkvo"}
+        assert of_block == {"gate": 0.0, "query_norm.weight": 0.0, "image_norm.weight": 0.0, **matrices}
 
     def test_lora_is_added_to_the_decoders_own_projections_alone(self, words, tmp_path):
         main([*words, "--mode", "lora"])
