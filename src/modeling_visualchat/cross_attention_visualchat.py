@@ -47,11 +47,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils import is_tracing
 
 from .attention_visualchat import AttentionPlan, VisualChatAttention, VisualChatRMSNorm, is_packed
 from .cross_cache_visualchat import CrossCacheLayer, StaticCrossCacheLayer
+from .cross_weights_visualchat import CrossWeights, eager_softmax, eager_weights
 from .decoder_layer_visualchat import VisualChatDecoderLayer
 from .decoders_visualchat import find_head_dim
 from .input_checks_visualchat import find_sequence_arguments
@@ -154,16 +154,33 @@ class VisualChatCrossDecoderLayer(VisualChatDecoderLayer):
 class CrossPlan(ModalityPlan):
     """
     The text tokens of a batch whose conversations hold images, in one stream. The arguments are those of a [`ModalityPlan`],
-    of which `merged`, `memory`, `records`, `uses_flex` and `prefix` are not for this variant, and `is_eager`: whether the
-    scores are computed one by one (`attn_implementation="eager"`).
+    of which `merged`, `memory`, `records`, `uses_flex` and `prefix` are not for this variant, and these.
+
+    Args:
+        is_eager (`bool`): Whether all scores are written out (`attn_implementation="eager"`).
+        returns_weights (`bool`): Whether the weights of attention are then returned.
     """
 
     # Over the image keys, of all text tokens. Empty: none of them sees an image
     calls_of_text: tuple[tuple[slice, list[ImageCall]], ...] = ()
 
-    def __init__(self, *args, is_eager: bool = False, **kwargs):
-        self.is_eager = is_eager
+    def __init__(self, *args, is_eager: bool = False, returns_weights: bool = False, **kwargs):
+        self.is_eager, self.weights = is_eager, None
         super().__init__(*args, **kwargs)
+        if is_eager and returns_weights and not self.is_traced:
+            positions, length = kwargs["positions"], self.shape[1]
+            is_static = positions is not None and positions.is_compileable
+            self.weights = CrossWeights(
+                self.text.pad(self.text_index % length, length),
+                self.text.pad(self._positions_of(self.text_index), -1),
+                self._without_padding(self.text_positions_BT),
+                self._without_padding(self.image_positions_BI),
+                length,
+                positions.max_cache_len if is_static else int(self.past_length) + length,
+            )
+
+    def for_last_layer(self, is_read: torch.BoolTensor) -> "CrossPlan":
+        return self if self.weights is not None else super().for_last_layer(is_read)
 
     def _look(self, kept_text: torch.Tensor | None, keeps_images: bool) -> None:
         super()._look(kept_text, keeps_images=False)
@@ -180,6 +197,9 @@ class CrossPlan(ModalityPlan):
     ) -> torch.Tensor:
         return super().arrange(inputs_embeds, None)
 
+    def go_on_from(self, in_order: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.arrange(in_order, None)
+
     def attend(
         self,
         attention: VisualChatAttention,
@@ -190,7 +210,7 @@ class CrossPlan(ModalityPlan):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
         **kwargs,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Plain causal attention over text."""
         queries, keys, values = (
             states.view(-1, states.shape[-1] // attention.head_dim, attention.head_dim) for states in (queries, keys, values)
@@ -204,7 +224,12 @@ class CrossPlan(ModalityPlan):
             cached = past_key_values.update(k_BGTD, v_BGTD, attention.layer_idx)
             if not self.begins:
                 k_BGTD, v_BGTD = cached
-        return self.attend_to_keys(q_BHWD, (k_BGTD,), (v_BGTD,), **_settings_of(attention)).flatten(1)[None], None
+        settings = _settings_of(attention)
+        if self.weights is None:
+            return self.attend_to_keys(q_BHWD, (k_BGTD,), (v_BGTD,), **settings).flatten(1)[None], None
+        weights = eager_weights(q_BHWD, k_BGTD, self.mask, self.is_causal, **settings)
+        output_BHWD, weights = self.weights.attend(weights, v_BGTD)
+        return self.text.pack(output_BHWD.transpose(1, 2)).flatten(1)[None], weights
 
     def _attend_to_keys(self, q_BHWD, keys, values, **settings) -> torch.Tensor:
         output_BHWD = self._softmax(q_BHWD, keys[0], values[0], self.mask, self.is_causal, **settings)
@@ -247,6 +272,9 @@ class CrossPlan(ModalityPlan):
             k_BGID, v_BGID = past_key_values.update(k_BGID, v_BGID, attention.layer_idx, are_images=True)
         if not self.calls_of_text:
             return see_nothing(queries, keys, values, number_keys)
+        if self.weights is not None:
+            output_BHWD = self.weights.look_at_images(q_BHWD, k_BGID, v_BGID, **_settings_of(attention))
+            return self.text.pack(output_BHWD.transpose(1, 2)).flatten(1)[None]
         is_on_gpu = q_BHWD.is_cuda and not torch.compiler.is_compiling()
         with without_cudnn() if is_on_gpu else nullcontext():
             output = self._call(q_BHWD, k_BGID, v_BGID, **_settings_of(attention))
@@ -282,28 +310,6 @@ def see_nothing(queries: torch.Tensor, *images: torch.Tensor | None) -> torch.Te
     return 0.0 * queries + sum((0.0 * states).sum() for states in images if states is not None)
 
 
-def eager_softmax(
-    q_BHWD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKD: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scaling: float = 1.0,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """As [`softmax`], written out."""
-    groups = q_BHWD.shape[1] // k_BGKD.shape[1]
-    scores_BHWK = q_BHWD @ repeat_kv(k_BGKD, groups).transpose(2, 3) * scaling
-    if mask is not None:
-        scores_BHWK = scores_BHWK + mask
-    if is_causal:
-        is_later_WK = torch.ones(scores_BHWK.shape[-2:], dtype=torch.bool, device=scores_BHWK.device).triu(1)
-        scores_BHWK = scores_BHWK.masked_fill(is_later_WK, float("-inf"))
-    softmax_dtype = torch.promote_types(scores_BHWK.dtype, torch.float32)
-    weights_BHWK = scores_BHWK.softmax(-1, dtype=softmax_dtype).to(q_BHWD.dtype)
-    return nn.functional.dropout(weights_BHWK, dropout_p) @ repeat_kv(v_BGKD, groups)
-
-
 def make_cross_plan(
     decoder: nn.Module,
     is_image: torch.Tensor | None,
@@ -312,7 +318,6 @@ def make_cross_plan(
     batch_and_length: tuple[int, int],
     past_key_values: Cache | None,
     starts: torch.Tensor | None,
-    returns_weights: bool,
     **kwargs,
 ) -> CrossPlan:
     """
@@ -323,17 +328,11 @@ def make_cross_plan(
         is_image, attention_mask, position_embeddings, batch_and_length, kwargs: As [`CrossPlan`] takes them.
         past_key_values (`Cache`, *optional*): The cache.
         starts (`torch.BoolTensor`, *optional*): What [`find_conversation_starts`] returned.
-        returns_weights (`bool`): Whether the weights of attention are asked for.
 
     Raises:
-        ValueError: If conversations are packed, if a mask has 4 dimensions, if the cache is of another kind, if weights are
-            asked for, or if the sequences of the batch have adapters of their own.
+        ValueError: If conversations are packed, if a mask has 4 dimensions, if the cache is of another kind, or if the
+            sequences of the batch have adapters of their own.
     """
-    if returns_weights:
-        raise ValueError(
-            "`output_attentions`: multimodal_attention='cross' has no one matrix of weights over text and images where a"
-            " conversation holds images: leave it out"
-        )
     if not (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)):
         raise ValueError(
             "multimodal_attention='cross' computes the text of a conversation with images without its placeholders, which an"

@@ -314,7 +314,7 @@ class VisualChatTextModel(PreTrainedModel):
                 tuple(inputs_embeds.shape[:2]),
                 past_key_values,
                 starts,
-                returns_weights,
+                returns_weights=returns_weights,
                 image_source=image_source,
                 num_placeholders=num_placeholders,
             )

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
-from helpers.cross import assert_is_the_definition
+from helpers.cross import assert_is_the_definition, norm
 from helpers.modality import DOUBLE, LAYOUTS, SIDES, assert_equal_where_kept, drawn, forward, make_pair, with_edges
 from helpers.tiny import TOKENS_PER_IMAGE, copy_llama_weights, make_config, make_inputs, make_model
 from modeling_visualchat import VisualChatConfig, VisualChatForCausalLM
@@ -148,6 +148,60 @@ class TestClosedGates:
             optimizer.step()
 
 
+class TestWeights:
+    """With `eager`, `output_attentions` gives one matrix: of a layer's own attention, and at images of cross attention."""
+
+    @pytest.mark.parametrize("every", [1, 3])
+    def test_outputs_are_made_of_the_weights(self, every):
+        model = make_cross("eager", cross_attention_every=every).double()
+        inputs = make_inputs(["titit", "tt", "iti"], model)
+        outputs = {}
+        for index, layer in enumerate(model.model.language_model.layers):
+            for name in ("self_attn", "cross_attn"):
+                if (block := getattr(layer, name)) is not None:
+                    hook = lambda module, args, output, key=(index, name): outputs.update({key: output})  # noqa: E731
+                    block.register_forward_hook(hook)
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        result = model(**inputs, output_attentions=True, output_hidden_states=True)
+        kept = inputs["attention_mask"].bool()
+        is_image = inputs["input_ids"] == model.config.image_token_id
+        is_text, seen = kept & ~is_image, is_image.cumsum(-1) > 0
+        for index, layer in enumerate(model.model.language_model.layers):
+            weights, has_block = result.attentions[index], (index + 1) % every == 0
+            sums = is_text * (1.0 + seen * has_block)
+            torch.testing.assert_close(weights.sum(-1).double(), sums[:, None].expand(-1, 4, -1).double())
+            states, cross = result.hidden_states[index], 0
+            if has_block:
+                block = layer.cross_attn
+                values = torch.zeros(*is_image.shape, 2, 16, dtype=DOUBLE)
+                features = norm(result.image_hidden_states.flatten(0, 1), block.image_norm)
+                values[is_image] = block.v_proj(features).unflatten(-1, (2, 16))
+                mixed = (weights * is_image[:, None, None]) @ values.transpose(1, 2).repeat_interleave(2, 1)
+                cross = block.gate.tanh() * block.o_proj(mixed.transpose(1, 2).flatten(2))
+                torch.testing.assert_close(outputs[index, "cross_attn"][0], cross[is_text])
+            values = layer.self_attn.v_proj(layer.input_layernorm(states + cross)).unflatten(-1, (2, 16))
+            mixed = (weights * is_text[:, None, None]) @ values.transpose(1, 2).repeat_interleave(2, 1)
+            output = layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+            torch.testing.assert_close(outputs[index, "self_attn"][0][0], output[is_text])
+
+    @pytest.mark.parametrize("static", [False, True])
+    def test_from_a_cache_they_are_the_rows_of_those_without(self, static):
+        model = make_cross("eager", image_number_keys=True).double()
+        inputs = make_inputs(["titit", "tt"], model)
+        expected = forward(model, inputs, output_attentions=True)
+        assert_equal_where_kept(expected.logits, forward(model, inputs).logits, inputs, atol=1e-9)
+        cache = StaticCache(config=model.config.text_config, max_cache_len=30) if static else DynamicCache()
+        first = {name: inputs[name][:, :-2] for name in ("input_ids", "attention_mask")}
+        forward(model, {**first, "pixel_values": inputs["pixel_values"]}, past_key_values=cache)
+        last = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"]}
+        ours = forward(model, last, past_key_values=cache, output_attentions=True)
+        length = inputs["input_ids"].shape[1]
+        for one, other in zip(ours.attentions, expected.attentions):
+            assert one.shape[-1] == (30 if static else length)
+            torch.testing.assert_close(one[..., :length], other[:, :, -2:])
+            assert not one[..., length:].any()
+
+
 class TestTraining:
     @pytest.mark.parametrize("layout", [["tttt"], ["tti"]], ids=["no image", "an image that no text sees"])
     def test_a_batch_in_which_no_text_sees_an_image_trains_every_part_with_zero_effect(self, layout):
@@ -262,13 +316,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match="'cross' cannot use image memory: its images do not pass through the decoder"):
             model.encode_images(torch.zeros(1, 3, 16, 16))
         assert not model.model.language_model.can_split_modalities(None)
-
-    def test_weights_of_attention(self):
-        model = make_cross("eager")
-        with pytest.raises(ValueError, match="`output_attentions`: multimodal_attention='cross' has no one matrix"):
-            model(**make_inputs(["tit"], model), output_attentions=True)
-        text = make_inputs(["tt"], model)
-        assert len(model(**text, output_attentions=True).attentions) == 3
 
     def test_masks_of_4_dimensions_and_packed_conversations(self):
         model = make_cross()

@@ -206,26 +206,3 @@ class VisualChatCrossTest(VisualChatTests, unittest.TestCase):
     """Flamingo's choice: images do not pass through the decoder."""
 
     config_fields = {"multimodal_attention": "cross"}
-
-    # A conversation with images, as these tests bring, has no one matrix of weights: they are refused by name
-    WEIGHTS = "The weights of attention are refused: tests/attention/test_cross_attention.py"
-
-    @unittest.skip(WEIGHTS)
-    def test_attention_outputs(self):
-        pass
-
-    @unittest.skip(WEIGHTS)
-    def test_capture_outputs_decorator(self):
-        pass
-
-    @unittest.skip(WEIGHTS)
-    def test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions(self):
-        pass
-
-    @unittest.skip(WEIGHTS)
-    def test_model_outputs_equivalence(self):
-        pass
-
-    @unittest.skip(WEIGHTS)
-    def test_retain_grad_hidden_states_attentions(self):
-        pass

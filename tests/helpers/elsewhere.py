@@ -15,6 +15,7 @@ CODE_FILES = {
     "configuration_visualchat.py",
     "cross_attention_visualchat.py",
     "cross_cache_visualchat.py",
+    "cross_weights_visualchat.py",
     "decoder_layer_visualchat.py",
     "decoder_visualchat.py",
     "decoders_visualchat.py",
