@@ -61,7 +61,8 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
             embeddings and one for each layer.
         attentions (`tuple(torch.Tensor)`, *optional*): With `eager`, of shape `(batch_size, heads, sequence_length, keys)`
             for each layer. Under `"mmca"` and `"cross"` the weights of a text token that sees an image sum to 2. An image
-            prefix has no column, so that the weights of an image token, its own among the columns, sum to less than 1 with it.
+            prefix has no column, so that the weights of an image token, its own among the columns, sum to less than 1 with
+            it.
         image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`, *optional*):
             The projected features of the images of this call.
     """
