@@ -11,8 +11,9 @@ A layer with cross attention begins with
 and goes on as the decoder's own, whose attention is plain causal attention over text. In it
 
 - `images` are the projected features of all images that stand before the text token, the same in every layer: they do not
-  pass through the decoder. Flamingo lets a token see the last image alone; a question may be about any image ("what differs
-  between the first and the third?"), so a token sees all of them, as in MMCA, and as in Llama 3.2 Vision and IDEFICS.
+  pass through the decoder. Flamingo and IDEFICS let a token see the last image alone, and Llama 3.2 Vision the last ones
+  between which there is no text. A question of a chat may be about any image ("what differs between the first and the
+  third?"), so here a token sees all of them, as in MMCA.
 - A token before the first image gets exactly nothing.
 - The gate begins at 0 (Flamingo, Llama 3.2 Vision): a joined model begins as its decoder, image or no image, and learns
   first to open the gates. The new matrices begin as the decoder's began, at random.
@@ -24,8 +25,8 @@ and goes on as the decoder's own, whose attention is plain causal attention over
 - There is no rotation: an image is at no distance from the text. Where within an image a token is, the tower's features say.
   Which image it is they cannot say. With `image_number_keys` the key of the image's number, W_K n_k(e_k), is added to the
   keys of its tokens, as in the other variants; the keys of text have no number.
-- `cross_attention_every` n gives every n-th layer such a block, the n-th, the 2n-th, and so on (OpenFlamingo, Llama 3.2
-  Vision); 1, the default, gives all.
+- `cross_attention_every` n gives every n-th layer such a block, the n-th, the 2n-th, and so on (Llama 3.2 Vision has one in
+  every fifth); 1, the default, gives all.
 
 Placeholders stand in `input_ids` as in the other variants, and text keeps its positions, those of a sequence with
 placeholders: a prompt is the same in each variant. But the layers carry the text tokens alone, and the output at a
