@@ -310,7 +310,7 @@ def run(job: Job, scale: Scale, folder: Path) -> dict:
     if job.kind == "run":
         result["image_attention"] = image_attention(model, processor, task, "test", scale.probes, job.seed)
         result["robustness"] = robustness(model, processor, task, "test", scale.probes, job.seed)
-        if model.config.multimodal_attention != "causal" and job.seed == scale.seeds[0]:
+        if model.config.multimodal_attention in ("mmca", "mmca_merged") and job.seed == scale.seeds[0]:
             result["memory"] = compare_memory(model, processor, held_out.examples)
         if job.regime == "frozen":  # some changes start from it
             path = folder / "trained" / f"{job.name}.safetensors"

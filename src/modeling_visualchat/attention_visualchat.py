@@ -9,6 +9,7 @@ The decoder chooses an [`AttentionPlan`] once per forward pass, for all of its l
 | `SequencePlan` | `sequence_attention_visualchat.py` | the definition of MMCA: all tokens in the order of the sequence  |
 | `ReleasedPlan` | `released_attention_visualchat.py` | what the code released with the paper computes, in that order    |
 | `ModalityPlan` | `modality_attention_visualchat.py` | the same as the definition, much faster: tokens by modality      |
+| `CrossPlan`    | `cross_attention_visualchat.py`    | the paper's other baseline: text alone, which looks at images    |
 
 The definition and the fast path import nothing of each other. The tests compare them.
 
@@ -28,47 +29,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
 from transformers.utils import is_tracing
-from transformers.utils.generic import is_flash_attention_requested
 
 from .decoders_visualchat import find_decoder_family, find_head_dim
-
-
-SUPPORTED_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
-
-
-def check_attention_implementation(config: PreTrainedConfig, is_plain_causal: bool) -> None:
-    """
-    Args:
-        config (`PreTrainedConfig`): The decoder's. Without an attention implementation, transformers chooses one.
-        is_plain_causal (`bool`): Whether its attention is that of its family. Then any function will do that others have
-            registered with transformers: it is called as the family's own attention calls it.
-
-    Raises:
-        ValueError: If the decoder is to run an attention function that cannot express its masks. The error says what to use.
-    """
-    implementation = config._attn_implementation
-    if implementation is None or implementation in SUPPORTED_ATTENTION_IMPLEMENTATIONS:
-        return
-    if not _is_of_others(implementation):
-        raise ValueError(
-            f"attn_implementation={implementation!r} cannot compute multi-modal causal attention: choose one of"
-            f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder (the vision tower may differ:"
-            " attn_implementation={'text_config': …, 'vision_config': …})"
-        )
-    if not is_plain_causal:
-        raise ValueError(
-            f"attn_implementation={implementation!r}, which is not of transformers, would compute plain causal attention: it"
-            " is for multimodal_attention='causal' without numbers of images. Choose one of"
-            f" {', '.join(map(repr, SUPPORTED_ATTENTION_IMPLEMENTATIONS))} for the decoder. In vLLM, leave out `--model-impl"
-            " transformers` and install the package visualchat, which serves this model with an attention of its own"
-        )
-
-
-def _is_of_others(implementation: str) -> bool:
-    """Whether an attention function was registered with transformers by others: an inference engine, a user."""
-    if is_flash_attention_requested(requested_attention_implementation=implementation):
-        return False
-    return implementation in ALL_ATTENTION_FUNCTIONS and not implementation.startswith("paged|")
 
 
 def find_conversation_starts(

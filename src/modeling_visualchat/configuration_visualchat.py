@@ -40,7 +40,10 @@ class VisualChatConfig(PreTrainedConfig):
             over the image keys that it may see (the paper). `"mmca_merged"`: the same, but a text token takes one softmax
             over all of these keys. `"causal"`: plain causal attention over everything (LLaVA, MiniGPT-4).
             `"mmca_released"`: what the released code computes, with its defects, for converted checkpoints
-            (`released_attention_visualchat.py`).
+            (`released_attention_visualchat.py`). `"cross"`: images do not pass through the decoder; its layers look at them
+            by new blocks of cross attention, which train with the projector (Flamingo; `cross_attention_visualchat.py`).
+        cross_attention_every (`int`, *optional*, defaults to 1):
+            Which layers of the decoder have cross attention with `"cross"`: every n-th. 1 is all.
         image_number_keys (`bool`, *optional*, defaults to `False`):
             In every layer, add the key of the image's number, as the prompt spells it, to the keys of the image's tokens.
             Needs `image_number_token_ids`.
@@ -110,7 +113,8 @@ class VisualChatConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    multimodal_attention: Literal["mmca", "mmca_merged", "mmca_released", "causal"] = "mmca"
+    multimodal_attention: Literal["mmca", "mmca_merged", "mmca_released", "causal", "cross"] = "mmca"
+    cross_attention_every: int = 1
     image_number_keys: bool = False
     image_number_token_ids: list[list[int]] | None = None
     image_number_key_bias: bool = False
@@ -233,6 +237,13 @@ class VisualChatConfig(PreTrainedConfig):
         for name in ("image_number_keys", "learned_image_numbers"):
             if getattr(self, name) and self.multimodal_attention == "mmca_released":
                 raise ValueError(f"`{name}` is not for multimodal_attention='mmca_released', trained without them")
+        if self.learned_image_numbers and self.multimodal_attention == "cross":
+            raise ValueError("`learned_image_numbers` is not for multimodal_attention='cross': take `image_number_keys`")
+        layers = self.text_config.num_hidden_layers
+        if not 1 <= self.cross_attention_every <= layers:
+            raise ValueError(
+                f"`cross_attention_every` must be from 1 to the decoder's {layers} layers, got {self.cross_attention_every}"
+            )
         if self.learned_image_numbers < 0:
             raise ValueError(f"`learned_image_numbers` must be 0 or more, got {self.learned_image_numbers}")
         if self.learned_image_numbers and self.image_number_keys:
@@ -247,9 +258,11 @@ class VisualChatConfig(PreTrainedConfig):
         if ids is None:
             return
         if self.multimodal_attention not in ("mmca", "mmca_merged"):
+            is_cross = self.multimodal_attention == "cross"
+            reason = "do not pass through the decoder" if is_cross else "see the text before them"
             raise ValueError(
-                f"`image_prefix_ids` is not for multimodal_attention={self.multimodal_attention!r}, whose image tokens see"
-                " the text before them: leave it out (None)"
+                f"`image_prefix_ids` is not for multimodal_attention={self.multimodal_attention!r}, whose image tokens"
+                f" {reason}: leave it out (None)"
             )
         if not ids:
             raise ValueError("`image_prefix_ids` is an empty list: give the ids of at least one token, or None")

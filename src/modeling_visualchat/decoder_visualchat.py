@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,15 +22,17 @@ from .attention_visualchat import (
     LearnedImageNumbers,
     VisualChatAttention,
     VisualChatRMSNorm,
-    check_attention_implementation,
     find_conversation_starts,
     is_packed,
 )
 from .configuration_visualchat import VisualChatConfig
+from .cross_attention_visualchat import CrossPlan, VisualChatCrossAttention, VisualChatCrossDecoderLayer, make_cross_plan
 from .decoder_layer_visualchat import SequenceOrder, VisualChatDecoderLayer
-from .input_checks_visualchat import check_image_numbers, find_sequence_arguments
+from .distributed_visualchat import gathers_weights
+from .input_checks_visualchat import check_attention_implementation, check_image_numbers, find_sequence_arguments
 from .modality_attention_visualchat import ModalityPlan
 from .modality_cache_visualchat import can_split_by_modality, get_modality_positions, split_cache_by_modality
+from .modality_kernels_visualchat import computes_by_flex
 from .modality_prefix_visualchat import ImagePrefix
 from .released_attention_visualchat import ReleasedPlan
 from .sequence_attention_visualchat import SequencePlan
@@ -44,7 +47,7 @@ class VisualChatTextModel(PreTrainedModel):
     config: PreTrainedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualChatDecoderLayer"]
+    _no_split_modules = ["VisualChatDecoderLayer", "VisualChatCrossDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -60,18 +63,15 @@ class VisualChatTextModel(PreTrainedModel):
         self.tokens_per_number = 1 if config.learned_image_numbers else config.image_seq_length
         text_config = config.text_config
         self.embed_tokens = nn.Embedding(text_config.vocab_size, text_config.hidden_size, text_config.pad_token_id)
-        self.layers = nn.ModuleList(
-            [
-                VisualChatDecoderLayer(
-                    text_config,
-                    layer_idx,
-                    image_number_key_bias=config.image_number_key_bias,
-                    learned_image_numbers=config.learned_image_numbers,
-                    image_seq_length=config.image_seq_length,
-                )
-                for layer_idx in range(text_config.num_hidden_layers)
-            ]
+        make_layer = partial(
+            VisualChatDecoderLayer,
+            image_number_key_bias=config.image_number_key_bias,
+            learned_image_numbers=config.learned_image_numbers,
+            image_seq_length=config.image_seq_length,
         )
+        if self.multimodal_attention == "cross":
+            make_layer = partial(VisualChatCrossDecoderLayer, cross_attention_every=config.cross_attention_every)
+        self.layers = nn.ModuleList([make_layer(text_config, index) for index in range(text_config.num_hidden_layers)])
         self.norm = VisualChatRMSNorm(text_config.hidden_size, eps=text_config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(text_config)
         self.sequence_order = SequenceOrder()
@@ -84,6 +84,8 @@ class VisualChatTextModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LearnedImageNumbers):
             nn.init.zeros_(module.weight)
+        if isinstance(module, VisualChatCrossAttention):
+            nn.init.zeros_(module.gate)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -128,7 +130,7 @@ class VisualChatTextModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`")
-        check_attention_implementation(self.config, self.is_plain_causal)
+        check_attention_implementation(self.config, self.multimodal_attention, self.is_plain_causal)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         starts = find_conversation_starts(position_ids, attention_mask, past_key_values)
@@ -162,9 +164,9 @@ class VisualChatTextModel(PreTrainedModel):
             past_key_values,
             starts,
             prefix_rotary,
+            kwargs.get("output_attentions", self.config.output_attentions),
         )
-        numbers_per_image = self.image_seq_length // self.tokens_per_number
-        check_image_numbers(plan.image_numbers, self.max_image_number, numbers_per_image)
+        check_image_numbers(plan.image_numbers, self.max_image_number, self.image_seq_length // self.tokens_per_number)
         plans = [plan] * len(self.layers)
         records = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if tokens_to_keep is not None and not records and not is_tracing():
@@ -174,11 +176,18 @@ class VisualChatTextModel(PreTrainedModel):
         if records:
             in_order = plan.restore(hidden_states)
             hidden_states = plan.go_on_from(in_order, hidden_states)
+        sources = (number_embeds,)
+        if self.multimodal_attention == "cross":
+            is_cross = isinstance(plan, CrossPlan)
+            if numbers_images and not is_cross:  # the dummy image of a distributed run
+                image_states = inputs_embeds.new_zeros(self.image_seq_length, inputs_embeds.shape[-1])
+            sources = (number_embeds, image_states)
+            kwargs["looks_at_images"] = is_cross or numbers_images or gathers_weights(self.layers[0])
         for layer, plan in zip(self.layers, plans):
             # By position: what needs a gradient. Reentrant gradient checkpointing does not see keyword arguments
             hidden_states = layer(
                 hidden_states,
-                number_embeds,
+                *sources,
                 position_embeddings=position_embeddings,
                 plan=plan,
                 position_ids=position_ids,
@@ -233,6 +242,10 @@ class VisualChatTextModel(PreTrainedModel):
         keys, values = zip(*plan.recorded)
         return torch.stack(keys).unflatten(1, (images, length)), torch.stack(values).unflatten(1, (images, length))
 
+    def takes_padding_mask(self, attention_mask: torch.Tensor | None) -> bool:
+        """Whether images are computed apart from text by such a mask of 2 dimensions, also where the cache is static."""
+        return self.multimodal_attention == "cross" or self.can_split_modalities(attention_mask)
+
     def can_split_modalities(self, attention_mask: torch.Tensor | BlockMask | None) -> bool:
         """Whether the fast path can compute attention with such a mask."""
         is_own = self.multimodal_attention in ("mmca", "mmca_merged")
@@ -252,8 +265,12 @@ class VisualChatTextModel(PreTrainedModel):
         past_key_values: Cache | None,
         starts: torch.Tensor | None,
         prefix_rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        returns_weights: bool,
     ) -> AttentionPlan:
-        """The fast path where it can compute this call; else the definition, or what the released code computes."""
+        """
+        The fast path where it can compute this call; else the definition, or what the released code computes. With cross
+        attention its own where images have been seen, and the decoder's where not.
+        """
         num_placeholders = None
         if image_source is not None or image_states is not None:
             num_placeholders = len(image_source) if image_source is not None else len(image_states)
@@ -296,6 +313,19 @@ class VisualChatTextModel(PreTrainedModel):
                 " torch.compile, it needs to be without a cache"
             )
         variant, make = self.multimodal_attention, SequencePlan
+        if variant == "cross" and (is_image is not None or get_modality_positions(past_key_values) is not None):
+            return make_cross_plan(
+                self,
+                is_image,
+                attention_mask,
+                position_embeddings,
+                tuple(inputs_embeds.shape[:2]),
+                past_key_values,
+                starts,
+                returns_weights=returns_weights,
+                image_source=image_source,
+                num_placeholders=num_placeholders,
+            )
         if variant == "mmca_released" and is_image is None:
             variant = "mmca"  # text that follows all images, where the two agree
         elif variant == "mmca_released":
@@ -329,6 +359,8 @@ class VisualChatTextModel(PreTrainedModel):
     ) -> bool:
         """Whether the fast path computes this call."""
         can_split = self.can_split_modalities(attention_mask)
+        if self.multimodal_attention == "cross":
+            return False
         if get_modality_positions(past_key_values) is not None:
             if not can_split:
                 raise ValueError(
@@ -361,11 +393,6 @@ class VisualChatTextModel(PreTrainedModel):
                 f"The input is {past_length + new_length} tokens long, but the decoder's max_position_embeddings is {limit}:"
                 f" shorten the conversation or bring fewer images ({self.image_seq_length} tokens each)"
             )
-
-
-def computes_by_flex(device: torch.device) -> bool:
-    """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
-    return device.type != "cpu"
 
 
 @torch.compiler.disable

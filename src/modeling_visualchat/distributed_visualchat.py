@@ -9,6 +9,7 @@ the result.
 """
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_tracing
@@ -16,6 +17,13 @@ from transformers.utils import is_tracing
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
+
+
+def gathers_weights(part: nn.Module) -> bool:
+    """Whether a distributed run gathers the weights of this part as its modules are called (ZeRO-3, FSDP2)."""
+    if is_tracing() or not torch.distributed.is_available():
+        return False
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDPModule) for module in part.modules())
 
 
 class VisualChatDistributedMixin:
@@ -53,10 +61,8 @@ class VisualChatDummyImageMixin:
         Whether the processes of a distributed run gather each module's weights when it is called, and so have to begin a
         conversation by calling the same ones (ZeRO-3, FSDP2).
         """
-        if is_tracing() or not torch.distributed.is_available():
-            return False
-        gathers = is_deepspeed_zero3_enabled() or any(isinstance(part, FSDPModule) for part in self.vision_tower.modules())
-        return gathers and (past_key_values is None or past_key_values.get_seq_length() == 0)
+        begins = past_key_values is None or past_key_values.get_seq_length() == 0
+        return gathers_weights(self.vision_tower) and begins
 
     def needs_dummy_image(self, past_key_values: Cache | None, has_memory: bool) -> bool:
         """

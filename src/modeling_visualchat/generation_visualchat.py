@@ -61,6 +61,12 @@ class VisualChatGenerationMixin(GenerationMixin):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
         self._check_guidance(**{**kwargs, "input_ids": input_ids})
+        if self.config.multimodal_attention == "cross" and input_ids is not None:
+            if (input_ids[:, -1] == self.config.image_token_id).any():
+                raise ValueError(
+                    "A prompt that ends with an image has no next token with multimodal_attention='cross', where images do"
+                    " not pass through the decoder: let text follow the image"
+                )
         if "image_memory" in kwargs:
             self._check_generation_with_memory(**{**kwargs, "input_ids": input_ids})
             memories = kwargs["image_memory"]
@@ -209,7 +215,7 @@ class VisualChatGenerationMixin(GenerationMixin):
         decoder = self.model.language_model
         if get_modality_positions(past_key_values) is not None:
             return attention_mask if is_first_iteration else None
-        if is_first_iteration and decoder.can_split_modalities(attention_mask):
+        if is_first_iteration and decoder.takes_padding_mask(attention_mask):
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 

@@ -356,10 +356,13 @@ class VisualChatImageMemoryMixin:
     def _check_memory(self, memories: list[ImageMemory | None]) -> None:
         variant = self.config.multimodal_attention
         if variant not in ("mmca", "mmca_merged"):
-            raise ValueError(
-                f"multimodal_attention={variant!r} cannot use image memory: its image tokens look at the text and the images"
-                " before them, so what is known of an image differs from one conversation to the next"
+            reason = (
+                "its image tokens look at the text and the images before them, so what is known of an image differs from one"
+                " conversation to the next"
             )
+            if variant == "cross":
+                reason = "its images do not pass through the decoder, where there is nothing of theirs to save"
+            raise ValueError(f"multimodal_attention={variant!r} cannot use image memory: {reason}")
         theirs = {memory.fingerprint for memory in memories if memory is not None}
         if theirs and theirs != {ours := self.image_fingerprint()}:
             other = min(theirs - {ours})

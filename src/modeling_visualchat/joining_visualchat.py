@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, is_gguf_available
 
+from .attention_visualchat import LearnedImageNumbers
+from .cross_attention_visualchat import VisualChatCrossAttention
 from .decoders_visualchat import DECODERS, list_decoders, without_sliding_window
 from .generation_visualchat import drop_unused_flags
 from .towers_visualchat import FOLDER_TYPES, MASK_TOKEN, adopt_tower
@@ -35,7 +37,8 @@ class VisualChatJoiningMixin:
         **config,
     ) -> PreTrainedModel:
         """
-        Joins a vision tower and a decoder of LLaMA's shape with a new, random projector, makes room for the placeholder
+        Joins a vision tower and a decoder of LLaMA's shape with a new, random projector (and with `"cross"` new blocks of
+        cross attention, whose gates are closed), makes room for the placeholder
         token in the embedding, and freezes what the paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
 
         Args:
@@ -84,9 +87,12 @@ class VisualChatJoiningMixin:
         model.model.vision_tower = vision
         weights = text.model.state_dict()
         for name, parameter in model.model.language_model.named_parameters():
-            if "image_numbers" in name:  # no decoder has them
+            if "image_numbers" in name or "cross_attn" in name:  # no decoder has them
                 weights[name] = torch.zeros(parameter.shape, dtype=text.dtype, device=text.device)
         model.model.language_model.load_state_dict(weights, assign=True)
+        for layer in model.model.language_model.layers if visualchat_config.multimodal_attention == "cross" else ():
+            if layer.cross_attn is not None:
+                layer.cross_attn.apply(model.model.language_model._init_weights)
         model.model.language_model.rotary_emb = text.model.rotary_emb
         model.lm_head.load_state_dict(text.lm_head.state_dict(), assign=True)
         model.tie_weights()
@@ -104,8 +110,9 @@ class VisualChatJoiningMixin:
 
     def freeze_for_alignment(self, train_embedding: bool = True):
         """
-        Freezes all but the projector, the learned numbers of images and the token embedding: what the paper trains (section
-        5). With tied embeddings the output layer is the token embedding, and trains too.
+        Freezes all but the projector, the learned numbers of images, the blocks of cross attention and the token embedding:
+        what the paper trains (section 5), and what is new. With tied embeddings the output layer is the token embedding, and
+        trains too.
 
         Args:
             train_embedding (`bool`, *optional*, defaults to `True`): Whether the token embedding trains. If it does not, the
@@ -113,8 +120,9 @@ class VisualChatJoiningMixin:
         """
         self.requires_grad_(False)
         self.model.multi_modal_projector.requires_grad_(True)
-        for layer in self.model.language_model.layers if self.config.learned_image_numbers else ():
-            layer.self_attn.image_numbers.requires_grad_(True)
+        for module in self.model.language_model.modules():
+            if isinstance(module, LearnedImageNumbers | VisualChatCrossAttention):
+                module.requires_grad_(True)
         self.get_input_embeddings().requires_grad_(train_embedding)
 
 

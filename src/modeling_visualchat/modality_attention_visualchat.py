@@ -29,6 +29,7 @@ from transformers.utils import is_tracing
 
 from .attention_visualchat import AttentionPlan, VisualChatAttention
 from .modality_kernels_visualchat import (
+    ImageCall,
     PackedTokens,
     Visibility,
     attend_to_images,
@@ -199,9 +200,12 @@ class ModalityPlan(AttentionPlan):
                 positions_BK = torch.cat([positions_BK, image_positions_BI], -1)
             self.mask = self.visibility.make_mask(positions_BK, first_BW, last_BW)
         if has_images and not self.merged:
-            self.image_calls = self.visibility.find_image_calls(
-                image_positions_BI, first_BW, last_BW, self.queries, self.sees_all_images
-            )
+            self.image_calls = self._find_image_calls(image_positions_BI, first_BW, last_BW)
+
+    def _find_image_calls(
+        self, image_positions_BI: torch.Tensor, first_BW: torch.Tensor, last_BW: torch.Tensor
+    ) -> list[tuple[slice, list[ImageCall]]]:
+        return self.visibility.find_image_calls(image_positions_BI, first_BW, last_BW, self.queries, self.sees_all_images)
 
     def _without_padding(self, positions_BK: torch.Tensor) -> torch.Tensor:
         """The positions of keys that exist and are not padding; -1 for others."""

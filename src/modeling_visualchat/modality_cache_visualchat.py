@@ -11,6 +11,7 @@ Shape letters: B batch, G key-value heads, T cached text, I cached image tokens,
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
@@ -82,6 +83,8 @@ class ModalityLayer(CacheLayerMixin):
         # The last column takes the keys that are no part of the sequence
         sequence = text_BGTD.new_zeros(*text_BGTD.shape[:2], length + 1, text_BGTD.shape[3])
         for part_BGKD, positions_BK in ((text_BGTD, self.positions.of_text), (images_BGID, self.positions.of_images)):
+            if part_BGKD.shape[2] == 0:  # perhaps a layer that does not look at images
+                continue
             index_BK = torch.where(positions_BK < 0, length, positions_BK).to(part_BGKD.device)
             sequence.scatter_(2, index_BK[:, None, :, None].expand_as(part_BGKD), part_BGKD)
         return sequence[:, :, :length]
@@ -115,6 +118,10 @@ class ModalityLayer(CacheLayerMixin):
         if not images.is_initialized or image_key_states.shape[2] > 0:
             images.update(image_key_states, image_value_states)
         return (keys, images.keys), (values, images.values)
+
+    def adopt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes over the keys and values (BGTD) of a plain layer, which are text."""
+        self.update(key_states, value_states, key_states[:, :, :0], value_states[:, :, :0])
 
     def get_seq_length(self) -> int | torch.Tensor:
         return self.positions.length
@@ -291,7 +298,12 @@ def can_split_by_modality(cache: Cache, num_hidden_layers: int) -> bool:
 
 
 def split_cache_by_modality(
-    cache: Cache, num_hidden_layers: int, batch_size: int, device: torch.device, joined: bool = False
+    cache: Cache,
+    num_hidden_layers: int,
+    batch_size: int,
+    device: torch.device,
+    joined: bool = False,
+    layer_classes: tuple[type[ModalityLayer], type[ModalityLayer]] | None = None,
 ) -> ModalityPositions:
     """
     Splits the layers of a plain cache into text and images, in place. What is cached so far is text.
@@ -302,20 +314,21 @@ def split_cache_by_modality(
         batch_size (`int`): Sequences in the cache.
         device (`torch.device`): Where the positions are kept.
         joined (`bool`): See [`StaticModalityLayer`].
+        layer_classes (`tuple` of two `type`, *optional*): Of the layers of a dynamic and of a static cache, in the place of
+            [`ModalityLayer`] and [`StaticModalityLayer`].
     """
     length = int(cache.get_seq_length())
+    dynamic_layer, static_layer = layer_classes or (ModalityLayer, partial(StaticModalityLayer, joined=joined))
     if cache.layers and isinstance(cache.layers[0], StaticLayer):
-        positions = StaticModalityPositions(cache.layers[0].max_cache_len)
-        layers = [StaticModalityLayer(positions, k == num_hidden_layers - 1, joined) for k in range(num_hidden_layers)]
+        positions, make = StaticModalityPositions(cache.layers[0].max_cache_len), static_layer
     else:
-        positions = ModalityPositions()
-        layers = [ModalityLayer(positions, k == num_hidden_layers - 1) for k in range(num_hidden_layers)]
+        positions, make = ModalityPositions(), dynamic_layer
+    layers = [make(positions, k == num_hidden_layers - 1) for k in range(num_hidden_layers)]
     if length > 0:
         text_BT = torch.arange(length, device=device).expand(batch_size, -1)
         positions.extend(text_BT, text_BT[:, :0], length)
         for layer, plain in zip(layers, cache.layers):
-            keys, values = plain.keys[:, :, :length], plain.values[:, :, :length]
-            layer.update(keys, values, keys[:, :, :0], values[:, :, :0])
+            layer.adopt(plain.keys[:, :, :length], plain.values[:, :, :length])
     cache.layers[:] = layers
     return positions
 

@@ -47,16 +47,21 @@ class ImageCall(NamedTuple):
 
 
 def attend_to_images(
-    calls: list[ImageCall], q_BHWD: torch.Tensor, k_BGID: torch.Tensor, v_BGID: torch.Tensor, **settings: float
+    calls: list[ImageCall],
+    q_BHWD: torch.Tensor,
+    k_BGID: torch.Tensor,
+    v_BGID: torch.Tensor,
+    attend: Callable | None = None,
+    **settings: float,
 ) -> torch.Tensor:
-    """What queries see of images, of shape BHWD, by calls that follow one another."""
-    seen = []
+    """What queries see of images, of shape BHWD, by calls of `attend` ([`softmax`] by default) that follow one another."""
+    attend, seen = attend or softmax, []
     for start, stop, count, mask, sees_image in calls:
         q_part = _part(q_BHWD, start, stop)
         if count == 0:  # who sees no image gets exactly nothing
             seen.append(torch.zeros_like(q_part))
             continue
-        part = softmax(q_part, _part(k_BGID, 0, count), _part(v_BGID, 0, count), mask, **settings)
+        part = attend(q_part, _part(k_BGID, 0, count), _part(v_BGID, 0, count), mask, **settings)
         seen.append(part if sees_image is None else part * sees_image)
     return join(seen, dim=2)
 
@@ -221,6 +226,11 @@ def join(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 def _part(states_BHWD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return states_BHWD if stop - start == states_BHWD.shape[2] else states_BHWD[:, :, start:stop]
+
+
+def computes_by_flex(device: torch.device) -> bool:
+    """Where not, SDPA computes what flex attention would: on a CPU it has no backward pass."""
+    return device.type != "cpu"
 
 
 def runs_by_images(device: torch.device) -> bool:

@@ -21,13 +21,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .attention_visualchat import check_attention_implementation
 from .configuration_visualchat import VisualChatConfig
 from .decoder_visualchat import VisualChatTextModel
 from .distributed_visualchat import VisualChatDistributedMixin, VisualChatDummyImageMixin
 from .generation_visualchat import VisualChatGenerationMixin
 from .image_inputs_visualchat import PlacedImages, VisualChatImageInputsMixin, find_different_images, repeat_images
 from .image_memory_visualchat import ImageMemory, VisualChatImageMemoryMixin
+from .input_checks_visualchat import check_attention_implementation
 from .joining_visualchat import VisualChatJoiningMixin
 from .kept_logits_visualchat import find_kept, is_mask, keep_logits_for_trainer, slice_kept
 from .projector_visualchat import init_projector_weights
@@ -60,8 +60,9 @@ class VisualChatCausalLMOutputWithPast(ModelOutput):
         hidden_states (`tuple(torch.Tensor)`, *optional*): One of shape `(batch_size, sequence_length, hidden_size)` for the
             embeddings and one for each layer.
         attentions (`tuple(torch.Tensor)`, *optional*): With `eager`, of shape `(batch_size, heads, sequence_length, keys)`
-            for each layer. Under `"mmca"` the weights of a text token that sees an image sum to 2. An image prefix has no
-            column, so that the weights of an image token, its own among the columns, sum to less than 1 with it.
+            for each layer. Under `"mmca"` and `"cross"` the weights of a text token that sees an image sum to 2. An image
+            prefix has no column, so that the weights of an image token, its own among the columns, sum to less than 1 with
+            it.
         image_hidden_states (`torch.Tensor` of shape `(images, image_seq_length, hidden_size)`, *optional*):
             The projected features of the images of this call.
     """
@@ -82,7 +83,8 @@ class VisualChatPreTrainedModel(
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualChatDecoderLayer", "CLIPEncoderLayer"]  # of the `vit` projector; the tower has its own
+    # CLIP's is of the `vit` projector; the tower has its own
+    _no_split_modules = ["VisualChatDecoderLayer", "VisualChatCrossDecoderLayer", "CLIPEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -92,7 +94,7 @@ class VisualChatPreTrainedModel(
     _keys_to_ignore_on_load_missing = [r"multi_modal_projector\.positions$"]
 
     def __init__(self, config: VisualChatConfig):
-        check_attention_implementation(config.text_config, config.is_plain_causal)
+        check_attention_implementation(config.text_config, config.multimodal_attention, config.is_plain_causal)
         super().__init__(config)
 
     @classmethod

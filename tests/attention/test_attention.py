@@ -197,7 +197,7 @@ def test_an_unsupported_backend_says_what_to_use(tmp_path):
         model(**make_inputs(["tit"], model))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "cross"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full rows", "padded"])
 def test_without_images_every_variant_is_llama(implementation, variant, padded):
@@ -239,7 +239,7 @@ def test_merged_text_rows_are_one_softmax_over_all_visible_keys():
 
 
 @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "cross"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_change_reaches_no_earlier_row(implementation, variant, numbered):
     model = make_model(implementation, multimodal_attention=variant, image_number_keys=numbered)
@@ -299,7 +299,7 @@ def test_text_before_the_first_image_gets_exactly_nothing_from_images(implementa
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "cross"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_half_precision_has_no_nan(implementation, variant, dtype):
     model = make_model(

@@ -35,11 +35,12 @@ def reach(name: str, imports: dict[str, set[str]]) -> set[str]:
 @pytest.mark.parametrize(
     "name, others",
     [
-        ("attention", ("sequence_", "released_", "modality_")),  # the plan's interface knows none of the plans
-        ("sequence_attention", ("released_", "modality_")),
-        ("released_attention", ("modality_",)),
-        ("modality_attention", ("sequence_", "released_")),
-        ("modality_cache", ("sequence_", "released_")),
+        ("attention", ("sequence_", "released_", "modality_", "cross_")),  # the plan's interface knows none of the plans
+        ("sequence_attention", ("released_", "modality_", "cross_")),
+        ("released_attention", ("modality_", "cross_")),
+        ("modality_attention", ("sequence_", "released_", "cross_")),
+        ("modality_cache", ("sequence_", "released_", "cross_")),
+        ("cross_attention", ("sequence_", "released_")),  # made on the stream of the fast path
     ],
 )
 def test_a_plan_knows_nothing_of_the_others(name, others):
@@ -49,10 +50,13 @@ def test_a_plan_knows_nothing_of_the_others(name, others):
 
 
 def test_the_decoder_alone_chooses_among_the_plans():
-    plans = {"sequence_attention", "released_attention", "modality_attention"}
+    plans = {"sequence_attention", "released_attention", "modality_attention", "cross_attention"}
     imports = read_imports()
     assert plans <= imports["decoder"]
-    assert [name for name, imported in imports.items() if "modality_attention" in imported] == ["decoder"]
+    assert {name for name, imported in imports.items() if "modality_attention" in imported} == {
+        "decoder",
+        "cross_attention",
+    }
     assert {name for name, imported in imports.items() if "sequence_attention" in imported} == {
         "decoder",
         "released_attention",

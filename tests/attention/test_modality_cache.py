@@ -93,7 +93,7 @@ class TestCache:
                 conversations.say(data.draw(layouts_of(len(conversations.pictures)), "layout"))
         conversations.say(data.draw(layouts_of(len(conversations.pictures)), "layout"))
 
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "cross"])
     def test_cropping_back_through_an_image_and_bringing_another(self, variant):
         conversations = Conversations(*make_pair(variant), 2)
         conversations.say(["tit", "ts"])
@@ -138,7 +138,7 @@ class TestCache:
         ours, theirs = (forward(model, more, past_key_values=cache) for model, cache in zip((fast, eager), caches))
         torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "cross"])
     def test_a_static_cache_is_filled_to_its_end_and_begins_again_after_a_reset(self, variant):
         pair = make_pair(variant, dtype=DOUBLE)
         conversations = Conversations(*pair, 2, StaticCache(config=pair[0].config.text_config, max_cache_len=40))
@@ -149,8 +149,9 @@ class TestCache:
         conversations.say(["it", "iti"])
 
     @pytest.mark.parametrize("static", [False, True])
-    def test_a_compiled_model_brings_new_images_into_a_cached_conversation(self, static):
-        model = make_pair()[0]
+    @pytest.mark.parametrize("variant", ["mmca", "cross"])
+    def test_a_compiled_model_brings_new_images_into_a_cached_conversation(self, variant, static):
+        model = make_pair(variant)[0]
         torch._dynamo.reset()
         first, second = make_inputs(["titit", "ts"], model), make_inputs(["it", "tt"], model, seed=3)
         second["attention_mask"] = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
@@ -196,16 +197,17 @@ class TestCache:
         conversations.model = fast
         conversations.say(["it", "ts"])
 
-    def test_beams_and_batches_leave_the_images_where_they_are(self):
+    @pytest.mark.parametrize("variant", ["mmca", "cross"])
+    def test_beams_and_batches_leave_the_images_where_they_are(self, variant):
         """Beam search reorders and repeats rows that hold different numbers of images."""
-        fast, eager = make_pair()
+        fast, eager = make_pair(variant)
         inputs = make_inputs(["titit", "ts", "iit"], fast)
         beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "eos_token_id": None}
         assert torch.equal(fast.generate(**inputs, **beams), eager.generate(**inputs, **beams))
 
 
 class TestMasksOfACache:
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "cross"])
     @pytest.mark.parametrize(
         ("first", "second"),
         [
@@ -247,8 +249,9 @@ class TestMasksOfACache:
             new = {"input_ids": ours[:, -1:].argmax(-1)}
             ids, mask = torch.cat([ids, new["input_ids"]], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
 
-    def test_rounds_of_generate_from_a_static_cache(self):
-        model = make_pair(dtype=DOUBLE)[0]
+    @pytest.mark.parametrize("variant", ["mmca", "cross"])
+    def test_rounds_of_generate_from_a_static_cache(self, variant):
+        model = make_pair(variant, dtype=DOUBLE)[0]
         settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
         rounds = [make_inputs(layout, model, seed) for seed, layout in enumerate((["tttt", "t"], ["its", "its"]))]
         rounds[1]["pixel_values"] = rounds[1]["pixel_values"].double()

@@ -23,7 +23,9 @@ def without_the_dense_path(monkeypatch):
 class TestGraphs:
     """In one graph without breaks. What inductor makes of it is tested in `test_placement.py`, and on a GPU."""
 
-    @pytest.mark.parametrize("variant, side, prefix", [("mmca", "left", None), ("mmca_merged", "right", (5, 7))])
+    @pytest.mark.parametrize(
+        "variant, side, prefix", [("mmca", "left", None), ("mmca_merged", "right", (5, 7)), ("cross", "left", None)]
+    )
     def test_a_compiled_training_step_has_the_losses_and_gradients_of_one_that_is_not(self, variant, side, prefix):
         model = make_pair(variant, dtype=DOUBLE, trains=True, prefix=prefix)[0]
         torch._dynamo.reset()
@@ -64,7 +66,7 @@ class TestGraphs:
         with pytest.raises(RuntimeError, match="image placeholder tokens are not those of the images that were given"):
             forward(compiled, {**inputs, "pixel_values": inputs["pixel_values"][:1]}, use_cache=False)
 
-    @pytest.mark.parametrize("variant, prefix", [("mmca", (5, 7)), ("mmca_merged", None)])
+    @pytest.mark.parametrize("variant, prefix", [("mmca", (5, 7)), ("mmca_merged", None), ("cross", None)])
     def test_decoding_from_a_static_cache_is_one_graph_for_all_steps(self, variant, prefix):
         model = make_pair(variant, dtype=DOUBLE, prefix=prefix)[0]
         for layout in (["titit"], ["titit", "ts", "iit"]):
@@ -84,7 +86,7 @@ class TestGraphs:
                 torch.testing.assert_close(outputs.logits, expected, atol=1e-8, rtol=1e-8)
             assert graphs.frame_count == 1
 
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "cross"])
     def test_padding_of_a_later_round_of_text_is_not_seen_while_decoding(self, variant):
         model = make_pair(variant, dtype=DOUBLE)[0]
         rounds = [make_inputs(layout, model, seed) for seed, layout in enumerate((["tit", "it"], ["s", "ttt"]))]

@@ -107,8 +107,8 @@ class TestMeasures:
         assert right.tolist() == expected
         assert sum(expected) > 3 and not all(expected) and loss > 0
 
-    def test_attention_to_images_is_half_of_plain_mmcas(self):
-        for attention, is_half in (("mmca", True), ("mmca_merged", False), ("causal", False)):
+    def test_attention_to_images_is_half_of_plain_mmcas_and_of_cross_attentions(self):
+        for attention, is_half in (("mmca", True), ("mmca_merged", False), ("causal", False), ("cross", True)):
             model = make_model(multimodal_attention=attention)
             shares = image_attention(model, make_processor(), load_task("digits", 0), "test", 6, 0)
             assert all((abs(share - 0.5) < 1e-5) == is_half for share in shares["images"])

@@ -8,7 +8,7 @@ from helpers.tiny import make_model
 
 @pytest.fixture(scope="module")
 def models():
-    variants = ("mmca", "mmca_merged", "causal")
+    variants = ("mmca", "mmca_merged", "causal", "cross")
     return {name: make_model(multimodal_attention=name, image_number_keys=True) for name in variants}
 
 

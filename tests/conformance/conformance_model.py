@@ -200,3 +200,9 @@ class VisualChatCausalTest(VisualChatTests, unittest.TestCase):
         "vision_feature_select_strategy": "default",
     }
     without_gradient = ("vision_tower.encoder.layers.1.", "vision_tower.post_layernorm.")
+
+
+class VisualChatCrossTest(VisualChatTests, unittest.TestCase):
+    """Flamingo's choice: images do not pass through the decoder."""
+
+    config_fields = {"multimodal_attention": "cross"}

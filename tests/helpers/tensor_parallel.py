@@ -23,6 +23,7 @@ CASES = {
     "mmca_merged": {"multimodal_attention": "mmca_merged"},
     "mmca_merged, numbered": {"multimodal_attention": "mmca_merged", "image_number_keys": True},
     "causal": {"multimodal_attention": "causal"},
+    "cross, numbered": {"multimodal_attention": "cross", "image_number_keys": True},
     "mmca, in order": {"attn_implementation": "eager"},
     "mmca, numbered, Qwen3": {"image_number_keys": True, "decoder": "qwen3", "image_prefix_ids": [5, 7]},
     "mmca_merged, learned numbers, Qwen2": {

@@ -133,7 +133,9 @@ def make_model(attn_implementation: str = "sdpa", seed: int = 0, **overrides) ->
     model = VisualChatForCausalLM._from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # norms and biases, which start at one and zero
+            if name.endswith("gate"):  # of cross attention, which starts closed
+                parameter.fill_(1.0)
+            elif parameter.dim() == 1:  # norms and biases, which start at one and zero
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "image_numbers" in name:  # start at zero
                 parameter.normal_()
@@ -186,7 +188,8 @@ def text_part(text: str) -> dict:
 
 
 def copy_llama_weights(model: VisualChatForCausalLM, llama: torch.nn.Module) -> torch.nn.Module:
-    """Gives a stock `LlamaForCausalLM` the decoder's weights."""
-    llama.model.load_state_dict(model.model.language_model.state_dict())
+    """Gives a stock `LlamaForCausalLM` the decoder's weights, without those of cross attention."""
+    weights = model.model.language_model.state_dict()
+    llama.model.load_state_dict({name: weight for name, weight in weights.items() if "cross_attn" not in name})
     llama.lm_head.load_state_dict(model.lm_head.state_dict())
     return llama.eval()

@@ -23,7 +23,7 @@ def loss_and_gradients(model, inputs):
 
 class TestTraining:
     @pytest.mark.parametrize("numbered", [False, True], ids=["plain", "numbered"])
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "causal", "cross"])
     def test_gradients_reach_projector_and_embedding_and_nothing_frozen(self, variant, numbered):
         model = make_model(multimodal_attention=variant, image_number_keys=numbered).train()
         model.freeze_for_alignment()
@@ -69,7 +69,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("frozen", [False, True], ids=["all train", "alignment"])
-    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged"])
+    @pytest.mark.parametrize("variant", ["mmca", "mmca_merged", "cross"])
     def test_gradient_checkpointing_gives_the_same_gradients(self, variant, frozen, reentrant):
         model = make_model(multimodal_attention=variant, image_number_keys=True).train()
         if frozen:

@@ -59,6 +59,7 @@ def test_other_parts_and_learned_numbers(tmp_path):
         pytest.param("mmca", True, "eager", "linear", [5, 7], marks=pytest.mark.slow),
         pytest.param("mmca_merged", False, "sdpa", "vit", [5, 7], marks=pytest.mark.slow),
         pytest.param("causal", True, "sdpa", "perceiver", None, marks=pytest.mark.slow),
+        pytest.param("cross", True, "sdpa", "linear", None, marks=pytest.mark.slow),
         pytest.param("mmca_released", False, "sdpa", "perceiver_released", None, marks=pytest.mark.slow),
     ],
 )

@@ -40,9 +40,9 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("projector", ["linear", "perceiver"])
-def test_save_load_elsewhere_and_save_again(projector, tmp_path):
-    model = make_model(image_number_keys=True, projector=projector, num_query_tokens=4)
+@pytest.mark.parametrize("projector, attention", [("linear", "mmca"), ("perceiver", "mmca"), ("linear", "cross")])
+def test_save_load_elsewhere_and_save_again(projector, attention, tmp_path):
+    model = make_model(image_number_keys=True, projector=projector, num_query_tokens=4, multimodal_attention=attention)
     processor = make_processor()
     processor.image_seq_length = model.config.image_seq_length
     save_with_expectations(model, tmp_path / "first", processor)

@@ -140,11 +140,12 @@ OTHER_PARTS = {
     "learned_image_numbers": 8,
     "image_prefix_ids": [5, 9, 7],
 }
+CROSS = {"multimodal_attention": "cross", "cross_attention_every": 2, "image_number_keys": True}
 
 
 @pytest.mark.parametrize(
     ("mode", "parts"),
-    [("alignment", {}), ("lora", {}), ("full", {}), ("alignment", OTHER_PARTS)],
+    [("alignment", {}), ("lora", {}), ("full", {}), ("alignment", OTHER_PARTS), ("alignment", CROSS)],
     ids=lambda value: str(value)[:9],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -183,6 +184,14 @@ def test_learned_numbers_are_counted_by_themselves():
     size = config.text_config.num_hidden_layers * embeddings * config.hidden_size
     assert counts["image numbers"] == (size, size) and counts["decoder layers"][1] == 0
     assert sum(every for every, _ in counts.values()) == VisualChatForCausalLM(config).num_parameters()
+
+
+def test_cross_attention_is_counted_by_itself():
+    config = make_config(**copy.deepcopy(CROSS))
+    counts = plan.count_parts(plan.build_model(config, ModelArguments(), torch.float32)[1])
+    # Of three layers the second; 4 heads and 2 of keys, each of 16; two norms and the gate
+    size = 2 * 64 * (64 + 32) + 2 * 64 + 1
+    assert counts["cross attention"] == (size, size) and counts["decoder layers"][1] == 0
 
 
 def test_the_benchmark_was_within_ten_percent_in_fp32():

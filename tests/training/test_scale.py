@@ -77,15 +77,20 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
     datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(folder / "shard-00000-of-00001.parquet")
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+MODELS = {
+    "mmca": {"learned_image_numbers": 3, "image_prefix_ids": [5, 300, 7], "decoder": "qwen3", "tower": "dinov2"},
+    "cross": {"multimodal_attention": "cross", "cross_attention_every": 2, "image_number_keys": True},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def parts(tmp_path_factory, request):
     """
     A model, and rows of which the second process gets no image: in training every second pair has none, and of the four that
     are held out only the first has some.
     """
     root = tmp_path_factory.mktemp("fsdp")
-    fields = {"learned_image_numbers": 3, "image_prefix_ids": [5, 300, 7], "decoder": "qwen3", "tower": "dinov2"}
-    make_model(**fields).save_pretrained(root / "model")
+    make_model(**MODELS[request.param]).save_pretrained(root / "model")
     make_processor().save_pretrained(root / "model")
     split = datasets.Dataset.from_dict({"index": range(20)}).train_test_split(0.2, seed=3)
     images = {index: 0 if k % 4 >= 2 else 1 + k % 2 for k, index in enumerate(split["train"]["index"])}

@@ -28,6 +28,7 @@ from visualchat.training import recipe, train
 from visualchat.training.arguments import ModelArguments
 from visualchat.training.joining import join_parts, prepare_processor
 from visualchat.training.train import main
+from visualchat.training.trainer import VisualChatTrainingArguments, group_parameters
 
 
 class TestModes:
@@ -78,6 +79,58 @@ class TestModes:
         assert changed == ALIGNMENT | lora
         assert any("language_model" in name for name in lora) == (target != "tower")
         assert any("vision_tower" in name for name in lora) == (target != "decoder")
+
+
+class TestCrossAttention:
+    """Its new blocks train with the projector in every mode."""
+
+    @pytest.fixture
+    def words(self, parts, tmp_path):
+        make_model(multimodal_attention="cross").save_pretrained(tmp_path / "cross")
+        make_processor().save_pretrained(tmp_path / "cross")
+        settings = {"model_name_or_path": tmp_path / "cross", "train_embedding": False, "learning_rate": 1e-2}
+        return arguments(parts, tmp_path / "run", **settings)
+
+    def test_alignment(self, words, tmp_path):
+        main(words)
+        before = AutoModel.from_pretrained(tmp_path / "cross").state_dict()
+        after = AutoModel.from_pretrained(tmp_path / "run" / "model").state_dict()
+        assert moved(before, after) == {name for name in before if "multi_modal_projector" in name or "cross_attn" in name}
+
+    def test_its_gates_and_norms_do_not_decay(self):
+        model = make_model(multimodal_attention="cross")
+        model.freeze_for_alignment()
+        settings = VisualChatTrainingArguments(output_dir="unused", use_cpu=True, weight_decay=0.1)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decay = {
+            names[id(one)]: group["weight_decay"] for group in group_parameters(model, settings) for one in group["params"]
+        }
+        of_block = {name.split("cross_attn.")[1]: rate for name, rate in decay.items() if "layers.0.cross_attn" in name}
+        matrices = {f"{letter}_proj.weight": 0.1 for letter in "qkvo"}
+        assert of_block == {"gate": 0.0, "query_norm.weight": 0.0, "image_norm.weight": 0.0, **matrices}
+
+    def test_lora_is_added_to_the_decoders_own_projections_alone(self, words, tmp_path):
+        main([*words, "--mode", "lora"])
+        visualchat(["merge", str(tmp_path / "run" / "model"), "--output", str(tmp_path / "merged")])
+        before = AutoModel.from_pretrained(tmp_path / "cross").state_dict()
+        changed = moved(before, AutoModel.from_pretrained(tmp_path / "merged").state_dict())
+        new = {name for name in before if "multi_modal_projector" in name or "cross_attn" in name}
+        assert new <= changed
+        assert {name.split(".")[4] for name in changed - new} == {"self_attn", "mlp"}
+
+    def test_joining_by_a_recipes_fields(self, parts, words, tmp_path):
+        model = make_model(text={"vocab_size": 320}, image_token_id=5)
+        model.model.vision_tower.save_pretrained(tmp_path / "tower")
+        make_processor().image_processor.save_pretrained(tmp_path / "tower")
+        LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "decoder")
+        make_processor().tokenizer.save_pretrained(tmp_path / "decoder")
+        where = words.index("--model_name_or_path")
+        joined = ["--vision_name_or_path", str(tmp_path / "tower"), "--text_name_or_path", str(tmp_path / "decoder")]
+        cross = ["--multimodal_attention", "cross", "--cross_attention_every", "3", "--image_number_keys", "True"]
+        main([*words[:where], *words[where + 2 :], *joined, *cross, "--max_steps", "2"])
+        trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
+        blocks = [layer.cross_attn for layer in trained.model.language_model.layers]
+        assert blocks[:2] == [None, None] and blocks[2].gate.item() != 0
 
 
 class TestQuantized:

@@ -123,10 +123,10 @@ def build_model(
 
 def count_parts(parameters: list[Parameter]) -> dict[str, tuple[int, int]]:
     """The number of all parameters, and of the trained ones, by part of the model."""
-    order = ("vision tower", "projector", "embedding", "image numbers", "decoder layers", "lm_head", "LoRA")
-    parts = dict.fromkeys(order, (0, 0))
+    new = ("projector", "embedding", "image numbers", "cross attention")
+    parts = dict.fromkeys(("vision tower", *new, "decoder layers", "lm_head", "LoRA"), (0, 0))
     names = {"vision_tower": "vision tower", "multi_modal_projector": "projector", "embed_tokens": "embedding"}
-    names["image_numbers"] = "image numbers"
+    names |= {"image_numbers": "image numbers", "cross_attn": "cross attention"}
     for one in parameters:
         part = next((part for name, part in names.items() if name in one.name), "decoder layers")
         part = "LoRA" if "lora_" in one.name else "lm_head" if "lm_head" in one.name else part

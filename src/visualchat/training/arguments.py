@@ -16,7 +16,12 @@ class ModelArguments:
         default=None, metadata={"help": "… with a decoder: LLaMA, Mistral, Qwen2 or Qwen3."}
     )
     text_gguf_file: str | None = field(default=None, metadata={"help": "The decoder's GGUF file there; is dequantized."})
-    multimodal_attention: str = field(default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged or causal."})
+    multimodal_attention: str = field(
+        default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged, causal or cross."}
+    )
+    cross_attention_every: int = field(
+        default=1, metadata={"help": "With cross: every how many layers of the decoder look at images."}
+    )
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
     learned_image_numbers: int = field(
         default=0, metadata={"help": "Of a joined model: so many learned numbers for images, in place of image_number_keys."}
@@ -49,7 +54,8 @@ class ModelArguments:
         default=False, metadata={"help": "Run code that comes with the model; a VisualChat model needs none."}
     )
     mode: Literal["alignment", "lora", "full"] = field(
-        default="alignment", metadata={"help": "alignment: projector and token embedding. lora: these and LoRA. full: all."}
+        default="alignment",
+        metadata={"help": "alignment: projector, embedding, cross attention. lora: these and LoRA. full: all."},
     )
     train_embedding: bool = field(
         default=True,

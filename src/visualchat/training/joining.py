@@ -65,6 +65,7 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
             dtype=model_args.dtype,
             image_token_id=processor.image_token_id,
             multimodal_attention=model_args.multimodal_attention,
+            cross_attention_every=model_args.cross_attention_every,
             projector=model_args.projector,
             pixel_shuffle_factor=model_args.pixel_shuffle_factor,
             pool_factor=model_args.pool_factor,

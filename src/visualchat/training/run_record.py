@@ -31,6 +31,7 @@ FIXED_FIELDS = (
     "text_name_or_path",
     "text_gguf_file",
     "multimodal_attention",
+    "cross_attention_every",
     "image_number_keys",
     "learned_image_numbers",
     "image_prefix",
@@ -92,8 +93,8 @@ CHANGEABLE_FIELDS = (
     "greater_is_better",
 )
 JOINED_FIELDS = (
-    *("multimodal_attention", "image_number_keys", "learned_image_numbers", "image_prefix", "projector"),
-    *("pixel_shuffle_factor", "pool_factor", "class_token_outputs", "chat_format", "image_position"),
+    *("multimodal_attention", "cross_attention_every", "image_number_keys", "learned_image_numbers", "image_prefix"),
+    *("projector", "pixel_shuffle_factor", "pool_factor", "class_token_outputs", "chat_format", "image_position"),
     *("vision_name_or_path", "text_name_or_path", "text_gguf_file"),
 )
 RATE_FIELDS = (

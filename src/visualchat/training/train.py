@@ -39,7 +39,7 @@ from visualchat.training.trainer import (
 logger = logging.getLogger("train")
 
 LORA_TARGETS = {
-    "decoder": r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    "decoder": r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     "tower": r".*vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
 }
 
@@ -61,7 +61,10 @@ def prepare_model(model_args: ModelArguments, training_args: VisualChatTrainingA
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],  # whole names
+            llm_int8_skip_modules=[  # whole names
+                *("model.vision_tower", "model.multi_modal_projector", "lm_head"),
+                r"model\.language_model\.layers\.\d+\.cross_attn",
+            ],
         )
     model = load_model(
         model_args.model_name_or_path,
@@ -117,6 +120,7 @@ def set_mode(model: torch.nn.Module, model_args: ModelArguments) -> torch.nn.Mod
         whole = ["multi_modal_projector"]
         whole += ["embed_tokens"] if model_args.train_embedding else []
         whole += ["image_numbers"] if model.config.learned_image_numbers else []
+        whole += ["cross_attn"] if model.config.multimodal_attention == "cross" else []
         lora = LoraConfig(
             r=model_args.lora_rank,
             lora_alpha=model_args.lora_alpha,

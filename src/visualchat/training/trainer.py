@@ -197,7 +197,10 @@ class VisualChatTrainer(Trainer):
 
 
 def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) -> list[dict]:
-    """The optimizer's groups: trained parameters by part, with its learning rate and name. Norms and biases do not decay."""
+    """
+    The optimizer's groups: trained parameters by part, with its learning rate and name. Norms, biases and gates do not
+    decay.
+    """
     rates = {
         "lora": args.lora_learning_rate,
         "numbers": args.number_learning_rate,
@@ -219,7 +222,7 @@ def group_parameters(model: torch.nn.Module, args: VisualChatTrainingArguments) 
             part = "embedding"
         else:
             part = "rest"
-        decays = not re.search(r"bias$|norm", name)
+        decays = not re.search(r"bias$|norm|gate$", name)
         rate = rates[part] if rates[part] is not None else args.learning_rate
         key = (part, decays)
         if key not in groups:

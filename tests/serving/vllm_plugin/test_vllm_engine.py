@@ -117,6 +117,7 @@ class TestRefusals:
         ("config", "options", "reason"),
         [
             ({"multimodal_attention": "mmca_released"}, {}, "serve it with `visualchat serve`"),
+            ({"multimodal_attention": "cross"}, {}, "this model has 'cross': serve it with `visualchat serve`"),
             ({"multimodal_attention": "mmca", "image_number_keys": True}, {"enable_lora": True}, "merge it first"),
         ],
     )
