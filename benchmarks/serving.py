@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -112,8 +113,16 @@ def save_sides(folder: Path, attention: str) -> tuple[Path, Path]:
         num_additional_image_tokens=1,
     )
     llava.save_pretrained(folder / "llava")
+    name_as_published(folder / "llava/model.safetensors")
     llava_processor.save_pretrained(folder / "llava")
     return folder / "ours", folder / "llava"
+
+
+def name_as_published(path: Path) -> None:
+    """Names the weights of a CLIP tower as the published LLaVAs do, which alone vLLM knows."""
+    weights = load_file(path)
+    published = {name.replace("vision_tower.", "vision_tower.vision_model."): one for name, one in weights.items()}
+    save_file(published, path, {"format": "pt"})
 
 
 def serve_command(model_dir: Path) -> list[str]:

@@ -79,6 +79,7 @@ def make_conversations(count, seed=0):
         ("causal", "sdpa", True),
         ("causal", "eager", False),
         ("mmca_released", "eager", False),
+        ("cross", "sdpa", True),
     ],
 )
 def test_same_tokens(attention, implementation, numbered):
@@ -91,6 +92,16 @@ def test_same_tokens(attention, implementation, numbered):
     batches.thread.close()
     assert got == expected
     assert 3 <= max(batches.sizes) <= 6 and len(batches.sizes) < sum(count for _, count in conversations)
+
+
+def test_same_tokens_where_not_every_layer_has_cross_attention():
+    batches = Batches("cross", cross_attention_every=2)
+    conversations = make_conversations(8)
+    expected = [batches.alone(inputs, max_new_tokens=count) for inputs, count in conversations]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda one: batches.together(one[0], max_new_tokens=one[1]), conversations))
+    batches.thread.close()
+    assert got == expected and max(batches.sizes) > 1
 
 
 def test_same_tokens_where_rotation_depends_on_the_longest():

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
+from modeling_visualchat.cross_cache_visualchat import CrossCacheLayer
 from modeling_visualchat.modality_cache_visualchat import (
     ModalityLayer,
     copy_cache,
@@ -80,7 +81,8 @@ class CacheBatch:
 
 def can_join(cache: Cache) -> bool:
     """Whether a cache is of the kinds that [`CacheBatch`] can make one of: the dynamic ones of this package's attentions."""
-    return all(type(layer) in (DynamicLayer, NumberedDynamicLayer, ModalityLayer) for layer in cache.layers)
+    kinds = DynamicLayer, NumberedDynamicLayer, ModalityLayer, CrossCacheLayer
+    return all(type(layer) in kinds for layer in cache.layers)
 
 
 def _make_alike(caches: list[Cache], counts: list[list[int]]) -> None:
@@ -91,12 +93,13 @@ def _make_alike(caches: list[Cache], counts: list[list[int]]) -> None:
         caches (`list[Cache]`): The caches. In each, the last tokens stand in the last column.
         counts (`list[list[int]]`): The number of tokens of each conversation in each cache.
     """
-    splits = any(get_modality_positions(cache) is not None for cache in caches)
+    split_layer = next((type(cache.layers[0]) for cache in caches if get_modality_positions(cache) is not None), None)
     carries = any(get_image_numbers(cache) is not None for cache in caches)
     for cache, lengths in zip(caches, counts):
         longest, device = max(lengths), _device_of(cache)
-        if splits and get_modality_positions(cache) is None:
-            positions = split_cache_by_modality(cache, len(cache.layers), len(lengths), device)
+        if split_layer is not None and get_modality_positions(cache) is None:
+            classes = split_layer, split_layer  # the second one is for static caches, which are not joined
+            positions = split_cache_by_modality(cache, len(cache.layers), len(lengths), device, layer_classes=classes)
             is_padding = positions.of_text < longest - torch.tensor(lengths, device=device)[:, None]
             positions.keys = positions.keys.masked_fill(is_padding[:, None, :, None], NO_KEY)
         elif carries and get_image_numbers(cache) is None:
@@ -140,6 +143,10 @@ def _device_of(cache: Cache) -> torch.device:
 
 
 def _join_columns(parts: list[torch.Tensor], width: int, fill: int = 0) -> torch.Tensor:
-    """The last `width` columns of states of shape `(conversations, heads, columns, size)`; on the left, padding."""
+    """
+    The last `width` columns of states of shape `(conversations, heads, columns, size)`; on the left, padding. Layers without
+    cross attention have no columns of images.
+    """
+    width = min(width, max(part.shape[2] for part in parts))
     parts = [pad(part, (0, 0, width - part.shape[2], 0), value=fill) for part in parts]  # negative padding cuts
     return torch.cat(parts) if len(parts) > 1 else parts[0]
