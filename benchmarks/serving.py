@@ -1,6 +1,7 @@
 """
 Requests a second, and the time to the first token, of three servers: `visualchat serve`, vLLM with the plugin, and vLLM's
-own LLaVA with the same weights. They run at the same time and take turns, with 1, 8 and 32 clients.
+own LLaVA with the same weights. They run at the same time and take turns, with 1, 8 and 32 clients. An idle vLLM takes some
+of the processor's time, so that on two cores all rates are lower than those of one server alone.
 
     make test-vllm               # makes .venv-vllm, in which vLLM is
     python -m benchmarks.serving
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--without-llava", action="store_true", help="leave vLLM's LLaVA out, which needs a torchvision that fits torch"
     )
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="at a time; default %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each server; default %(default)s")
     args = parser.parse_args(argv)
     results = []
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         eos_token_id = make_tokenizer().eos_token_id
         for port in ports.values():
             send(port, make_body([ask(make_images(random.Random(0), args.images))], eos_token_id))
-        for clients in (1, 8, 32):
+        for clients in args.clients:
             figures = measure(ports, clients, max(4, clients), args.images, eos_token_id, args.repeats)
             for name, (rate, first) in figures.items():
                 print(f"{clients} clients, {name}: {rate:.2f} requests/s, first token after {first:.2f} s", flush=True)
