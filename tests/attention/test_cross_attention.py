@@ -274,6 +274,7 @@ class TestCache:
         for one, other in zip(ours, expected):
             torch.testing.assert_close(one, other[:, -1:], atol=1e-9, rtol=1e-9)
 
+    @pytest.mark.slow
     def test_a_model_compiled_as_a_whole_brings_images_into_a_cache(self):
         model = make_cross()
         torch._dynamo.reset()

@@ -40,7 +40,10 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("projector, attention", [("linear", "mmca"), ("perceiver", "mmca"), ("linear", "cross")])
+CROSS = pytest.param("linear", "cross", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("projector, attention", [("linear", "mmca"), ("perceiver", "mmca"), CROSS])
 def test_save_load_elsewhere_and_save_again(projector, attention, tmp_path):
     model = make_model(image_number_keys=True, projector=projector, num_query_tokens=4, multimodal_attention=attention)
     processor = make_processor()

@@ -64,7 +64,7 @@ def make_conversations(count, seed=0):
     conversations = []
     for _ in range(count):
         images = [draw.randrange(9) for _ in range(draw.choice([0, 0, 1, 2, 3]))]
-        conversations.append((make_inputs(images, "What is this? " * draw.randint(1, 4)), draw.randint(1, 20)))
+        conversations.append((make_inputs(images, "What is this? " * draw.randint(1, 4)), draw.randint(1, 12)))
     return conversations
 
 
@@ -84,7 +84,7 @@ def make_conversations(count, seed=0):
 )
 def test_same_tokens(attention, implementation, numbered):
     batches = Batches(attention, implementation, image_number_keys=numbered)
-    conversations = make_conversations(20)
+    conversations = make_conversations(12)
     expected = [batches.alone(inputs, max_new_tokens=count) for inputs, count in conversations]
     batches.sizes.clear()
     with ThreadPoolExecutor(6) as pool:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.server import PATH, data_url, encode
+from helpers.server import PATH, Server, data_url, encode
 from helpers.tiny import digit_image
+from visualchat.serving.limits import Limits
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "…"}}
@@ -152,6 +153,13 @@ REFUSED = {
         "messages[0].content[1].type",
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Its answers have up to 16 tokens, where a request does not say how many."""
+    with Server(Limits(images=12, new_tokens=16)) as server:
+        yield server
 
 
 def send(server, recorded):

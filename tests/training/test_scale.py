@@ -83,7 +83,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["mmca", pytest.param("cross", marks=pytest.mark.slow)])
 def parts(tmp_path_factory, request):
     """
     A model, and rows of which the second process gets no image: in training every second pair has none, and of the four that
