@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         "--python", default=str(ROOT / ".venv-vllm/bin/python"), help="of the environment with vLLM; default %(default)s"
     )
     parser.add_argument("--images", type=int, default=4, help="of a conversation; default %(default)s")
-    parser.add_argument("--conversations", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--conversations", type=int, default=4, help="default %(default)s")
     args = parser.parse_args(argv)
     results = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
