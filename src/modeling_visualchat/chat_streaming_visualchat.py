@@ -147,7 +147,7 @@ def find_end_tokens(processor, end_tokens: int | list[int] | None) -> set[int]:
 def find_setting(model, generation: dict, name: str):
     """What a call of `generate` with these arguments takes for a setting."""
     defaults = generation.get("generation_config") or model.generation_config
-    return generation.get(name, getattr(defaults, name, None))
+    return generation[name] if name in generation else getattr(defaults, name)
 
 
 def choose_settings(model, generation: dict) -> dict:

@@ -11,7 +11,7 @@ Shape letters: B batch, G key-value heads, T cached text, I cached image tokens,
 import torch
 from transformers.cache_utils import StaticLayer
 
-from .modality_cache_visualchat import GrowingLayer, ModalityLayer
+from .modality_cache_visualchat import GrowingLayer, ModalityLayer, StaticPlaces
 from .modality_positions_visualchat import mark_static
 
 
@@ -59,10 +59,8 @@ class CrossCacheLayer(ModalityLayer):
             super().offload()
 
 
-class StaticCrossCacheLayer(CrossCacheLayer):
+class StaticCrossCacheLayer(StaticPlaces, CrossCacheLayer):
     """The same with a buffer for text. The images stand apart from it: new ones are brought outside of graphs."""
-
-    is_compileable, is_croppable = True, False
 
     def _make_parts(self) -> None:
         self.text, self.images = StaticLayer(self.positions.max_cache_len), GrowingLayer()
@@ -74,10 +72,6 @@ class StaticCrossCacheLayer(CrossCacheLayer):
     def _by_modality(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         text, images = super()._by_modality(name)
         return self._in_use(text), images
-
-    @property
-    def _length_in_order(self) -> int:
-        return self.positions.max_cache_len
 
     def _update_images(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images = super()._update_images(key_states, value_states)
@@ -92,12 +86,3 @@ class StaticCrossCacheLayer(CrossCacheLayer):
     def _in_use(self, buffer_BGTD: torch.Tensor) -> torch.Tensor:
         """The columns that have a position. Images take places of the sequence, but no columns of text."""
         return buffer_BGTD[:, :, : self.positions.keys.shape[2]]
-
-    def get_max_length(self) -> int:
-        return self.positions.max_cache_len
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.positions.max_cache_len, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("A static cache cannot be cropped: use a dynamic one")

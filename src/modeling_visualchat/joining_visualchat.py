@@ -38,8 +38,8 @@ class VisualChatJoiningMixin:
     ) -> PreTrainedModel:
         """
         Joins a vision tower and a decoder of LLaMA's shape with a new, random projector (and with `"cross"` new blocks of
-        cross attention, whose gates are closed), makes room for the placeholder
-        token in the embedding, and freezes what the paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
+        cross attention, whose gates are closed), makes room for the placeholder token in the embedding, and freezes what the
+        paper freezes ([`~VisualChatForCausalLM.freeze_for_alignment`]).
 
         Args:
             vision (`str` or `PreTrainedModel`): The tower: a Hub id, a folder, or a model, of one of the families of

@@ -176,7 +176,27 @@ class ModalityLayer(CacheLayerMixin):
             part.prefetch()
 
 
-class StaticModalityLayer(ModalityLayer):
+class StaticPlaces:
+    """Mixed into the class of a layer whose cache is static: as many places as the cache has, and none can be taken back."""
+
+    positions: StaticModalityPositions
+    is_compileable, is_croppable = True, False
+
+    @property
+    def _length_in_order(self) -> int:
+        return self.positions.max_cache_len
+
+    def get_max_length(self) -> int:
+        return self.positions.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.positions.max_cache_len, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("A static cache cannot be cropped: use a dynamic one")
+
+
+class StaticModalityLayer(StaticPlaces, ModalityLayer):
     """
     One decoder layer's keys and values in the one buffer of a `StaticLayer`: text grows from its beginning, images stand at
     its end.
@@ -186,8 +206,6 @@ class StaticModalityLayer(ModalityLayer):
         owns_positions (`bool`): As in a [`ModalityLayer`].
         joined (`bool`): Whether one softmax goes over text and images, and so over the whole buffer.
     """
-
-    is_compileable, is_croppable = True, False
 
     def __init__(self, positions: StaticModalityPositions, owns_positions: bool, joined: bool):
         super().__init__(positions, owns_positions)
@@ -210,10 +228,6 @@ class StaticModalityLayer(ModalityLayer):
 
     def _by_modality(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._split(getattr(self.buffer, name))
-
-    @property
-    def _length_in_order(self) -> int:
-        return self.positions.max_cache_len
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.buffer.lazy_initialization(key_states, value_states)
@@ -256,15 +270,6 @@ class StaticModalityLayer(ModalityLayer):
         layer.cumulative_length = layer.cumulative_length.to(layer.device)
         layer.is_initialized = True
         mark_static(layer.keys, layer.values, layer.cumulative_length)
-
-    def get_max_length(self) -> int:
-        return self.positions.max_cache_len
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.positions.max_cache_len, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("A static cache cannot be cropped: use a dynamic one")
 
     def reset(self) -> None:
         super().reset()

@@ -231,10 +231,17 @@ def test_images_after_a_cached_text(mmca):
             torch.testing.assert_close(logits, expected[:, -logits.shape[1] :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("given", ["all images", "new images", "memory of all", "memory of new"])
-def test_beams_go_on_from_a_cache(given):
+@pytest.mark.parametrize(
+    "attention, given",
+    [
+        *(("mmca", given) for given in ("all images", "new images", "memory of all", "memory of new")),
+        ("cross", "all images"),
+        ("cross", "new images"),
+    ],
+)
+def test_beams_go_on_from_a_cache(attention, given):
     """The cache is repeated for the beams first, as with any transformers model."""
-    model = make_model(image_number_keys=True)
+    model = make_model(multimodal_attention=attention, image_number_keys=True)
     model.generation_config.eos_token_id = None
     first, new = make_inputs(["tit", "itit"], model), make_inputs(["it", "it"], model, seed=1)
     answered = model.generate(**first, **NEW, return_dict_in_generate=True)
@@ -248,10 +255,7 @@ def test_beams_go_on_from_a_cache(given):
     pixels = torch.cat([old_pixels[:1], new_pixels[:1], old_pixels[1:], new_pixels[1:]])  # row by row
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     expected = model.generate(**inputs, pixel_values=pixels, **NEW, num_beams=3)
-    images = {
-        "all images": {"pixel_values": pixels},
-        "new images": {"pixel_values": new_pixels},
-        "memory of all": {"image_memory": model.encode_images(pixels)},
-        "memory of new": {"image_memory": model.encode_images(new_pixels)},
-    }[given]
+    images = {"pixel_values": pixels if given in ("all images", "memory of all") else new_pixels}
+    if given.startswith("memory"):
+        images = {"image_memory": model.encode_images(images["pixel_values"])}
     assert torch.equal(model.generate(**inputs, **images, past_key_values=cache, **NEW, num_beams=3), expected)

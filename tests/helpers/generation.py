@@ -4,6 +4,8 @@ NEW = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
 LAYOUT = ["tt", "titit", "iitt", "ti", "tiiiit"]
+# For cross attention, whose prompts end with text
+LAYOUT_ENDING_WITH_TEXT = ["tt", "titit", "iitt", "its", "tiiiit"]
 
 
 def rows_alone(inputs, layout):

@@ -129,15 +129,14 @@ def test_the_rest_of_a_prompt(batches):
 
 
 class Hold(StoppingCriteria):
-    """Lets answers end after so many tokens, or holds the thread until the event is set."""
+    """Ends no answer, and holds its thread until an event is set."""
 
-    def __init__(self, event=None):
+    def __init__(self, event):
         self.event, self.calls = event, 0
 
     def __call__(self, input_ids, scores, **kwargs):
         self.calls += 1
-        if self.event is not None:
-            assert self.event.wait(30)
+        assert self.event.wait(30)
         return torch.tensor([False])
 
 
@@ -185,17 +184,20 @@ class TestFailures:
         assert batches.together(inputs) == batches.alone(inputs)
 
 
-def test_it_ends_after_its_answers(batches):
-    threads = {thread.name for thread in threading.enumerate()}
-    assert "model" in threads
-    started, inputs, hold = threading.Event(), make_inputs([2]), Hold()
-    hold.event = started
+def test_it_ends_after_its_answers():
+    before = {*threading.enumerate()}
+    batches = Batches()
+    (thread,) = {*threading.enumerate()} - before
+    started, inputs = threading.Event(), make_inputs([2])
+    hold = Hold(started)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(batches.together, inputs, stopping_criteria=[hold])
         wait_until(lambda: hold.calls)
         batches.thread.close()
         started.set()
         assert answer.result() == batches.alone(inputs)
+    thread.join(10)
+    assert not thread.is_alive()
     with pytest.raises(RuntimeError, match="was closed"):
         batches.together(inputs)
 

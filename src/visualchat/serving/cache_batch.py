@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The caches of several conversations as the cache of one batch, which conversations join and leave between two tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -31,8 +31,8 @@ class CacheBatch:
     def __init__(self):
         self.cache: Cache | None = None
         self.lengths: list[int] = []
-        # How many columns of text and of images each conversation fills. A plain cache has columns of text alone
-        self._columns: list[tuple[int, int]] = []
+        # How many of them have columns of their own, for images. A plain cache has one kind of columns
+        self._images: list[int] = []
 
     def change(self, kept: list[int], new: list[Cache]) -> None:
         """
@@ -50,13 +50,9 @@ class CacheBatch:
         caches = [old] * bool(kept) + [copy_cache(cache) for cache in new]
         counts = [[self.lengths[row] for row in kept]] * bool(kept) + [[int(cache.get_seq_length())] for cache in new]
         _make_alike(caches, counts)
-        self._columns = [self._columns[row] for row in kept]
-        for cache in new:
-            positions = get_modality_positions(cache)
-            images = positions.of_images.shape[1] if positions is not None else 0
-            self._columns.append((int(cache.get_seq_length()) - images, images))
+        self._images = [self._images[row] for row in kept] + [_count_images(cache) for cache in new]
         self.lengths = [length for lengths in counts for length in lengths]
-        self.cache = _join(caches, max(self.lengths), self._columns) if caches else None
+        self.cache = _join(caches, self.lengths, self._images) if caches else None
 
     def inputs(self) -> dict[str, torch.Tensor | Cache | bool | None]:
         """What the model's `forward` takes beside `input_ids`, of shape `(conversations, 1)`, to compute the next tokens."""
@@ -76,13 +72,17 @@ class CacheBatch:
     def count_token(self) -> None:
         """Notes that the model has added a token of text to each conversation in the cache."""
         self.lengths = [length + 1 for length in self.lengths]
-        self._columns = [(text + 1, images) for text, images in self._columns]
 
 
 def can_join(cache: Cache) -> bool:
     """Whether a cache is of the kinds that [`CacheBatch`] can make one of: the dynamic ones of this package's attentions."""
     kinds = DynamicLayer, NumberedDynamicLayer, ModalityLayer, CrossCacheLayer
     return all(type(layer) in kinds for layer in cache.layers)
+
+
+def _count_images(cache: Cache) -> int:
+    positions = get_modality_positions(cache)
+    return positions.of_images.shape[1] if positions is not None else 0
 
 
 def _make_alike(caches: list[Cache], counts: list[list[int]]) -> None:
@@ -107,23 +107,30 @@ def _make_alike(caches: list[Cache], counts: list[list[int]]) -> None:
             carry_image_numbers(cache).update(numbers, numbers[..., :0])
 
 
-def _join(caches: list[Cache], length: int, columns: list[tuple[int, int]]) -> Cache:
-    """The first of the caches, which are alike, with the conversations of all of them."""
-    joined, text, images = caches[0], max(text for text, _ in columns), max(images for _, images in columns)
+def _join(caches: list[Cache], lengths: list[int], images: list[int]) -> Cache:
+    """
+    The first of the caches, which are alike, with the conversations of all of them. These have so many tokens, and so many
+    that stand in columns of images.
+    """
+    joined, length, image_width = caches[0], max(lengths), max(images)
+    text_width = max(tokens - of_images for tokens, of_images in zip(lengths, images))
     for parts in zip(*map(_parts_of, caches)):
-        layers, width = [layer for layer, _ in parts], images if parts[0][1] else text
-        for name in ("keys", "values"):
-            setattr(layers[0], name, _join_columns([getattr(layer, name) for layer in layers], width))
+        layers, width = [layer for layer, _ in parts], image_width if parts[0][1] else text_width
+        layers[0].keys, layers[0].values = (
+            _join_columns(states, width) for states in zip(*((layer.keys, layer.values) for layer in layers))
+        )
     positions = [found for cache in caches if (found := get_modality_positions(cache)) is not None]
     if positions:
-        for name, width in (("keys", text), ("values", images)):
-            shifted = []
-            for of_cache in positions:
-                part = getattr(of_cache, name)
-                shifted.append(torch.where(part >= 0, part + (length - of_cache.length), part))
-            setattr(positions[0], name, _join_columns(shifted, width, NO_KEY))
+        shifted = [[_shift(part, length - one.length) for part in (one.keys, one.values)] for one in positions]
+        of_text, of_images = zip(*shifted)
+        positions[0].keys = _join_columns(of_text, text_width, NO_KEY)
+        positions[0].values = _join_columns(of_images, image_width, NO_KEY)
         positions[0].length = length
     return joined
+
+
+def _shift(positions: torch.Tensor, by: int) -> torch.Tensor:
+    return torch.where(positions >= 0, positions + by, positions)
 
 
 def _parts_of(cache: Cache) -> Iterator[tuple[DynamicLayer, bool]]:
@@ -142,7 +149,7 @@ def _device_of(cache: Cache) -> torch.device:
     return next(_parts_of(cache))[0].device
 
 
-def _join_columns(parts: list[torch.Tensor], width: int, fill: int = 0) -> torch.Tensor:
+def _join_columns(parts: Sequence[torch.Tensor], width: int, fill: int = 0) -> torch.Tensor:
     """
     The last `width` columns of states of shape `(conversations, heads, columns, size)`; on the left, padding. Layers without
     cross attention have no columns of images.
