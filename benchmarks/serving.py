@@ -6,6 +6,15 @@ of the processor's time, so that on two cores all rates are lower than those of 
     make test-vllm               # makes .venv-vllm, in which vLLM is
     python -m benchmarks.serving
 
+vLLM's LLaVA imports torchvision, which .venv-vllm lacks: PyPI has no build of it for torch for CPUs. The one for CUDA can be
+imported without its compiled part (`_C.so`, `image.so`), if its `__init__.py` first defines the operators `nms` and `qnms`:
+
+    lib = torch.library.Library("torchvision", "DEF")
+    lib.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    lib.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+`--python` names an interpreter that finds it; `--without-llava` leaves that side out.
+
 The model has the shapes of `sides.py` and random weights. Each request asks for 16 tokens about new images, so that no side
 profits from its image memory or its caches. All have the same prompt.
 """
@@ -185,10 +194,18 @@ def make_images(draw: random.Random, count: int) -> list[dict]:
     return parts
 
 
-def make_body(messages: list[dict], eos_token_id: int) -> bytes:
+def make_body(messages: list[dict], answer_token_id: int) -> bytes:
+    """
+    The answer is one token again and again, so that all answers are equally long, and the text of the first token is sent at
+    once. Random weights write bytes that are no characters, whose text is held back.
+    """
     settings = {"model": "m", "temperature": 0, "max_tokens": NEW_TOKENS, "stream": True}
-    settings["logit_bias"] = {str(eos_token_id): -100}  # all answers are equally long
+    settings["logit_bias"] = {str(answer_token_id): 100}
     return json.dumps({**settings, "messages": messages}).encode()
+
+
+def find_answer_token() -> int:
+    return make_tokenizer().convert_tokens_to_ids("a")
 
 
 def ask(images: list[dict]) -> dict:
@@ -221,13 +238,13 @@ def _has_text(line: bytes) -> bool:
     return bool(choices and choices[0]["delta"].get("content"))
 
 
-def measure(ports: dict[str, int], clients: int, requests: int, images: int, eos_token_id: int, repeats: int) -> dict:
+def measure(ports: dict[str, int], clients: int, requests: int, images: int, answer_token_id: int, repeats: int) -> dict:
     """Requests a second and the median time to the first token of each server, which take turns `repeats` times."""
     rates, firsts = ({name: [] for name in ports} for _ in range(2))
     draw = random.Random(clients)
     for repeat in range(repeats):
         for name in list(ports)[:: -1 if repeat % 2 else 1]:
-            bodies = [make_body([ask(make_images(draw, images))], eos_token_id) for _ in range(requests)]
+            bodies = [make_body([ask(make_images(draw, images))], answer_token_id) for _ in range(requests)]
             start = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
                 timings = list(pool.map(lambda body, port=ports[name]: send(port, body), bodies))
@@ -256,11 +273,11 @@ def main(argv: list[str] | None = None) -> None:
         if not args.without_llava:
             commands.append(vllm_command(args.python, llava, args.images))
         ports = {name: stack.enter_context(serving(command, name)) for name, command in zip(SERVERS, commands)}
-        eos_token_id = make_tokenizer().eos_token_id
+        answer_token_id = find_answer_token()
         for port in ports.values():
-            send(port, make_body([ask(make_images(random.Random(0), args.images))], eos_token_id))
+            send(port, make_body([ask(make_images(random.Random(0), args.images))], answer_token_id))
         for clients in args.clients:
-            figures = measure(ports, clients, max(4, clients), args.images, eos_token_id, args.repeats)
+            figures = measure(ports, clients, max(4, clients), args.images, answer_token_id, args.repeats)
             for name, (rate, first) in figures.items():
                 print(f"{clients} clients, {name}: {rate:.2f} requests/s, first token after {first:.2f} s", flush=True)
             of_all = {

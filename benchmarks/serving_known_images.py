@@ -21,9 +21,9 @@ from benchmarks.serving import (
     ROOT,
     SERVERS,
     ask,
+    find_answer_token,
     make_body,
     make_images,
-    make_tokenizer,
     save_sides,
     send,
     serve_command,
@@ -35,7 +35,7 @@ from benchmarks.serving import (
 KINDS = ("new images", "the same images in another conversation", "the next round of a conversation")
 
 
-def measure(port: int, images: int, conversations: int, eos_token_id: int) -> dict[str, float]:
+def measure(port: int, images: int, conversations: int, answer_token_id: int) -> dict[str, float]:
     """The median time to the first token, in seconds, of each of `KINDS`."""
     draw, seconds = random.Random(0), {kind: [] for kind in KINDS}
     for number in range(conversations):
@@ -43,7 +43,7 @@ def measure(port: int, images: int, conversations: int, eos_token_id: int) -> di
         other = {"role": "system", "content": f"Be brief, {number}."}
         answered = {"role": "assistant", "content": "None."}
         for kind, messages in zip(KINDS, ([asked], [other, asked], [asked, answered, ask([])])):
-            seconds[kind].append(send(port, make_body(messages, eos_token_id)).first)
+            seconds[kind].append(send(port, make_body(messages, answer_token_id)).first)
     return {kind: median(of_kind[1:]) for kind, of_kind in seconds.items()}  # the first conversation warms up
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         commands = [serve_command(ours), vllm_command(args.python, ours, args.images)]
         ports = {name: stack.enter_context(serving(command, name)) for name, command in zip(SERVERS, commands)}
         for name, port in ports.items():
-            seconds = measure(port, args.images, args.conversations, make_tokenizer().eos_token_id)
+            seconds = measure(port, args.images, args.conversations, find_answer_token())
             for kind in KINDS:
                 print(f"{name}, {kind}: first token after {seconds[kind]:.3f} s", flush=True)
             for kind in KINDS[1:]:

@@ -1,5 +1,7 @@
 """vLLM with the plugin gives the tokens of `model.generate`, for each attention, decoder, tower and projector."""
 
+import os
+
 import pytest
 import torch
 
@@ -76,6 +78,20 @@ def test_cached_prefixes_and_graphs_change_nothing(tmp_path):
         assert given.tokens == one.tokens
     hits = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:prefix_cache_hits"]
     assert sum(hits) >= 32
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each process is bound to a core of its own")
+@pytest.mark.parametrize("name", ["mmca-numbered", "merged-learned-prefix"])
+def test_two_processes_share_the_heads(name, tmp_path, monkeypatch):
+    """Tensor parallelism. Each process computes the keys of the numbers, and the prefix, for its own heads."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    save_model(tmp_path, **MODELS[name])
+    conversations = list_conversations()
+    expected = answer_with_transformers(tmp_path, conversations)
+    given = answer_with_vllm(start_engine(tmp_path, tensor_parallel_size=2), conversations)
+    assert [one.tokens for one in given] == [one.tokens for one in expected]
+    for one, other in zip(given, expected):
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-3, rtol=0)
 
 
 def test_lora_adapters(tmp_path):
