@@ -71,9 +71,31 @@ def test_what_vllm_would_ignore_is_refused_by_name(fields):
 
 
 @pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        ({"tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, "tool_calls"),
+        ({"refusal": "No."}, "refusal"),
+        ({"prefix": True}, "prefix"),
+    ],
+)
+def test_so_is_what_it_would_ignore_of_a_message(message, name):
+    answered = {"role": "assistant", "content": "Ho", **message}
+    status, answer = send(json.dumps({**BODY, "messages": [*BODY["messages"], answered, *BODY["messages"]]}).encode())
+    assert (status, answer["error"]["param"]) == (400, f"messages[1].{name}")
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {},
+        {
+            "messages": [
+                {"role": "user", "content": "Hi", "name": "me"},
+                {"role": "assistant", "content": "Ho", "refusal": None},
+            ]
+        },
+        {"messages": ["Hi", 7]},
+        {"messages": "Hi"},
         {"temperature": 0.5, "top_k": 3, "min_tokens": 2, "structured_outputs": {"choice": ["a"]}},
         {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
         {"response_format": {"type": "json_object"}, "logprobs": True, "parallel_tool_calls": False},
