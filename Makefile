@@ -29,7 +29,7 @@ test-lowest: $(VENV)-lowest/installed  ## the tests with the oldest transformers
 	$(VENV)-lowest/bin/python -m pytest -m "not slow and not browser" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-vllm: $(VENV)-vllm/installed  ## vLLM with our plugin (.venv-vllm)
-	$(VENV)-vllm/bin/python -m pytest tests/serving/vllm_plugin -m vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(VENV)-vllm/bin/python -m pytest tests/serving/vllm_plugin -m vllm
 
 test-browser: $(VENV)/installed  ## the web page in Chromium, which it installs where it may (Debian, as root)
 	command -v chromium > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" -ne 0 ] || \
@@ -44,8 +44,9 @@ bench: $(VENV)/installed  ## speed side by side with LLaVA (benchmarks/results)
 		python -m benchmarks.$$name || exit 1; done
 	python -m benchmarks.report
 
-study: $(VENV)/installed  ## causal attention, MMCA and merged MMCA compared (docs/study.md), restartable, hours
-	python -m benchmarks.study.run
+study: $(VENV)/installed  ## attention designs compared (docs/study.md), restartable, hours
+	python -m benchmarks.study.run pretrained
+	python -m benchmarks.study.run scratch
 
 lint: $(VENV)/installed  ## what continuous integration checks first
 	ruff check .

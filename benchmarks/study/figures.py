@@ -16,6 +16,8 @@ STYLES = {  # to be told apart in black and white
     "mmca, numbered": ("0.45", "--", "s"),
     "mmca_merged": ("0.7", "-", "^"),
     "mmca_merged, numbered": ("0.7", "--", "^"),
+    "mmca_merged, numbered, prefix": ("0.7", "-.", "v"),
+    "cross": ("0.55", ":", "D"),
 }
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.study.tasks import IDENTIFY, Task
+from benchmarks.study.drawings import Drawings
+from benchmarks.study.scratch_tasks import Task
 from modeling_visualchat import VisualChatDataCollator, VisualChatProcessor
 from modeling_visualchat.messages_visualchat import fill_images
-from visualchat.evaluation.answers import generate_answers, is_exact
+from visualchat.evaluation.answers import generate_answers, is_exact, text_of
 
 
 GENERATION = {"do_sample": False, "max_new_tokens": 8}
@@ -79,7 +80,7 @@ def share_by(questions: list[dict], right: np.ndarray, name: str) -> dict[str, d
 
 @torch.no_grad()
 def image_attention(
-    model: torch.nn.Module, processor: VisualChatProcessor, task: Task, split: str, count: int, seed: int
+    model: torch.nn.Module, processor: VisualChatProcessor, task: Task | Drawings, split: str, count: int, seed: int
 ) -> dict[str, list[float]]:
     """
     The attention of the tokens that predict the answer to a question about one of three images.
@@ -118,7 +119,7 @@ def answer_probes(model: torch.nn.Module, processor: VisualChatProcessor, exampl
 
 
 def robustness(
-    model: torch.nn.Module, processor: VisualChatProcessor, task: Task, split: str, count: int, seed: int
+    model: torch.nn.Module, processor: VisualChatProcessor, task: Task | Drawings, split: str, count: int, seed: int
 ) -> dict[str, float]:
     """
     The accuracy on questions about one of three images; when a fourth image is added (`distracted`), and when the images are
@@ -149,14 +150,14 @@ def robustness(
     return measures
 
 
-def _ask(task: Task, example: dict, num_images: int, asked: int) -> dict:
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": IDENTIFY[task.name].format(asked)}]
+def _ask(task: Task | Drawings, example: dict, num_images: int, asked: int) -> dict:
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": task.identify.format(asked)}]
     return {**example, "messages": [{"role": "user", "content": content}, example["messages"][1]], "asked": asked}
 
 
 def _accuracy(answers: list[str], examples: list[dict]) -> float:
     return float(
-        np.mean([is_exact(answer, example["messages"][1]["content"]) for answer, example in zip(answers, examples)])
+        np.mean([is_exact(answer, text_of(example["messages"][1]["content"])) for answer, example in zip(answers, examples)])
     )
 
 

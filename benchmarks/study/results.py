@@ -4,8 +4,7 @@
 from collections.abc import Callable
 from math import log2, sqrt
 from statistics import mean, stdev
-
-from benchmarks.study.runs import CHANGES, REGIMES, VARIANTS
+from types import ModuleType
 
 
 # The 97.5 % quantiles of Student's t distribution for 1, 2, … degrees of freedom
@@ -13,19 +12,25 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Study:
-    """The results of the study, with methods that find those of a setting."""
+    """
+    The results of a study, with methods that find those of a setting.
 
-    def __init__(self, study: dict):
+    Args:
+        study (`dict`): What [`write_results`] wrote.
+        tables (`ModuleType`): The module with the study's jobs, whose `VARIANTS`, `REGIMES` and `CHANGES` give the order.
+    """
+
+    def __init__(self, study: dict, tables: ModuleType):
         self.grid, self.machine, self.versions = study["grid"], study["machine"], study["versions"]
         self.results = study["results"]
         self.settings = self.results[0]["settings"]
         runs = [result for result in self.results if result["kind"] == "run"]
         self.seeds = sorted({run["seed"] for run in runs})
         self.tasks = list(dict.fromkeys(run["task"] for run in runs))
-        self.regimes = [regime for regime in REGIMES if any(run["regime"] == regime for run in runs)]
-        self.variants = [variant for variant in VARIANTS if any(run["variant"] == variant for run in runs)]
+        self.regimes = [regime for regime in tables.REGIMES if any(run["regime"] == regime for run in runs)]
+        self.variants = [variant for variant in tables.VARIANTS if any(run["variant"] == variant for run in runs)]
         self.sizes = [point["conversations"] for point in runs[0]["curve"]]
-        self.changes = [name for name in CHANGES if any(result["change"] == name for result in self.results)]
+        self.changes = [name for name in tables.CHANGES if any(result["change"] == name for result in self.results)]
         self.minutes = sum(result["seconds"] for result in self.results) / 60
 
     def runs(self, task: str, regime: str, variant: str) -> list[dict]:

@@ -1,12 +1,13 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-The study: causal attention, MMCA and merged MMCA, with and without numbered keys, trained on the same data.
+The studies: causal attention, MMCA, merged MMCA and others, with and without numbered images, trained on the same data.
 
-    python -m benchmarks.study.run
+    python -m benchmarks.study.run scratch     # all models are trained from scratch
+    python -m benchmarks.study.run pretrained  # a pretrained vision tower and a pretrained decoder, which stay frozen
 
-All models are trained from scratch, on two CPU cores. Finished jobs are saved in `--output` and not repeated, so run the
-command again to resume an interrupted study. At the end it writes `study_results.json` to `--docs`, and from it `study.md`
-and its figures. `--grid wide` has more seeds and more data; `--grid tiny` checks that everything works.
+Both are for two CPU cores. Finished jobs are saved in `--output` and not repeated, so run the command again to resume an
+interrupted study. At the end it writes the results as JSON to `--docs`, and from that `study.md` and its figures. `--grid
+tiny` checks that everything works; the study from scratch also has `--grid wide`, with more seeds and more data.
 """
 
 import argparse
@@ -16,28 +17,40 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
-from benchmarks.study.report import write_report
-from benchmarks.study.runs import GRIDS, Job, Scale, count_steps, list_jobs, work
+from benchmarks.study.jobs import Job, Scale, work
+from benchmarks.study.report import STUDIES, write_document, write_results
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="published", choices=GRIDS)
-    parser.add_argument("--output", type=Path, help="folder for models and results; default outputs/study/GRID")
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--grid", default="published")
+    parser.add_argument("--output", type=Path, help="folder for models and results; default outputs/study/STUDY/GRID")
     parser.add_argument("--docs", type=Path, help="folder for the report; default docs for the published grid, else OUTPUT")
     parser.add_argument("--processes", type=int, default=2, help="number of processes, with one thread each")
     args = parser.parse_args(argv)
-    output = args.output or Path("outputs/study") / args.grid
+    study, _, _ = STUDIES[args.study]
+    if args.grid not in study.GRIDS:
+        parser.error(f"the study {args.study!r} has no grid {args.grid!r}, it has {', '.join(study.GRIDS)}")
+    output = args.output or Path("outputs/study") / args.study / args.grid
     docs = args.docs or (Path("docs") if args.grid == "published" else output)
-    results = run_jobs(GRIDS[args.grid], output, args.processes)
-    write_report(args.grid, results, docs)
+    results = run_jobs(study, study.GRIDS[args.grid], output, args.processes)
+    write_results(args.study, args.grid, results, docs)
+    write_document(docs)
     print(f"The report is {docs / 'study.md'}")
 
 
-def run_jobs(scale: Scale, output: Path, processes: int) -> list[dict]:
+def run_jobs(study: ModuleType, scale: Scale, output: Path, processes: int) -> list[dict]:
     """
     Runs all jobs, and prints the progress.
+
+    Args:
+        study (`ModuleType`): The module with the jobs.
+        scale ([`Scale`]): The size of the study.
+        output (`Path`): Folder for models and results.
+        processes (`int`): How many jobs run at a time.
 
     Returns:
         `list[dict]`: The results, each with the fields of its job.
@@ -47,12 +60,12 @@ def run_jobs(scale: Scale, output: Path, processes: int) -> list[dict]:
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    stages = list_jobs(scale)
+    stages = study.list_jobs(scale)
     seconds, waiting = defaultdict(list), [job for stage in stages for job in stage]
     total, results = len(waiting), {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for stage in stages:
-            futures = {pool.submit(work, job, scale, output): job for job in stage}
+            futures = {pool.submit(work, study.perform, job, scale, output): job for job in stage}
             for future in as_completed(futures):
                 job = futures[future]
                 try:
@@ -64,17 +77,17 @@ def run_jobs(scale: Scale, output: Path, processes: int) -> list[dict]:
                 waiting.remove(job)
                 seconds[job.kind].append(result["seconds"])
                 accuracy = f"accuracy {result['accuracy']:.3f}, " if "accuracy" in result else ""
-                left = _seconds_left(waiting, seconds, scale) / processes / 60
+                left = _seconds_left(study, waiting, seconds, scale) / processes / 60
                 progress = f"[{len(results)}/{total}] {job.name}: {accuracy}{result['seconds']:.0f} s"
                 print(f"{progress}; about {left:.0f} min left", flush=True)
     return [results[job] for stage in stages for job in stage]
 
 
-def _seconds_left(waiting: list[Job], seconds: dict[str, list[float]], scale: Scale) -> float:
+def _seconds_left(study: ModuleType, waiting: list[Job], seconds: dict[str, list[float]], scale: Scale) -> float:
     """Estimates the remaining seconds from finished jobs of the same kind, or from training steps if there are none."""
     means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
-    per_step = sum(means.values()) / sum(count_steps(kind, scale) for kind in means)
-    return sum(means.get(job.kind, per_step * count_steps(job.kind, scale)) for job in waiting)
+    per_step = sum(means.values()) / sum(study.count_steps(kind, scale) for kind in means)
+    return sum(means.get(job.kind, per_step * study.count_steps(job.kind, scale)) for job in waiting)
 
 
 if __name__ == "__main__":

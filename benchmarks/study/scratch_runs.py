@@ -1,11 +1,10 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
-"""The jobs of the study: the base models, the training of each variant, and the results that are saved."""
+"""
+The jobs of the study from scratch: `base` makes tower and decoder of a seed, `pretraining` trains a decoder on the images of
+the other task than `task`, `run` trains a variant and measures it, and `change` is a run with one setting changed.
+"""
 
 import copy
-import json
-import os
-import re
-import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, LlamaForCausalLM, TrainerCallback, set_seed
 
+from benchmarks.study.jobs import Job, Scale
 from benchmarks.study.measures import collate, compare_memory, image_attention, robustness, score, share_by
-from benchmarks.study.tasks import IDENTIFY, Task, load_task
+from benchmarks.study.scratch_tasks import IDENTIFY, Task, load_task
 from examples.digits_demo.stages import describe_in_words, make_processor, train, train_decoder, train_tower
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
 from visualchat.data.digits import Digits
@@ -58,23 +58,16 @@ PREFIXES = ["### Image", "### Question:", "### Answer:"]
 
 
 @dataclass(frozen=True)
-class Scale:
+class ScratchScale(Scale):
     """
-    The size of the study.
+    The size of this study.
 
     Args:
-        seeds: The seeds of all random choices: splits, weights, conversations.
-        variants, regimes, tasks, changes: Keys of the tables above.
         tower_steps, decoder_steps, pretraining_steps: The training steps of the models that the runs start from.
         checkpoints: The steps after which a run is measured. It ends after the last one.
         conversations, probes: The numbers of test conversations and of probes.
     """
 
-    seeds: tuple[int, ...]
-    variants: tuple[str, ...]
-    regimes: tuple[str, ...]
-    tasks: tuple[str, ...]
-    changes: tuple[str, ...]
     tower_steps: int
     decoder_steps: int
     pretraining_steps: int
@@ -84,8 +77,8 @@ class Scale:
 
 
 GRIDS = {
-    "tiny": Scale((0,), ("causal", "mmca, numbered"), tuple(REGIMES), TASKS, tuple(CHANGES), 4, 4, 2, (1, 2), 20, 8),
-    "published": Scale(
+    "tiny": ScratchScale((0,), ("causal", "mmca, numbered"), tuple(REGIMES), TASKS, tuple(CHANGES), 4, 4, 2, (1, 2), 20, 8),
+    "published": ScratchScale(
         (0, 1, 2),
         tuple(VARIANTS),
         tuple(REGIMES),
@@ -98,7 +91,7 @@ GRIDS = {
         400,
         192,
     ),
-    "wide": Scale(
+    "wide": ScratchScale(
         tuple(range(10)),
         tuple(VARIANTS),
         tuple(REGIMES),
@@ -114,27 +107,7 @@ GRIDS = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """
-    A unit of work for one process. `kind` is `base` (tower and decoder of a seed), `pretraining` (on the images of the other
-    task than `task`), `run`, or `change` (a run with one setting changed).
-    """
-
-    kind: str
-    seed: int
-    task: str = ""
-    variant: str = ""
-    regime: str = ""
-    change: str = ""
-
-    @property
-    def name(self) -> str:
-        parts = (self.kind, self.task, self.regime, self.variant, self.change, f"seed {self.seed}")
-        return re.sub(r"[ ,]+", "-", " ".join(part for part in parts if part))
-
-
-def list_jobs(scale: Scale) -> list[list[Job]]:
+def list_jobs(scale: ScratchScale) -> list[list[Job]]:
     """The jobs in stages. The jobs of a stage depend only on earlier stages."""
     bases = [Job("base", seed) for seed in scale.seeds]
     runs = [
@@ -153,44 +126,16 @@ def list_jobs(scale: Scale) -> list[list[Job]]:
     return [bases, pretraining, runs, changes]
 
 
-def count_steps(kind: str, scale: Scale) -> int:
+def count_steps(kind: str, scale: ScratchScale) -> int:
     """Training steps of a job of this kind."""
     if kind == "base":
         return scale.tower_steps + scale.decoder_steps
     return scale.pretraining_steps if kind == "pretraining" else scale.checkpoints[-1]
 
 
-def work(job: Job, scale: Scale, folder: Path) -> dict:
-    """
-    Runs a job, unless its result is already in `folder / "results"`. Saves the result there, and returns it.
-
-    Raises:
-        ValueError: If the saved result was made with another scale.
-    """
-    path = folder / "results" / f"{job.name}.json"
-    settings = {
-        "tower_steps": scale.tower_steps,
-        "decoder_steps": scale.decoder_steps,
-        "pretraining_steps": scale.pretraining_steps,
-        "checkpoints": list(scale.checkpoints),
-        "conversations": scale.conversations,
-        "probes": scale.probes,
-    }
-    if path.exists():
-        result = json.loads(path.read_text())
-        if result["settings"] != settings:
-            raise ValueError(f"{path} was made with other settings, {result['settings']}: choose another --output")
-        return result
-    torch.set_num_threads(1)
-    set_seed(job.seed)
-    started = time.perf_counter()
-    result = {"base": make_base, "pretraining": pretrain, "run": run, "change": run}[job.kind](job, scale, folder)
-    result = {**result, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    unfinished.replace(path)
-    return result
+def perform(job: Job, scale: ScratchScale, folder: Path) -> dict:
+    """Does a job; see [`work`]."""
+    return {"base": make_base, "pretraining": pretrain, "run": run, "change": run}[job.kind](job, scale, folder)
 
 
 @cache
@@ -204,7 +149,7 @@ def load_processor(special_prefixes: bool = False) -> VisualChatProcessor:
     return processor
 
 
-def make_base(job: Job, scale: Scale, folder: Path) -> dict:
+def make_base(job: Job, scale: ScratchScale, folder: Path) -> dict:
     """Trains a vision tower on the labels of both tasks, and a decoder on conversations in which words stand for images."""
     processor = load_processor()
     tasks = [load_task(name, job.seed) for name in TASKS]
@@ -249,7 +194,7 @@ def build(job: Job, processor: VisualChatProcessor, folder: Path) -> VisualChatF
     return model
 
 
-def pretrain(job: Job, scale: Scale, folder: Path) -> dict:
+def pretrain(job: Job, scale: ScratchScale, folder: Path) -> dict:
     """Trains decoder, token embedding and projector on the other task. Saves the weights without the projector."""
     processor = load_processor()
     model = build(job, processor, folder)
@@ -264,7 +209,7 @@ def pretrain(job: Job, scale: Scale, folder: Path) -> dict:
     return {"accuracy": float(right.mean()), "loss": loss}
 
 
-def run(job: Job, scale: Scale, folder: Path) -> dict:
+def run(job: Job, scale: ScratchScale, folder: Path) -> dict:
     """Trains one model on the task, with measurements during training and at the end."""
     processor = load_processor(job.change == "special prefixes")
     task = load_task(job.task, job.seed)

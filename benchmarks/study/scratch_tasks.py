@@ -1,7 +1,8 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """
-The two tasks of the study, both with real images: scanned digits (`digits.py`), and patches of scikit-learn's two sample
-photographs, with questions about their brightness and their texture (smooth or rough, compared with others of their shade).
+The two tasks of the study from scratch, both with real images: scanned digits (`digits.py`), and patches of scikit-learn's
+two sample photographs, with questions about their brightness and their texture (smooth or rough, compared with others of
+their shade).
 """
 
 from functools import cache
@@ -37,6 +38,11 @@ class Task(NamedTuple):
     subject: Subject
     splits: dict[str, Digits]
 
+    @property
+    def identify(self) -> str:
+        """The question for the label of an image, with `{}` for its number."""
+        return IDENTIFY[self.name]
+
     def conversations(self, split: str, count: int, seed: int, **settings) -> list[dict]:
         """See [`make_conversations`]."""
         return make_conversations(self.splits[split], count, seed, self.subject, **settings)
@@ -57,7 +63,7 @@ class Task(NamedTuple):
             labels = rng.integers(len(by_label), size=num_images).tolist()
             asked = int(rng.integers(num_images)) + 1
             images = [digits.images[rng.choice(by_label[label])] for label in labels]
-            text = IDENTIFY[self.name].format(asked)
+            text = self.identify.format(asked)
             question = next(one for one in self.subject.list_questions(labels) if one.text == text)
             content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]

@@ -94,10 +94,18 @@ class ConversationMaker:
     Args:
         scenes (`list[Scene]`): What images may show. Some show one thing, and some several.
         seed (`str`): Seed of the conversations.
+        weights (`dict[str, float]`): The kinds of questions, and how often each is asked where it can be.
+        rounds (`tuple[int, int]`): The fewest and the most rounds of a conversation.
     """
 
-    def __init__(self, scenes: list[Scene], seed: str):
-        self.scenes, self.rng = scenes, Random(seed)
+    def __init__(
+        self,
+        scenes: list[Scene],
+        seed: str,
+        weights: dict[str, float] = QUESTION_WEIGHTS,
+        rounds: tuple[int, int] = (3, 6),
+    ):
+        self.scenes, self.rng, self.weights, self.rounds = scenes, Random(seed), weights, rounds
         self.single = [index for index, scene in enumerate(scenes) if len(scene.things) == 1]
         self.several = [index for index, scene in enumerate(scenes) if len(scene.things) > 1]
         self.of_kind = defaultdict(list)
@@ -106,13 +114,13 @@ class ConversationMaker:
 
     def make_conversation(self) -> dict:
         """
-        Makes a conversation of 1 to 4 images and 3 to 6 rounds. The first round brings an image, and often all; each later
+        Makes a conversation of 1 to 4 images. The first round brings an image, and often all; each later
         image comes in a random round.
 
         Returns:
             `dict`: `scenes` (`list[int]`, the images' indices), `messages`, and the `kinds` (`list[str]`) of the questions.
         """
-        num_images, num_rounds = self.rng.randint(1, 4), self.rng.randint(3, 6)
+        num_images, num_rounds = self.rng.randint(1, 4), self.rng.randint(*self.rounds)
         indices = []
         for _ in range(num_images):
             indices.append(self._draw_scene(indices))
@@ -120,7 +128,8 @@ class ConversationMaker:
         messages, question_kinds, asked = [], [], set()
         for number in range(num_rounds):
             shown = [self.scenes[index] for index in indices[: sum(arrival <= number for arrival in arrivals)]]
-            question = self._draw_question([one for one in list_questions(shown) if one.text not in asked])
+            questions = [one for one in list_questions(shown) if one.text not in asked and one.kind in self.weights]
+            question = self._draw_question(questions)
             asked.add(question.text)
             messages += make_round(question, arrivals.count(number))
             question_kinds.append(question.kind)
@@ -173,7 +182,7 @@ class ConversationMaker:
         answer does not matter.
         """
         kinds = sorted({question.kind for question in questions})
-        kind = self.rng.choices(kinds, [QUESTION_WEIGHTS[kind] for kind in kinds])[0]
+        kind = self.rng.choices(kinds, [self.weights[kind] for kind in kinds])[0]
         answer = self.rng.choice(sorted({question.answer for question in questions if question.kind == kind}))
         return self.rng.choice([one for one in questions if (one.kind, one.answer) == (kind, answer)])
 

@@ -33,6 +33,7 @@ from examples.digits_demo.talk import run_conversation
 from examples.pictures.dataset import CONVERSATIONS, image_path, make_data, read_examples
 from examples.pictures.measure import list_typical, measure
 from examples.pictures.parts import make_parts
+from examples.pictures.precision import computes_bfloat16
 from examples.pictures.report import CREDIT, write_model_card
 from examples.pictures.scenes import Scene
 from examples.pictures.words import CLASS_TOKEN_OUTPUTS, see, teach_words
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> dict:
         "datasets": data / "train.jsonl",
         "output_dir": args.output,
         "use_cpu": device == "cpu",
+        "bf16": computes_bfloat16(device),
     }
     options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
     if status := visualchat(["train", str(RECIPE), *options, "--resume"]):

@@ -2,9 +2,9 @@
 """
 Measures the model of `make pictures` on scenes that it was not trained on.
 
-Each question comes after the true answers of the earlier rounds, and is answered with greedy decoding, in bfloat16. An
-answer is right if it equals the true one after SQuAD's normalization, which drops articles: "A eagle." is right. `exact`
-counts what is right word for word.
+Each question comes after the true answers of the earlier rounds, and is answered with greedy decoding, in bfloat16 where the
+device has it. An answer is right if it equals the true one after SQuAD's normalization, which drops articles: "A eagle." is
+right. `exact` counts what is right word for word.
 """
 
 import re
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.digits_demo.demo import accuracy, list_answers, list_prompts, most_common_answers
 from examples.pictures.dataset import read_examples
+from examples.pictures.precision import autocast
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 from modeling_visualchat.messages_visualchat import fill_images
 from visualchat.evaluation.answers import generate_answers, is_exact, is_normalized_match
@@ -129,7 +130,7 @@ def answer_questions(
     prompts = list_prompts(examples)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+    with autocast(model.device.type):
         for start in tqdm(range(0, len(prompts), batch_size), desc=name):
             batch = by_length[start : start + batch_size]
             given = generate_answers(

@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from examples.pictures.conversations import NUMBERS
+from examples.pictures.precision import autocast
 from examples.pictures.scenes import Scene
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
@@ -48,13 +49,18 @@ def see(
     for start in tqdm(range(0, len(paths), batch_size), desc="vision tower"):
         images = processor.image_processor.fetch_images(paths[start : start + batch_size])
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with autocast(model.device.type):
             features.append(model.model.vision_tower(pixels, return_dict=True).last_hidden_state.bfloat16())
     return torch.cat(features)
 
 
 def teach_words(
-    model: VisualChatForCausalLM, processor: VisualChatProcessor, scenes: list[Scene], features: torch.Tensor, seed: int = 0
+    model: VisualChatForCausalLM,
+    processor: VisualChatProcessor,
+    scenes: list[Scene],
+    features: torch.Tensor,
+    seed: int = 0,
+    steps: int | None = None,
 ) -> None:
     """
     Trains the projector in place. The loss is the cross-entropy of the nearest word, and the squared distance to its
@@ -66,7 +72,9 @@ def teach_words(
         scenes (`list[Scene]`): What the images show.
         features (`torch.Tensor`): What [`see`] returned for the images.
         seed (`int`): Seed of the batches.
+        steps (`int`, *optional*): Training steps, by default `STEPS`.
     """
+    steps = STEPS if steps is None else steps
     labels = [list_words(scene) for scene in scenes]
     words = sorted({word for row in labels for word in row})
     index = {word: number for number, word in enumerate(words)}
@@ -81,13 +89,13 @@ def teach_words(
         projector.layer_norm.weight.fill_(embeds_WC.square().mean().sqrt())
     projector.train()
     optimizer = torch.optim.AdamW(projector.parameters(), LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps))
     generator = torch.Generator().manual_seed(seed)
-    progress = tqdm(range(STEPS), desc="words")
+    progress = tqdm(range(steps), desc="words")
     for _ in progress:
         batch = torch.randint(len(scenes), (BATCH_SIZE,), generator=generator)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            tokens_NKC = projector(features[batch]).float()
+        with autocast(model.device.type):
+            tokens_NKC = projector(features[batch].float()).float()
         tokens, target = tokens_NKC.flatten(0, 1), targets[batch].flatten()
         similarity = COSINE_SCALE * torch.nn.functional.normalize(tokens - mean, dim=-1) @ directions_WC.T
         distance = (tokens - embeds_WC[target]).square().mean() / variance

@@ -1,4 +1,4 @@
-"""The study: its tasks, its measures, and the whole of it in small. That docs/attention.md repeats it is tested too."""
+"""The study from scratch: tasks, measures, and the whole of it in small. That docs/attention.md repeats it is tested too."""
 
 import json
 from dataclasses import replace
@@ -9,11 +9,23 @@ import pytest
 import torch
 
 from benchmarks.study import run as study
+from benchmarks.study.jobs import Job, work
 from benchmarks.study.measures import collate, compare_memory, image_attention, score
-from benchmarks.study.report import RECOMMENDATION, headline_table, write_document
-from benchmarks.study.results import Study, interval, paired, samples_to_reach
-from benchmarks.study.runs import CHANGES, GRIDS, Job, build, join_samples, list_jobs, load_processor, run, work
-from benchmarks.study.tasks import SHADES, load_task
+from benchmarks.study.report import STUDIES, read_study, write_document
+from benchmarks.study.results import interval, paired, samples_to_reach
+from benchmarks.study.scratch_report import RECOMMENDATION
+from benchmarks.study.scratch_runs import (
+    CHANGES,
+    GRIDS,
+    build,
+    join_samples,
+    list_jobs,
+    load_processor,
+    perform,
+    run,
+)
+from benchmarks.study.scratch_tasks import SHADES, load_task
+from benchmarks.study.tables import headline_table
 from helpers.tiny import make_model, make_processor
 from modeling_visualchat.messages_visualchat import fill_images
 
@@ -25,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 def finished(tmp_path_factory):
     """A whole study, the tiny grid, and its folder."""
     folder = tmp_path_factory.mktemp("study")
-    study.main(["--grid", "tiny", "--output", str(folder)])
+    study.main(["scratch", "--grid", "tiny", "--output", str(folder)])
     return folder
 
 
@@ -149,7 +161,7 @@ class TestWholeStudy:
         times = [path.stat().st_mtime_ns for path in done]
         done[0].unlink()  # as if it had been stopped there
         before = (finished / "study_results.json").read_text()
-        study.main(["--grid", "tiny", "--output", str(finished)])
+        study.main(["scratch", "--grid", "tiny", "--output", str(finished)])
         changed = [path for path, time in zip(done, times) if path.stat().st_mtime_ns != time]
         assert changed == done[:1]
         assert "min left" in capsys.readouterr().out
@@ -164,7 +176,7 @@ class TestWholeStudy:
     def test_results_of_other_settings_are_refused(self, finished):
         scale = replace(GRIDS["tiny"], probes=9)
         with pytest.raises(ValueError, match=r"made with other settings, .*'probes': 8"):
-            work(list_jobs(scale)[2][0], scale, finished)
+            work(perform, list_jobs(scale)[2][0], scale, finished)
 
     @pytest.mark.parametrize("projector", ["vit", "perceiver"])
     def test_projectors_are_changed(self, finished, projector):
@@ -191,13 +203,16 @@ class TestWholeStudy:
 
 def test_the_published_document_is_that_of_its_results(tmp_path):
     docs = ROOT / "docs"
-    (tmp_path / "study_results.json").write_text((docs / "study_results.json").read_text())
+    for _, _, file in STUDIES.values():
+        path = docs / f"{file}_results.json"
+        if path.exists():
+            (tmp_path / path.name).write_text(path.read_text())
     write_document(tmp_path)
     assert (tmp_path / "study.md").read_text() == (docs / "study.md").read_text()
 
 
 def test_the_document_shows_what_was_found():
-    study = Study(json.loads((ROOT / "docs" / "study_results.json").read_text()))
+    study = read_study("scratch", ROOT / "docs")
     page = (ROOT / "docs" / "attention.md").read_text()
     assert headline_table(study) in page and RECOMMENDATION in page
     assert study.grid == "published"

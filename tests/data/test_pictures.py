@@ -26,6 +26,7 @@ from examples.pictures.conversations import (
 )
 from examples.pictures.kinds import Kind, list_kinds
 from examples.pictures.measure import TEXT_QUESTIONS, first_sentence
+from examples.pictures.precision import autocast, computes_bfloat16
 from examples.pictures.scenes import GROUNDS, Scene, Thing, draw_scene, make_scene
 from examples.pictures.text_rounds import TEXT_ROUNDS
 from examples.pictures.words import list_words
@@ -251,3 +252,21 @@ def test_what_pip_cannot_download_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "WHEELS", wheels)
     with pytest.raises(InputError, match=r"(?s)wheels\.txt: pip cannot download.*no-such-package"):
         parts.make_parts(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has_it"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, False),
+        ({"architecture": "x86_64", "avx2": True, "amx_bf16": False, "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True),
+        ({"architecture": "aarch64", "bf16": True}, True),
+    ],
+)
+def test_bfloat16_is_for_processors_that_compute_with_it(capabilities, has_it, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computes_bfloat16("cpu") == has_it and computes_bfloat16("cuda")
+    product = torch.ones(2, 2)
+    with autocast("cpu"):
+        product = product @ product
+    assert product.dtype == (torch.bfloat16 if has_it else torch.float32)

@@ -1,52 +1,27 @@
 """`make pictures` with tiny random parts and few steps: it writes everything, trains what it should, and can be resumed."""
 
 import json
-import shutil
 from functools import partial
-from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 import yaml
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from examples.pictures import dataset, demo, own_pictures, words
 from examples.pictures.conversations import split_kinds
 from examples.pictures.kinds import list_kinds
-from examples.pictures.parts import IMAGE_SIZE
-from helpers.chat_templates import make_decoder_tokenizer
+from helpers.pictures import save_parts
 from modeling_visualchat import VisualChatForCausalLM
 from visualchat.cli import main as visualchat
 
 
 pytestmark = pytest.mark.slow
-FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**tower)).save_pretrained(root / "tower")
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    BitImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(root / "tower")
-    tokenizer = make_decoder_tokenizer("SmolLM2")
-    decoder = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(decoder).save_pretrained(root / "decoder")
-    tokenizer.save_pretrained(root / "decoder")
-    (root / "drawings").mkdir()
-    shutil.copy(FONT, root / "drawings/openmoji.ttf")
+    save_parts(root)
     return root
 
 

@@ -1,0 +1,178 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""What docs/study.md says of the study with pretrained parts, written from `study_pretrained_results.json` alone."""
+
+from math import exp
+from statistics import mean
+
+from benchmarks.study.pretrained_runs import BATCH_SIZE, CHANGED_VARIANT, RATES, REGIMES, WARMUP_STEPS
+from benchmarks.study.results import Study, interval, paired
+from benchmarks.study.tables import (
+    accuracy_table,
+    by_regime,
+    difference_table,
+    headline_table,
+    memory_text,
+    percent,
+    reach_table,
+    robustness_table,
+    robustness_text,
+    share_table,
+    table,
+)
+
+
+# What the published grid says; the numbers are those of the tables
+RECOMMENDATION = ""
+
+
+def describe(study: Study) -> str:
+    """The document's part."""
+    task = study.tasks[0]
+    sections = [
+        introduction(study),
+        "## What to take\n",
+        headline_table(study),
+        RECOMMENDATION,
+        "## Accuracy\n",
+        "Exact answers to questions about scenes that were not trained, in percent: mean over seeds ± half of the 95 %"
+        " interval (Student's t). Each question is asked after the true answers of the earlier rounds.\n",
+        accuracy_table(study, task),
+        "![Accuracy against conversations](study_pretrained_curves.png)\n",
+        "## Differences\n",
+        "In percentage points, paired by seed, after the largest and the smallest number of training conversations. **Bold**"
+        " where the 95 % interval excludes zero; among this many comparisons some do so by chance.\n",
+        difference_table(study),
+        "![Differences from causal attention](study_pretrained_differences.png)\n",
+        "## Conversations to reach a level\n",
+        "How many training conversations it takes to reach an accuracy: median over seeds, interpolated between measurements"
+        " on a logarithmic scale. – where a seed did not reach it.\n",
+        reach_table(study),
+        "## Loss\n",
+        "Mean loss of an answer's token on held-out conversations, in nats, at the end.\n",
+        by_regime(study, lambda runs: "{:.3f} ± {:.3f}".format(*interval([run["loss"] for run in runs]))),
+        "## By kind of question, images seen, and round\n",
+        "Accuracy in percent with the decoder frozen, all seeds together. `name` asks what is in an image, `count` how many"
+        " of a kind are in it, `same` whether two images show the same thing, `sort` what sort of thing it is.\n",
+        *[share_table(study, task, name) for name in ("kind", "images", "round")],
+        "## Kinds of things that were never trained\n",
+        "“What sort of thing is in image 1?” about kinds of things of which no training conversation had an image: accuracy"
+        " in percent. The most common of the twelve answers is right in a tenth of the cases or less.\n",
+        by_regime(study, lambda runs: percent(interval([run["unseen"] for run in runs]))),
+        "## When images change\n",
+        robustness_text(study),
+        robustness_table(study, task),
+        "## What the decoder still knows of text\n",
+        text_section(study),
+        "## Image memory\n",
+        memory_text(study),
+        "## What it costs\n",
+        cost_section(study),
+        "## Why MMCA is behind\n",
+        change_section(study),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def introduction(study: Study) -> str:
+    settings = study.settings
+    train, test, unseen = settings["scenes"]
+    rates = ", ".join(f"{part.rstrip('_')} {rate:g}" for part, rate in RATES.items())
+    return f"""# With pretrained parts
+
+Written by `python -m benchmarks.study.run pretrained --grid {study.grid}` from `study_pretrained_results.json`, which holds
+every number below: {len(study.results)} jobs, {study.minutes:.0f} minutes of one core, on {study.machine};
+{", ".join(f"{name} {number}" for name, number in study.versions.items())}.
+
+- **Parts**: SmolLM2-135M-Instruct and a DINOv2-small, both pretrained by others, as `make pictures` gets them from pip
+  packages. An image is 7 tokens: three of the tower's class token, and one for each quarter.
+- **Images**: scenes of one to four drawings of things on a colored ground ({train} to train, {test} to test, {unseen} of
+  kinds of things that are never trained). The tower sees each once; its features are stored.
+- **Start**: the projector first learns the decoder's words from the tower's features alone, without the decoder, as in
+  `make pictures`. For each of {len(study.seeds)} seeds, all variants start from the same projector, and read the same
+  conversations in the same order.
+- **Training**: up to {study.sizes[-1]} conversations of 1 to 4 images and 1 to 3 rounds, each seen once, in batches of
+  {BATCH_SIZE}, in float32. Learning rates are constant after a warm-up of {WARMUP_STEPS} steps ({rates}), so that the state
+  of a run after N conversations is the end of a run of N conversations.
+- **Variants**: *numbered* models have learned numbers of images. `cross` has new blocks of cross attention in every third
+  layer, through which text looks at images, which do not pass through the decoder.
+- **Regimes**: {"; ".join(f"*{name}*: {REGIMES[name]}" for name in study.regimes)}.
+- **Limits**: one small decoder, one tower, drawings, {len(study.seeds)} seeds, questions made by a program.
+"""
+
+
+def text_section(study: Study) -> str:
+    """Text alone, before and after the training."""
+    before = next(result for result in study.results if result["kind"] == "features")
+    rows = [["SmolLM2 itself", f"{exp(before['text_loss']):.2f}", str(len(before["text_answers"]))]]
+    for regime in study.regimes:
+        for variant in study.variants:
+            runs = study.runs(study.tasks[0], regime, variant)
+            same = sum(map(str.__eq__, runs[0]["text_answers"], before["text_answers"]))
+            shown = f"{mean(exp(run['text_loss']) for run in runs):.2f}"
+            rows.append([f"`{variant}`, {regime}", shown, str(same)])
+    return (
+        "Without an image: the perplexity of English text (scikit-learn's descriptions of its data sets), and how many of"
+        f" {len(before['text_answers'])} questions get the answer that SmolLM2 gives, word for word (seed"
+        f" {study.seeds[0]}). Where nothing of the decoder trains, neither may change.\n\n"
+        + table(["", "perplexity", "same answers"], rows)
+        + "\n"
+    )
+
+
+def cost_section(study: Study) -> str:
+    cost = next(result for result in study.results if result["kind"] == "cost")
+    costs, base = cost["costs"], cost["costs"]["causal"]
+    rows = [
+        [
+            f"`{variant}`",
+            f"{one['trained_weights'] / 1e6:.2f}",
+            f"{one['step_seconds'] / base['step_seconds']:.2f}",
+            f"{one['saved_bytes'] / base['saved_bytes']:.2f}",
+            f"{one['new_seconds'] / base['new_seconds']:.2f}",
+            f"{one['known_seconds'] / base['new_seconds']:.2f}",
+            f"{one['kept_bytes'] / 2**20:.1f}",
+        ]
+        for variant, one in costs.items()
+    ]
+    head = ["", "weights that train, millions", "training step", "its memory", "first token, new images"]
+    head += ["first token, known images", "kept of them, MiB"]
+    return (
+        f"Times and memory relative to `causal`, decoder frozen. A training step is that of the runs ({BATCH_SIZE}"
+        " conversations, stored features), and its memory is what the forward pass keeps for the backward pass. The first"
+        f" token is that of an answer to a question about four images of {cost['image_seq_length']} tokens each"
+        f" ({cost['prompt_tokens']} tokens in all), tower included; *known* images were in another conversation, and what"
+        " can be kept of them was: the image memory, or where there is none the projected features. Times are medians; the"
+        " variants took turns.\n\n" + table(head, rows) + "\n"
+    )
+
+
+def change_section(study: Study) -> str:
+    """MMCA with one thing changed, beside MMCA and causal attention."""
+    task = study.tasks[0]
+    base = study.runs(task, "frozen", CHANGED_VARIANT)
+    rows = [[f"`{CHANGED_VARIANT}`", percent(interval([run["accuracy"] for run in base])), "", _unseen(base)]]
+    others = [(name, study.changed(name)) for name in study.changes]
+    others += [(f"`{name}`", study.runs(task, "frozen", name)) for name in ("mmca_merged, numbered", "causal, numbered")]
+    for name, runs in others:
+        value = paired(base, runs, lambda run: run["accuracy"])
+        shown = percent(value, "+")
+        shown = f"**{shown}**" if abs(value[0]) > value[1] > 0 else shown
+        rows.append([name, percent(interval([run["accuracy"] for run in runs])), shown, _unseen(runs)])
+    return (
+        f"`{CHANGED_VARIANT}` with one thing changed, decoder frozen: accuracy in percent after {study.sizes[-1]}"
+        " conversations, the difference from the first line in percentage points, paired by seed, and the accuracy on kinds"
+        " of things that were never trained.\n\n"
+        "- *image weight*: what the second softmax, over images, is multiplied by. The paper's is 1; a learned one is a"
+        " number for each head.\n"
+        "- *sees own image*: an image's token attends to the earlier tokens of its image. It remains a function of the"
+        " picture alone.\n"
+        "- *keys*: at which position an image's keys are rotated for the queries of text, instead of their own.\n"
+        "- *keys of number tokens*: the embeddings of the tokens 1, 2, … number the images (`image_number_keys`), instead of"
+        " learned numbers.\n"
+        "- *image prefix*: an image's token attends to the beginning of a conversation, which is the same for all images"
+        " (`image_prefix_ids`).\n\n" + table(["", "accuracy", "difference", "never trained"], rows) + "\n"
+    )
+
+
+def _unseen(runs: list[dict]) -> str:
+    return percent(interval([run["unseen"] for run in runs]))

@@ -1,0 +1,327 @@
+# Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
+"""
+The jobs of the study with pretrained parts: SmolLM2-135M-Instruct, which knows language, and a DINOv2-small, both frozen, as
+in the paper. The parts, the scenes, and the way in which the projector learns words are those of `make pictures`.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+
+from benchmarks.study.attention_changes import AttentionChange, change_attention
+from benchmarks.study.drawings import Drawings, StoredTower, load_features, make_pixel_processor, store_features
+from benchmarks.study.jobs import Job, Scale
+from benchmarks.study.measures import collate, compare_memory, robustness, score, share_by
+from benchmarks.study.pretrained_measures import cost_of_known_images, saved_bytes, take_turns, text_answers, text_loss
+from benchmarks.study.scratch_runs import add_lora
+from examples.digits_demo.stages import train
+from examples.pictures.demo import IMAGE_PREFIX, MOST_IMAGES
+from examples.pictures.parts import IMAGE_SIZE, make_parts
+from examples.pictures.scenes import draw_scene
+from examples.pictures.words import CLASS_TOKEN_OUTPUTS, teach_words
+from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
+from visualchat.loading import find_image_size, load_image_processor
+
+
+TASKS = ("drawings",)
+NUMBERED = {"learned_image_numbers": MOST_IMAGES}
+VARIANTS = {
+    "causal": {"multimodal_attention": "causal"},
+    "causal, numbered": {"multimodal_attention": "causal", **NUMBERED},
+    "mmca": {"multimodal_attention": "mmca"},
+    "mmca, numbered": {"multimodal_attention": "mmca", **NUMBERED},
+    "mmca_merged": {"multimodal_attention": "mmca_merged"},
+    "mmca_merged, numbered": {"multimodal_attention": "mmca_merged", **NUMBERED},
+    "mmca_merged, numbered, prefix": {"multimodal_attention": "mmca_merged", **NUMBERED, "image_prefix": True},
+    "cross": {"multimodal_attention": "cross", "cross_attention_every": 3},
+}
+REGIMES = {
+    "frozen": "decoder frozen (the paper)",
+    "lora": "LoRA of rank 8 on the decoder's attention",
+}
+# Fields of the config, and what is computed otherwise
+CHANGES = {
+    "image prefix": {"image_prefix": True},
+    "sees own image": AttentionChange(sees_own_image=True),
+    "image weight ½": AttentionChange(image_weight=0.5),
+    "keys at the image's begin": AttentionChange(image_positions="begin"),
+    "keys without position": AttentionChange(image_positions="none"),
+    "keys of number tokens": {"learned_image_numbers": 0, "image_number_keys": True},
+}
+# What the changes are made to
+CHANGED_VARIANT = "mmca, numbered"
+PARTS = Path("outputs/parts")
+RATES = {"projector": 1e-4, "image_numbers": 1e-2, "image_weight": 1e-2, "cross_attn": 1e-3, "lora_": 5e-4}
+WARMUP_STEPS, BATCH_SIZE = 8, 8
+REPEATS = 7  # of a measured time
+
+
+@dataclass(frozen=True)
+class PretrainedScale(Scale):
+    """
+    The size of this study. Its seeds are those of the projector's weights and of the conversations.
+
+    Args:
+        scenes: How many there are of each split, in the order of `SPLITS`.
+        word_steps: The steps in which the projector learns words, before the runs. `None`: as in `make pictures`.
+        checkpoints: The training steps after which a run is measured. It ends after the last one.
+        conversations, probes: The numbers of test conversations and of probes.
+    """
+
+    scenes: tuple[int, int, int]
+    word_steps: int | None
+    checkpoints: tuple[int, ...]
+    conversations: int
+    probes: int
+
+
+SPLITS = ("train", "test", "unseen")
+GRIDS = {
+    "tiny": PretrainedScale((0,), tuple(VARIANTS), tuple(REGIMES), TASKS, tuple(CHANGES), (40, 20, 8), 2, (1, 2), 6, 4),
+    "published": PretrainedScale(
+        (0, 1, 2), tuple(VARIANTS), tuple(REGIMES), TASKS, tuple(CHANGES), (8000, 800, 240), None, (25, 50, 100), 160, 64
+    ),
+}
+
+
+def list_jobs(scale: PretrainedScale) -> list[list[Job]]:
+    """The jobs in stages. The jobs of a stage depend only on earlier stages."""
+    bases = [Job("base", seed) for seed in scale.seeds]
+    runs = [
+        Job("run", seed, TASKS[0], variant, regime)
+        for seed in scale.seeds
+        for regime in scale.regimes
+        for variant in scale.variants
+    ]
+    changes = [
+        Job("change", seed, TASKS[0], CHANGED_VARIANT, "frozen", change) for seed in scale.seeds for change in scale.changes
+    ]
+    return [[Job("features", 0)], bases, [*runs, *changes], [Job("cost", 0)]]
+
+
+def count_steps(kind: str, scale: PretrainedScale) -> int:
+    """About how long a job of this kind takes, in training steps of a run."""
+    return {"features": 60, "base": 20, "cost": 20}.get(kind, scale.checkpoints[-1])
+
+
+def perform(job: Job, scale: PretrainedScale, folder: Path) -> dict:
+    """Does a job; see [`work`]."""
+    return {"features": make_features, "base": make_base, "run": run, "change": run, "cost": measure_cost}[job.kind](
+        job, scale, folder
+    )
+
+
+@cache
+def load_processor() -> VisualChatProcessor:
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "decoder")
+    tokens = CLASS_TOKEN_OUTPUTS + 4  # what `build` makes of an image
+    return VisualChatProcessor(make_pixel_processor(), tokenizer, tokens, chat_format="decoder")
+
+
+@cache
+def load_drawings(scenes: tuple[int, ...]) -> Drawings:
+    return Drawings(load_processor().tokenizer, dict(zip(SPLITS, scenes)))
+
+
+def make_features(job: Job, scale: PretrainedScale, folder: Path) -> dict:
+    """Gets the parts, lets the tower see all scenes, and asks the decoder itself what it knows of text."""
+    torch.set_num_threads(os.cpu_count())  # it is alone
+    make_parts(PARTS)
+    model = join("causal")
+    tower_processor = load_image_processor(str(PARTS / "tower"))
+    font = PARTS / "drawings/openmoji.ttf"
+    store_features(model, tower_processor, load_drawings(scale.scenes), font, folder / "features.safetensors")
+    decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(PARTS / "decoder")
+    return {"text_loss": text_loss(decoder, tokenizer), "text_answers": text_answers(decoder, tokenizer)}
+
+
+def join(variant: str, tower=None, decoder=None, **settings) -> VisualChatForCausalLM:
+    """
+    Tower and decoder with a new projector, which makes 7 tokens of an image: 3 of the class token, 4 of its quarters.
+
+    Args:
+        variant (`str`): Of `VARIANTS`.
+        tower, decoder (`PreTrainedModel`, *optional*): The parts, whose weights are shared. By default they are loaded.
+        settings: Fields of the config, instead of those of the variant. `image_prefix` (`bool`) stands for the ids.
+    """
+    processor = load_processor()
+    fields = {"projector": "pooled", "pool_factor": 4, "class_token_outputs": CLASS_TOKEN_OUTPUTS}
+    fields = {**fields, **VARIANTS[variant], **settings}
+    if fields.pop("image_prefix", False):
+        fields["image_prefix_ids"] = processor.tokenizer(IMAGE_PREFIX, add_special_tokens=False)["input_ids"]
+    if fields.get("image_number_keys"):
+        fields["image_number_token_ids"] = processor.image_number_token_ids(MOST_IMAGES)
+    return VisualChatForCausalLM.from_vision_text_pretrained(
+        tower or str(PARTS / "tower"),
+        decoder or str(PARTS / "decoder"),
+        image_token_id=processor.image_token_id,
+        image_size=find_image_size(load_image_processor(str(PARTS / "tower"))),
+        **fields,
+    )
+
+
+def make_base(job: Job, scale: PretrainedScale, folder: Path) -> dict:
+    """Teaches the projector words, without the decoder. All runs of a seed begin with this projector."""
+    model, drawings = join("causal"), load_drawings(scale.scenes)
+    scenes = drawings.splits["train"].scenes
+    features = load_features(folder / "features.safetensors")[: len(scenes)]
+    teach_words(model, load_processor(), scenes, features, job.seed, scale.word_steps)
+    path = folder / f"projector-{job.seed}.safetensors"
+    save_file(model.model.multi_modal_projector.state_dict(), path)
+    return {}
+
+
+def build(job: Job, folder: Path) -> VisualChatForCausalLM:
+    """A model of the job's variant, with the stored features for a tower and the projector of its seed."""
+    change = CHANGES.get(job.change, {})
+    set_seed(job.seed)
+    model = join(job.variant, **change if isinstance(change, dict) else {})
+    model.model.multi_modal_projector.load_state_dict(load_file(folder / f"projector-{job.seed}.safetensors"))
+    config = AutoConfig.from_pretrained(PARTS / "tower")
+    model.model.vision_tower = StoredTower(load_features(folder / "features.safetensors"), config)
+    if isinstance(change, AttentionChange):
+        change_attention(model, change)
+    return model
+
+
+def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
+    """Trains one model, with measurements during training and at the end."""
+    processor, drawings = load_processor(), load_drawings(scale.scenes)
+    model = build(job, folder)
+    model = add_lora(model) if job.regime == "lora" else model
+    steps = scale.checkpoints[-1]
+    examples = batch_by_length(drawings.conversations("train", steps * BATCH_SIZE, job.seed), job.seed)
+    held_out = collate(processor, drawings.conversations("test", scale.conversations, job.seed))
+    curve = []
+
+    def measure(step: int) -> np.ndarray:
+        right, loss = score(model, held_out)
+        curve.append({"conversations": step * BATCH_SIZE, "accuracy": float(right.mean()), "loss": loss})
+        return right
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step in scale.checkpoints[:-1]:
+                measure(state.global_step)
+                model.train()
+
+    measure(0)
+    fit(model, processor, examples, job.seed, [Measure()])
+    right = measure(steps)
+    unseen, _ = score(model, collate(processor, drawings.unseen()))
+    result = {
+        "start": curve[0],
+        **{name: curve[-1][name] for name in ("accuracy", "loss")},
+        "curve": curve[1:],
+        **{f"by_{name}": share_by(held_out.questions, right, name) for name in ("kind", "images", "round")},
+        "unseen": float(unseen.mean()),
+    }
+    if job.kind == "run":
+        result["robustness"] = robustness(model, processor, drawings, "test", scale.probes, job.seed)
+        result["text_loss"] = text_loss(model, processor.tokenizer)
+        if job.seed == scale.seeds[0]:
+            result["text_answers"] = text_answers(model, processor.tokenizer)
+        if model.config.multimodal_attention in ("mmca", "mmca_merged") and job.seed == scale.seeds[0]:
+            result["memory"] = compare_memory(model, processor, held_out.examples)
+    return result
+
+
+def batch_by_length(examples: list[dict], seed: int) -> list[dict]:
+    """The examples in an order in which batches hold such of similar length: each window of 8 batches is sorted."""
+    rng, window, ordered = np.random.default_rng(seed), 8 * BATCH_SIZE, []
+    for start in range(0, len(examples), window):
+        part = sorted(examples[start : start + window], key=estimate_length)
+        batches = [part[first : first + BATCH_SIZE] for first in range(0, len(part), BATCH_SIZE)]
+        ordered += [example for index in rng.permutation(len(batches)) for example in batches[index]]
+    return ordered
+
+
+def estimate_length(example: dict) -> int:
+    """About how many tokens an example has: for all variants the same."""
+    texts = [part["text"] for message in example["messages"] for part in message["content"] if part["type"] == "text"]
+    return 14 * len(example["images"]) + sum(8 + len(text) // 4 for text in texts)
+
+
+def choose_trained(model: torch.nn.Module) -> list[dict]:
+    """The parameter groups of the optimizer. All other weights are frozen."""
+    groups = {part: [] for part in RATES}
+    for name, parameter in model.named_parameters():
+        part = next((part for part in RATES if part in name), None)
+        parameter.requires_grad_(part is not None)
+        if part is not None:
+            groups[part].append(parameter)
+    return [{"params": parameters, "lr": RATES[part]} for part, parameters in groups.items() if parameters]
+
+
+def count_weights(groups: list[dict]) -> int:
+    return sum(parameter.numel() for group in groups for parameter in group["params"])
+
+
+def fit(
+    model: torch.nn.Module, processor: VisualChatProcessor, examples: list[dict], seed: int, callbacks: list[TrainerCallback]
+) -> None:
+    """Trains the model in place, with one pass over the conversations."""
+    train(
+        model,
+        examples,
+        len(examples) // BATCH_SIZE,
+        seed,
+        data_collator=VisualChatDataCollator(processor, supervised_logits_only=True),
+        optimizer=torch.optim.AdamW(choose_trained(model), betas=(0.9, 0.95), weight_decay=0.0),
+        callbacks=callbacks,
+        per_device_train_batch_size=BATCH_SIZE,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=WARMUP_STEPS,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+
+def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:
+    """
+    What each variant costs: a training step, and a question about four images, which pass the tower with all of their 65
+    tokens, as they would with the paper's projector. The variants take turns.
+    """
+    torch.set_num_threads(os.cpu_count())  # it is alone
+    tower = AutoModel.from_pretrained(PARTS / "tower").eval()
+    decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32)
+    processor, drawings = load_processor(), load_drawings(scale.scenes)
+    batch = VisualChatDataCollator(processor, supervised_logits_only=True)(drawings.conversations("train", BATCH_SIZE, 0))
+    models = {variant: join(variant, tower, decoder) for variant in scale.variants}
+    costs, features = {}, load_features(folder / "features.safetensors")
+    for variant, model in models.items():
+        model.model.vision_tower = StoredTower(features, tower.config)
+        trained = count_weights(choose_trained(model.train()))
+        costs[variant] = {"trained_weights": trained, "saved_bytes": saved_bytes(model, batch)}
+
+    def step(model: VisualChatForCausalLM) -> None:
+        model(**batch).loss.backward()
+
+    for variant, seconds in take_turns({name: partial(step, model) for name, model in models.items()}, REPEATS).items():
+        costs[variant]["step_seconds"] = seconds
+
+    image_processor = load_image_processor(str(PARTS / "tower"))
+    models = {variant: join(variant, tower, decoder, projector="linear") for variant in scale.variants}
+    length = next(iter(models.values())).config.image_seq_length
+    processor = VisualChatProcessor(image_processor, processor.tokenizer, length, chat_format="decoder")
+    images = [draw_scene(scene, PARTS / "drawings/openmoji.ttf", IMAGE_SIZE) for scene in drawings.scenes[:4]]
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What is in image 3?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    for variant, of_known in cost_of_known_images(models, inputs, REPEATS).items():
+        costs[variant].update(of_known)
+    return {"image_seq_length": length, "prompt_tokens": inputs["input_ids"].shape[1], "costs": costs}
