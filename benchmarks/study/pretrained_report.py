@@ -7,13 +7,11 @@ from statistics import mean
 from benchmarks.study.pretrained_runs import BATCH_SIZE, CHANGED_VARIANT, RATES, REGIMES, WARMUP_STEPS
 from benchmarks.study.results import Study, interval, paired
 from benchmarks.study.tables import (
-    accuracy_table,
     by_regime,
-    difference_table,
     headline_table,
     memory_text,
     percent,
-    reach_table,
+    result_sections,
     robustness_table,
     robustness_text,
     share_table,
@@ -33,23 +31,7 @@ def describe(study: Study) -> str:
         "## What to take\n",
         headline_table(study),
         RECOMMENDATION,
-        "## Accuracy\n",
-        "Exact answers to questions about scenes that were not trained, in percent: mean over seeds ± half of the 95 %"
-        " interval (Student's t). Each question is asked after the true answers of the earlier rounds.\n",
-        accuracy_table(study, task),
-        "![Accuracy against conversations](study_pretrained_curves.png)\n",
-        "## Differences\n",
-        "In percentage points, paired by seed, after the largest and the smallest number of training conversations. **Bold**"
-        " where the 95 % interval excludes zero; among this many comparisons some do so by chance.\n",
-        difference_table(study),
-        "![Differences from causal attention](study_pretrained_differences.png)\n",
-        "## Conversations to reach a level\n",
-        "How many training conversations it takes to reach an accuracy: median over seeds, interpolated between measurements"
-        " on a logarithmic scale. – where a seed did not reach it.\n",
-        reach_table(study),
-        "## Loss\n",
-        "Mean loss of an answer's token on held-out conversations, in nats, at the end.\n",
-        by_regime(study, lambda runs: "{:.3f} ± {:.3f}".format(*interval([run["loss"] for run in runs]))),
+        *result_sections(study, "study_pretrained"),
         "## By kind of question, images seen, and round\n",
         "Accuracy in percent with the decoder frozen, all seeds together. `name` asks what is in an image, `count` how many"
         " of a kind are in it, `same` whether two images show the same thing, `sort` what sort of thing it is.\n",

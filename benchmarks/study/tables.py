@@ -147,3 +147,33 @@ def memory_text(study: Study) -> str:
         f" twice, from `pixel_values` and from an `ImageMemory`: {totals['questions']} questions, {totals['tokens']} tokens,"
         f" of which **{totals['different']} differ**.\n"
     )
+
+
+def result_sections(study: Study, file: str) -> list[str]:
+    """
+    The sections on accuracy, on differences, on the conversations to reach a level, and on the loss.
+
+    Args:
+        study ([`Study`]): The results.
+        file (`str`): How the names of its figures begin.
+    """
+    return [
+        "## Accuracy\n",
+        "Exact answers to questions about images that no training stage has seen, in percent: mean over seeds ± half of the"
+        " 95 % interval (Student's t). Each question is asked after the true answers of the earlier rounds.\n",
+        *[accuracy_table(study, task) for task in study.tasks],
+        f"![Accuracy against conversations]({file}_curves.png)\n",
+        "## Differences\n",
+        "In percentage points, paired by seed, after the largest and the smallest number of training conversations. **Bold**"
+        " where the 95 % interval excludes zero; among this many comparisons some do so by chance.\n",
+        difference_table(study),
+        f"![Differences from causal attention]({file}_differences.png)\n",
+        "## Conversations to reach a level\n",
+        "How many training conversations it takes to reach an accuracy: median over seeds, interpolated between measurements"
+        " on a logarithmic scale. – where a seed did not reach it.\n",
+        reach_table(study),
+        "## Loss\n",
+        "Mean loss of an answer's token on held-out conversations, in nats, after the largest number of training"
+        " conversations.\n",
+        by_regime(study, lambda runs: "{:.3f} ± {:.3f}".format(*interval([run["loss"] for run in runs]))),
+    ]
