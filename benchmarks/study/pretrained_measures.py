@@ -19,13 +19,21 @@ CHUNK_LENGTH, CHUNKS = 128, 12
 
 
 @torch.no_grad()
-def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """The mean loss of a token of English text, in nats, without images: the logarithm of the perplexity."""
+def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> float:
+    """
+    The mean loss of a token of English text, in nats, without images: the logarithm of the perplexity.
+
+    Args:
+        model (`PreTrainedModel`): VisualChat, or the decoder itself.
+        tokenizer (`PreTrainedTokenizerBase`): The decoder's.
+        vocab_size (`int`): How many tokens may follow: those of the decoder, and not the image placeholder.
+    """
     folder = files("sklearn.datasets.descr")
     text = "\n".join((folder / name).read_text() for name in DESCRIPTIONS)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     chunks = ids[: len(ids) // CHUNK_LENGTH * CHUNK_LENGTH].view(-1, CHUNK_LENGTH)[:CHUNKS]
-    return float(model(input_ids=chunks, labels=chunks).loss)
+    logits = model(input_ids=chunks).logits[:, :-1, :vocab_size]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), chunks[:, 1:].flatten()))
 
 
 @torch.no_grad()

@@ -139,7 +139,10 @@ def make_features(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     store_features(model, tower_processor, load_drawings(scale.scenes), font, folder / "features.safetensors")
     decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(PARTS / "decoder")
-    return {"text_loss": text_loss(decoder, tokenizer), "text_answers": text_answers(decoder, tokenizer)}
+    return {
+        "text_loss": text_loss(decoder, tokenizer, decoder.config.vocab_size),
+        "text_answers": text_answers(decoder, tokenizer),
+    }
 
 
 def join(variant: str, tower=None, decoder=None, **settings) -> VisualChatForCausalLM:
@@ -225,7 +228,7 @@ def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     }
     if job.kind == "run":
         result["robustness"] = robustness(model, processor, drawings, "test", scale.probes, job.seed)
-        result["text_loss"] = text_loss(model, processor.tokenizer)
+        result["text_loss"] = text_loss(model, processor.tokenizer, processor.image_token_id)
         if job.seed == scale.seeds[0]:
             result["text_answers"] = text_answers(model, processor.tokenizer)
         if model.config.multimodal_attention in ("mmca", "mmca_merged") and job.seed == scale.seeds[0]:
