@@ -7,13 +7,11 @@ scene's index, and [`StoredTower`] gives the stored features of that scene. Ever
 """
 
 from functools import cached_property
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -25,9 +23,7 @@ from examples.pictures.conversations import (
     split_kinds,
 )
 from examples.pictures.dataset import ask_sort, one_token_kinds
-from examples.pictures.parts import IMAGE_SIZE
-from examples.pictures.scenes import Scene, draw_scene
-from modeling_visualchat import VisualChatForCausalLM
+from examples.pictures.scenes import Scene
 
 
 QUESTION_WEIGHTS = {"name": 4, "count": 2, "same": 1, "sort": 1, "ground": 1, "total": 1}
@@ -76,10 +72,9 @@ class Drawings:
         return [self._with_images(split, maker.make_conversation()) for _ in range(count)]
 
     def unseen(self) -> list[dict]:
-        """ "What sort of thing is in image 1?" about each image of a kind of thing that was never trained."""
+        """About each image with a thing of a kind that was never trained: what sort of thing it is."""
         scenes = self.splits["unseen"].scenes
-        alone = [index for index, scene in enumerate(scenes) if len(scene.things) == 1]
-        return [self._with_images("unseen", ask_sort(scenes, index)) for index in alone]
+        return [self._with_images("unseen", ask_sort(scenes, index)) for index in self._alone["unseen"]]
 
     def probes(self, split: str, num_images: int, count: int, seed: int) -> list[dict]:
         """
@@ -141,31 +136,3 @@ class StoredTower(torch.nn.Module):
         """
         index = (pixel_values[:, :, 0, 0].long() * CHANNELS).sum(1)
         return BaseModelOutputWithPooling(last_hidden_state=self.features[index].float())
-
-
-@torch.no_grad()
-def store_features(model: VisualChatForCausalLM, image_processor, drawings: Drawings, font: Path, path: Path) -> None:
-    """
-    Draws all scenes, and saves what the vision tower makes of them, in bfloat16.
-
-    Args:
-        model ([`VisualChatForCausalLM`]): Has the tower.
-        image_processor: The tower's.
-        drawings ([`Drawings`]): The scenes.
-        font (`Path`): The color font of the drawings.
-        path (`Path`): The file, which appears when it is complete.
-    """
-    features, scenes = [], drawings.scenes
-    for start in range(0, len(scenes), 64):
-        images = [draw_scene(scene, font, IMAGE_SIZE) for scene in scenes[start : start + 64]]
-        pixels = image_processor(images, return_tensors="pt")["pixel_values"]
-        features.append(model.model.vision_tower(pixels, return_dict=True).last_hidden_state.bfloat16())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"features": torch.cat(features)}, partial)
-    partial.rename(path)
-
-
-def load_features(path: Path) -> torch.Tensor:
-    """What [`store_features`] saved. All processes share the memory of the file."""
-    return load_file(path)["features"]

@@ -15,6 +15,7 @@ from benchmarks.study.tables import (
     robustness_table,
     robustness_text,
     share_table,
+    signed,
     table,
 )
 
@@ -38,7 +39,7 @@ def describe(study: Study) -> str:
         *[share_table(study, task, name) for name in ("kind", "images", "round")],
         "## Kinds of things that were never trained\n",
         "“What sort of thing is in image 1?” about kinds of things of which no training conversation had an image: accuracy"
-        " in percent. The most common of the twelve answers is right in a tenth of the cases or less.\n",
+        " in percent.\n",
         by_regime(study, lambda runs: percent(interval([run["unseen"] for run in runs]))),
         "## When images change\n",
         robustness_text(study),
@@ -49,7 +50,7 @@ def describe(study: Study) -> str:
         memory_text(study),
         "## What it costs\n",
         cost_section(study),
-        "## Why MMCA is behind\n",
+        "## MMCA with one thing changed\n",
         change_section(study),
     ]
     return "\n".join(sections) + "\n"
@@ -136,9 +137,7 @@ def change_section(study: Study) -> str:
     others = [(name, study.changed(name)) for name in study.changes]
     others += [(f"`{name}`", study.runs(task, "frozen", name)) for name in ("mmca_merged, numbered", "causal, numbered")]
     for name, runs in others:
-        value = paired(base, runs, lambda run: run["accuracy"])
-        shown = percent(value, "+")
-        shown = f"**{shown}**" if abs(value[0]) > value[1] > 0 else shown
+        shown = signed(paired(base, runs, lambda run: run["accuracy"]))
         rows.append([name, percent(interval([run["accuracy"] for run in runs])), shown, _unseen(runs)])
     return (
         f"`{CHANGED_VARIANT}` with one thing changed, decoder frozen: accuracy in percent after {study.sizes[-1]}"

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 from benchmarks.study.attention_changes import AttentionChange, change_attention
-from benchmarks.study.drawings import Drawings, StoredTower, load_features, make_pixel_processor, store_features
+from benchmarks.study.drawings import Drawings, StoredTower, make_pixel_processor
 from benchmarks.study.jobs import Job, Scale
 from benchmarks.study.measures import collate, compare_memory, robustness, score, share_by
 from benchmarks.study.pretrained_measures import cost_of_known_images, saved_bytes, take_turns, text_answers, text_loss
@@ -23,8 +24,8 @@ from benchmarks.study.scratch_runs import add_lora
 from examples.digits_demo.stages import train
 from examples.pictures.demo import IMAGE_PREFIX, MOST_IMAGES
 from examples.pictures.parts import IMAGE_SIZE, make_parts
-from examples.pictures.scenes import draw_scene
-from examples.pictures.words import CLASS_TOKEN_OUTPUTS, teach_words
+from examples.pictures.scenes import Scene, draw_scene
+from examples.pictures.words import CLASS_TOKEN_OUTPUTS, see, teach_words
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
 from visualchat.loading import find_image_size, load_image_processor
 
@@ -50,6 +51,7 @@ CHANGES = {
     "image prefix": {"image_prefix": True},
     "sees own image": AttentionChange(sees_own_image=True),
     "image weight ½": AttentionChange(image_weight=0.5),
+    "image weight learned": AttentionChange(image_weight=None),
     "keys at the image's begin": AttentionChange(image_positions="begin"),
     "keys without position": AttentionChange(image_positions="none"),
     "keys of number tokens": {"learned_image_numbers": 0, "image_number_keys": True},
@@ -129,14 +131,23 @@ def load_drawings(scenes: tuple[int, ...]) -> Drawings:
     return Drawings(load_processor().tokenizer, dict(zip(SPLITS, scenes)))
 
 
+def make_tower_processor(image_seq_length: int = CLASS_TOKEN_OUTPUTS + 4) -> VisualChatProcessor:
+    """The processor for drawings themselves, not for the pixels that name them."""
+    image_processor = load_image_processor(str(PARTS / "tower"))
+    return VisualChatProcessor(image_processor, load_processor().tokenizer, image_seq_length, chat_format="decoder")
+
+
+def draw(scenes: list[Scene]) -> list[Image.Image]:
+    return [draw_scene(scene, PARTS / "drawings/openmoji.ttf", IMAGE_SIZE) for scene in scenes]
+
+
 def make_features(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     """Gets the parts, lets the tower see all scenes, and asks the decoder itself what it knows of text."""
     torch.set_num_threads(os.cpu_count())  # it is alone
     make_parts(PARTS)
-    model = join("causal")
-    tower_processor = load_image_processor(str(PARTS / "tower"))
-    font = PARTS / "drawings/openmoji.ttf"
-    store_features(model, tower_processor, load_drawings(scale.scenes), font, folder / "features.safetensors")
+    images = draw(load_drawings(scale.scenes).scenes)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"features": see(join("causal"), make_tower_processor(), images)}, folder / "features.safetensors")
     decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(PARTS / "decoder")
     return {
@@ -174,7 +185,7 @@ def make_base(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     """Teaches the projector words, without the decoder. All runs of a seed begin with this projector."""
     model, drawings = join("causal"), load_drawings(scale.scenes)
     scenes = drawings.splits["train"].scenes
-    features = load_features(folder / "features.safetensors")[: len(scenes)]
+    features = load_file(folder / "features.safetensors")["features"][: len(scenes)]
     teach_words(model, load_processor(), scenes, features, job.seed, scale.word_steps)
     path = folder / f"projector-{job.seed}.safetensors"
     save_file(model.model.multi_modal_projector.state_dict(), path)
@@ -188,7 +199,7 @@ def build(job: Job, folder: Path) -> VisualChatForCausalLM:
     model = join(job.variant, **change if isinstance(change, dict) else {})
     model.model.multi_modal_projector.load_state_dict(load_file(folder / f"projector-{job.seed}.safetensors"))
     config = AutoConfig.from_pretrained(PARTS / "tower")
-    model.model.vision_tower = StoredTower(load_features(folder / "features.safetensors"), config)
+    model.model.vision_tower = StoredTower(load_file(folder / "features.safetensors")["features"], config)
     if isinstance(change, AttentionChange):
         change_attention(model, change)
     return model
@@ -300,7 +311,7 @@ def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     processor, drawings = load_processor(), load_drawings(scale.scenes)
     batch = VisualChatDataCollator(processor, supervised_logits_only=True)(drawings.conversations("train", BATCH_SIZE, 0))
     models = {variant: join(variant, tower, decoder) for variant in scale.variants}
-    costs, features = {}, load_features(folder / "features.safetensors")
+    costs, features = {}, load_file(folder / "features.safetensors")["features"]
     for variant, model in models.items():
         model.model.vision_tower = StoredTower(features, tower.config)
         trained = count_weights(choose_trained(model.train()))
@@ -312,13 +323,11 @@ def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     for variant, seconds in take_turns({name: partial(step, model) for name, model in models.items()}, REPEATS).items():
         costs[variant]["step_seconds"] = seconds
 
-    image_processor = load_image_processor(str(PARTS / "tower"))
     models = {variant: join(variant, tower, decoder, projector="linear") for variant in scale.variants}
     length = next(iter(models.values())).config.image_seq_length
-    processor = VisualChatProcessor(image_processor, processor.tokenizer, length, chat_format="decoder")
-    images = [draw_scene(scene, PARTS / "drawings/openmoji.ttf", IMAGE_SIZE) for scene in drawings.scenes[:4]]
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What is in image 3?"}]
-    inputs = processor.apply_chat_template(
+    images = [{"type": "image", "image": image} for image in draw(drawings.scenes[:4])]
+    content = [*images, {"type": "text", "text": "What is in image 3?"}]
+    inputs = make_tower_processor(length).apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,

@@ -13,6 +13,7 @@ from benchmarks.study.tables import (
     robustness_table,
     robustness_text,
     share_table,
+    signed,
     table,
 )
 
@@ -108,9 +109,7 @@ def ablation_sections(study: Study) -> list[str]:
     for change in study.changes:
         runs = study.changed(change)
         if not change.endswith("samples"):
-            value = paired(base, runs, lambda run: run["accuracy"])
-            shown = percent(value, "+")
-            shown = f"**{shown}**" if abs(value[0]) > value[1] > 0 else shown
+            shown = signed(paired(base, runs, lambda run: run["accuracy"]))
             rows.append([CHANGES[change], percent(interval([run["accuracy"] for run in runs])), shown])
     sections = [
         "## One thing changed\n",

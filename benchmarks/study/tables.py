@@ -14,6 +14,12 @@ def percent(value: tuple[float, float], sign: str = "") -> str:
     return f"{100 * value[0]:{sign}.1f} ± {100 * value[1]:.1f}"
 
 
+def signed(value: tuple[float, float]) -> str:
+    """A difference, in bold where its interval excludes zero."""
+    cell = percent(value, "+")
+    return f"**{cell}**" if abs(value[0]) > value[1] > 0 else cell
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -70,9 +76,7 @@ def difference_table(study: Study) -> str:
         for task in study.tasks:
             for regime in study.regimes:
                 for size in sizes:
-                    value = difference(study, task, regime, first, other, size)
-                    cell = percent(value, "+")
-                    cells.append(f"**{cell}**" if abs(value[0]) > value[1] > 0 else cell)
+                    cells.append(signed(difference(study, task, regime, first, other, size)))
         rows.append([f"`{other}` − `{first}`", *cells])
     return table(head, rows) + "\n"
 

@@ -5,6 +5,7 @@ the projector makes of an image is drawn to the embedding of the word for what i
 """
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from examples.pictures.conversations import NUMBERS
@@ -42,13 +43,13 @@ def list_words(scene: Scene) -> list[str]:
 
 @torch.no_grad()
 def see(
-    model: VisualChatForCausalLM, processor: VisualChatProcessor, paths: list[str], batch_size: int = 64
+    model: VisualChatForCausalLM, processor: VisualChatProcessor, images: list[str | Image.Image], batch_size: int = 64
 ) -> torch.Tensor:
-    """The vision tower's features of images, in bfloat16, of shape `(images, tower tokens, vision_hidden_size)`."""
+    """The vision tower's features of images or files, in bfloat16: `(images, tower tokens, vision_hidden_size)`."""
     features = []
-    for start in tqdm(range(0, len(paths), batch_size), desc="vision tower"):
-        images = processor.image_processor.fetch_images(paths[start : start + batch_size])
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
+    for start in tqdm(range(0, len(images), batch_size), desc="vision tower"):
+        batch = processor.image_processor.fetch_images(images[start : start + batch_size])
+        pixels = processor.image_processor(batch, return_tensors="pt")["pixel_values"].to(model.device)
         with autocast(model.device.type):
             features.append(model.model.vision_tower(pixels, return_dict=True).last_hidden_state.bfloat16())
     return torch.cat(features)

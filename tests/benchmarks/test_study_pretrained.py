@@ -21,11 +21,15 @@ from helpers.tiny import make_inputs, make_model
 KINDS = 20
 
 
+def use_few_kinds(patch) -> None:
+    """The names of all kinds are one token of SmolLM2's only."""
+    patch.setattr(drawings_module, "one_token_kinds", lambda tokenizer: list_kinds()[:KINDS])
+    patch.setattr(drawings_module, "split_kinds", lambda kinds, held_out, seed: split_kinds(kinds, 4, seed))
+
+
 @pytest.fixture
 def few_kinds(monkeypatch):
-    """The names of all kinds are one token of SmolLM2's only."""
-    monkeypatch.setattr(drawings_module, "one_token_kinds", lambda tokenizer: list_kinds()[:KINDS])
-    monkeypatch.setattr(drawings_module, "split_kinds", lambda kinds, held_out, seed: split_kinds(kinds, 4, seed))
+    use_few_kinds(monkeypatch)
 
 
 class TestData:
@@ -113,8 +117,7 @@ def finished(tmp_path_factory):
     save_parts(folder / "parts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained_runs, "PARTS", folder / "parts")
-        patch.setattr(drawings_module, "one_token_kinds", lambda tokenizer: list_kinds()[:KINDS])
-        patch.setattr(drawings_module, "split_kinds", lambda kinds, held_out, seed: split_kinds(kinds, 4, seed))
+        use_few_kinds(patch)
         for cached in (pretrained_runs.load_processor, pretrained_runs.load_drawings):
             cached.cache_clear()
         jobs = [job for stage in pretrained_runs.list_jobs(scale) for job in stage]
