@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import PreTrainedConfig
-from vllm.config import CacheConfig
+from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -30,6 +30,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from modeling_visualchat import VisualChatConfig
 from modeling_visualchat.decoders_visualchat import find_decoder_family, find_head_dim
 
+from .image_numbers import ImageNumbers
 from .image_prefix import ImagePrefix
 from .token_notes import TokenNotes, read_notes
 
@@ -66,7 +67,6 @@ class VisualChatAttention(nn.Module):
     ):
         super().__init__()
         self.variant = visualchat.multimodal_attention
-        self.is_number_biased = visualchat.image_number_key_bias
         num_heads, num_kv_heads, processes = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -114,16 +114,13 @@ class VisualChatAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-        count = visualchat.max_image_number
-        self.image_seq_length = visualchat.image_seq_length
-        if visualchat.learned_image_numbers:
-            self.image_numbers = nn.Embedding(count + self.image_seq_length, config.hidden_size)
-            count *= self.image_seq_length
-        number_keys = None if count is None else torch.zeros(count + 1, self.sizes[1])
-        self.register_buffer("number_keys", number_keys, persistent=False)
-        self.image_prefix = None
+        lora_config = get_current_vllm_config().lora_config
+        self.image_numbers = self.image_prefix = None
+        if visualchat.max_image_number is not None:
+            self.image_numbers = ImageNumbers(visualchat, config.hidden_size, self.sizes[1], lora_config is not None)
         if visualchat.image_prefix_ids is not None:
-            self.image_prefix = ImagePrefix(len(visualchat.image_prefix_ids), self.num_kv_heads, self.head_dim)
+            slots = 1 if lora_config is None else 1 + lora_config.max_loras
+            self.image_prefix = ImagePrefix(len(visualchat.image_prefix_ids), self.num_kv_heads, self.head_dim, slots)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -135,9 +132,8 @@ class VisualChatAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, own_k, v = qkv.split(self.sizes, dim=-1)
         k = own_k
-        if self.number_keys is not None:
-            # Rows of a graph that hold no request may hold any position
-            k = k + self.number_keys[notes.numbers.clamp(0, len(self.number_keys) - 1)]
+        if self.image_numbers is not None:
+            k = k + self.image_numbers(notes.numbers, self.project_keys)
         q, k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
         rotated_q, rotated_k = self.rotary_emb(notes.rotary, q.clone(), k.clone())
         attend = self._attend_twice if self.is_doubled else self._attend
@@ -146,6 +142,11 @@ class VisualChatAttention(nn.Module):
             output = torch.where(notes.is_image[:, None], self._attend_to_itself(q, own_k, v), output)
         output, _ = self.o_proj(output)
         return output
+
+    def project_keys(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The keys of states of shape `(T, hidden_size)`, before the rotation."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        return qkv.split(self.sizes, dim=-1)[1]
 
     def _normalize(self, states: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Each head of queries or keys of shape `(T, heads * D)`, as the decoder normalizes them (Qwen3)."""
@@ -183,32 +184,13 @@ class VisualChatAttention(nn.Module):
         return self.image_prefix.attend(q_TGRD, k_TGD, v_TGD, self.scaling).flatten(1)
 
     @torch.no_grad()
-    def remember_numbers(self, number_states_NC: torch.Tensor | None) -> None:
-        """
-        Computes what is added to the keys of each number, from weights alone.
-
-        Args:
-            number_states_NC (`torch.Tensor` of shape `(N, hidden_size)`, *optional*): The normalized embeddings of the
-                numbers. `None`: they are learned.
-        """
-        is_learned = number_states_NC is None
-        qkv, _ = self.qkv_proj(pad(self.image_numbers.weight if is_learned else number_states_NC, (0, 0, 1, 0)))
-        keys = qkv.split(self.sizes, dim=-1)[1]
-        nothing, keys = keys[0], keys[1:]
-        if not self.is_number_biased:
-            keys = keys - nothing  # the bias, which the token's own key has already
-        if is_learned:
-            of_numbers, of_tokens = keys[: -self.image_seq_length], keys[-self.image_seq_length :]
-            keys = (of_numbers[:, None] + of_tokens).flatten(0, 1)
-        self.number_keys[1:] = keys
-
-    @torch.no_grad()
-    def remember_prefix(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def remember_prefix(self, hidden_states: torch.Tensor, slot: int) -> torch.Tensor:
         """
         Keeps the keys and values of the image prefix, and returns the output of the layer for it.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(P, hidden_size)`): The normalized input.
+            slot (`int`): Of the adapter that computes; see [`ImagePrefix`].
         """
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.sizes, dim=-1)
@@ -216,8 +198,7 @@ class VisualChatAttention(nn.Module):
         positions = torch.arange(len(hidden_states), device=hidden_states.device)
         q, k = self.rotary_emb(positions, q.clone(), k.clone())
         q_PHD, k_PGD, v_PGD = (states.unflatten(-1, (-1, self.head_dim)) for states in (q, k, v))
-        self.image_prefix.keys_PGD.copy_(k_PGD)
-        self.image_prefix.values_PGD.copy_(v_PGD)
+        self.image_prefix.remember(k_PGD, v_PGD, slot)
         heads_first = [states.transpose(0, 1)[None] for states in (q_PHD, k_PGD, v_PGD)]
         attended = scaled_dot_product_attention(*heads_first, is_causal=True, scale=self.scaling, enable_gqa=True)
         output, _ = self.o_proj(attended[0].transpose(0, 1).flatten(1))

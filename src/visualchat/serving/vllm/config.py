@@ -1,7 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """The config of a VisualChat as vLLM reads it."""
 
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 
 from modeling_visualchat import VisualChatConfig
 
@@ -32,8 +32,15 @@ def check_config(vllm_config: VllmConfig) -> None:
         )
     if config.text_config.hidden_act != "silu":
         raise ValueError(f"vLLM's LLaMA computes hidden_act 'silu', but this decoder has {config.text_config.hidden_act!r}")
-    if vllm_config.lora_config is not None and (config.max_image_number is not None or config.image_prefix_ids is not None):
-        raise ValueError(
-            "LoRA adapters cannot be served with a model that numbers its images or has an image prefix, since the keys of"
-            " both change with the adapter: merge it first (visualchat merge)"
-        )
+    if vllm_config.lora_config is not None and config.image_prefix_ids is not None:
+        length, most = len(config.image_prefix_ids), vllm_config.scheduler_config.max_num_batched_tokens
+        if length > most:
+            raise ValueError(
+                f"With LoRA adapters, max_num_batched_tokens must be at least {length}, the length of the model's image"
+                f" prefix, but it is {most}"
+            )
+        if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+            raise ValueError(
+                "With LoRA adapters and an image prefix, CUDA graphs cannot hold prompts: set cudagraph_mode"
+                " FULL_AND_PIECEWISE or PIECEWISE"
+            )

@@ -61,14 +61,15 @@ class VisualChatTextModel(LlamaModel):
             device = self.norm.weight.device
             embeds_NC = torch.stack([self.embed_input_ids(torch.tensor(one, device=device)).mean(0) for one in spellings])
         for layer in self.layers:
-            layer.self_attn.remember_numbers(None if embeds_NC is None else layer.input_layernorm(embeds_NC))
+            attention, states_NC = layer.self_attn, None if embeds_NC is None else layer.input_layernorm(embeds_NC)
+            attention.image_numbers.remember(states_NC, attention.project_keys)
 
     @torch.no_grad()
-    def remember_prefix(self, token_ids: list[int]) -> None:
-        """Keeps the keys and values of the image prefix in each layer."""
+    def remember_prefix(self, token_ids: list[int], slot: int) -> None:
+        """Keeps the keys and values of the image prefix in each layer, for a slot of [`ImagePrefix`]."""
         hidden_states = self.embed_input_ids(torch.tensor(token_ids, device=self.norm.weight.device))
         for layer in self.layers:
-            hidden_states = hidden_states + layer.self_attn.remember_prefix(layer.input_layernorm(hidden_states))
+            hidden_states = hidden_states + layer.self_attn.remember_prefix(layer.input_layernorm(hidden_states), slot)
             hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 

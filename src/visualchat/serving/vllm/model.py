@@ -27,6 +27,7 @@ from modeling_visualchat.towers_visualchat import make_tower, run_tower
 
 from .config import check_config
 from .decoder import VisualChatDecoderLayer, VisualChatTextForCausalLM, make_llama_config
+from .prefix_adapters import PrefixAdapters
 from .processing import VisualChatDummyInputsBuilder, VisualChatMultiModalProcessor, VisualChatProcessingInfo
 from .token_notes import write_notes
 
@@ -74,6 +75,20 @@ class VisualChatForCausalLM(nn.Module, SupportsMultiModal, SupportsMRoPE, Suppor
                 layer_type=partial(VisualChatDecoderLayer, config),
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        lora_config = vllm_config.lora_config
+        self.lora_manager = self.prefix_adapters = None  # vLLM sets the first
+        if lora_config is not None and config.image_prefix_ids is not None:
+            self.prefix_adapters = PrefixAdapters(
+                self.language_model.model,
+                config.image_prefix_ids,
+                lora_config.max_loras,
+                vllm_config.scheduler_config.max_num_batched_tokens,
+            )
+        if config.image_number_keys:  # they are made of the tokens' embeddings, once
+            embeddings = self.language_model.embedding_modules
+            self.language_model.embedding_modules = {
+                name: role for name, role in embeddings.items() if name != "embed_tokens"
+            }
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
@@ -105,6 +120,8 @@ class VisualChatForCausalLM(nn.Module, SupportsMultiModal, SupportsMRoPE, Suppor
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
+        if self.prefix_adapters is not None and self.lora_manager is not None:
+            self.prefix_adapters.prepare(self.lora_manager)
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -132,4 +149,4 @@ class VisualChatForCausalLM(nn.Module, SupportsMultiModal, SupportsMRoPE, Suppor
         if config.max_image_number is not None:
             decoder.remember_numbers(config.image_number_token_ids if config.image_number_keys else None)
         if config.image_prefix_ids is not None:
-            decoder.remember_prefix(config.image_prefix_ids)
+            decoder.remember_prefix(config.image_prefix_ids, slot=-1)
