@@ -25,11 +25,6 @@ from examples.pictures.kinds import Kind, list_kinds
 from modeling_visualchat import VisualChatForCausalLM, VisualChatProcessor
 
 
-# How a conversation with SmolLM2 begins
-PREFIX = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "<|im_start|>user\nImage 1: "
-)
 MERGED = {"multimodal_attention": "mmca_merged"}
 # The tower is never used: an image is one token, which is given
 TOWER = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
@@ -38,15 +33,16 @@ TOWER = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", default="outputs/parts/decoder", help="folder or Hub id (default %(default)s)")
-    parser.add_argument(
-        "--prefix", default=PREFIX, help="the image prefix, a text (default: how a conversation with SmolLM2 begins)"
-    )
+    parser.add_argument("--prefix", help="the image prefix, a text (default: how a conversation with the decoder begins)")
     parser.add_argument("--step", type=int, default=8, help="asks about every so many kinds of things (default %(default)s)")
     args = parser.parse_args()
     decoder = AutoModelForCausalLM.from_pretrained(args.decoder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.decoder)
     processor = VisualChatProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=1, chat_format="decoder")
-    prefix = {"image_prefix_ids": tokenizer(args.prefix, add_special_tokens=False)["input_ids"]}
+    prefix_ids = processor.image_prefix_ids()
+    if args.prefix is not None:
+        prefix_ids = tokenizer(args.prefix, add_special_tokens=False)["input_ids"]
+    prefix = {"image_prefix_ids": prefix_ids}
     numbers = {"image_number_keys": True, "image_number_token_ids": processor.image_number_token_ids()}
     settings = {
         "causal attention": {"multimodal_attention": "causal"},
@@ -69,7 +65,7 @@ def main():
             {
                 "attention": name,
                 "decoder": args.decoder,
-                "prefix": args.prefix,
+                "prefix": tokenizer.decode(prefix_ids),
                 "kinds": len(kinds),
                 "norm": measure_norm(model, processor, kinds[:20]),
                 "names of one image": names[1],

@@ -44,11 +44,6 @@ from visualchat.loading import find_image_size, load_image_processor
 
 RECIPE = Path("examples/recipes/pictures.yaml")
 
-# How a conversation with SmolLM2 begins. An image that attends to it is read as a word in such a conversation
-IMAGE_PREFIX = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "<|im_start|>user\nImage 1: "
-)
 MOST_IMAGES = 8
 
 
@@ -126,7 +121,7 @@ def make_start(folder: Path, parts: Path, data: Path, scenes: list[Scene], devic
         image_token_id=processor.image_token_id,
         image_size=find_image_size(processor.image_processor),
         multimodal_attention="mmca_merged",
-        image_prefix_ids=processor.tokenizer(IMAGE_PREFIX, add_special_tokens=False)["input_ids"],
+        image_prefix_ids=processor.image_prefix_ids(),
         learned_image_numbers=MOST_IMAGES,
         projector="pooled",
         pool_factor=4,

@@ -129,6 +129,16 @@ class VisualChatProcessor(ProcessorMixin):
             numbers.append([token for token, (begin, stop) in spans if begin < end and stop > start])
         return numbers
 
+    def image_prefix_ids(self) -> list[int]:
+        """
+        How the prompt of a conversation begins, up to an image that stands there, as token ids: what the config field of the
+        same name is best made of.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        prompt = self.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        token_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return token_ids[: token_ids.index(self.image_token_id)]
+
     def __call__(
         self,
         images: ImageInput | None = None,

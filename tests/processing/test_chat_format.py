@@ -170,6 +170,15 @@ def test_numbers_are_those_of_the_prompt(decoders):
             assert any(before[k : k + len(tokens)] == tokens for k in range(3)), (tokens, before)
 
 
+@pytest.mark.parametrize("name", [*DECODERS, "front", "in_place"])
+def test_the_image_prefix_is_what_stands_before_a_first_image(decoders, name):
+    processor = decoders[name] if name in DECODERS else make_paper_processor(name)
+    inputs = processor.apply_chat_template([mixed(0, "And this?")], tokenize=True, return_dict=True)["input_ids"][0]
+    prefix = processor.image_prefix_ids()
+    assert prefix == inputs[: len(prefix)] and inputs[len(prefix)] == processor.image_token_id
+    assert processor.image_token_id not in prefix and len(prefix) > 1
+
+
 class TestPaper:
     def test_images_in_place(self):
         processor = make_paper_processor("in_place")

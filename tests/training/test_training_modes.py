@@ -259,6 +259,9 @@ def test_joining_a_decoder_with_its_own_chat_template(parts, tmp_path):
     assert trained.config.image_number_token_ids == processor.image_number_token_ids()
     assert trained.config.image_prefix_ids[0] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert processor.tokenizer.decode(trained.config.image_prefix_ids) == prefix
+    main([*words, "--image_prefix", "auto", "--overwrite", "True"])
+    trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.image_prefix_ids == processor.image_prefix_ids()
     end_tokens = {2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert set(trained.generation_config.eos_token_id) == end_tokens
     make_processor().tokenizer.save_pretrained(tmp_path / "decoder")  # the paper's template

@@ -27,7 +27,7 @@ class ModelArguments:
         default=0, metadata={"help": "Of a joined model: so many learned numbers for images, in place of image_number_keys."}
     )
     image_prefix: str | None = field(
-        default=None, metadata={"help": "Of a joined model: a text that each image token attends to besides itself."}
+        default=None, metadata={"help": "Of a joined model: a text that image tokens see; auto: how a conversation begins."}
     )
     projector: str = field(
         default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, pooled, vit or perceiver."}

@@ -55,7 +55,9 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
         ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
     """
     prefix_ids = None
-    if model_args.image_prefix is not None:
+    if model_args.image_prefix == "auto":
+        prefix_ids = processor.image_prefix_ids()
+    elif model_args.image_prefix is not None:
         prefix_ids = processor.tokenizer(model_args.image_prefix, add_special_tokens=False)["input_ids"]
     try:
         model = VisualChatForCausalLM.from_vision_text_pretrained(
