@@ -26,7 +26,7 @@ from examples.pictures.dataset import ask_sort, one_token_kinds
 from examples.pictures.scenes import Scene
 
 
-QUESTION_WEIGHTS = {"name": 4, "count": 2, "same": 1, "sort": 1, "ground": 1, "total": 1}
+QUESTION_WEIGHTS = {"name": 4, "count": 2, "same": 2, "sort": 2, "ground": 0.5, "total": 0.5}
 ROUNDS = (1, 3)
 # The scenes of all seeds, and so the features, are the same; a seed draws the conversations
 SCENES_SEED = 0

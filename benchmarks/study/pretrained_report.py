@@ -4,7 +4,7 @@
 from math import exp
 from statistics import mean
 
-from benchmarks.study.pretrained_runs import BATCH_SIZE, CHANGED_VARIANT, RATES, REGIMES, WARMUP_STEPS
+from benchmarks.study.pretrained_runs import BATCH_SIZE, CHANGED_VARIANT, RATES, REGIMES, TRIED_RATES, WARMUP_STEPS
 from benchmarks.study.results import Study, interval, paired
 from benchmarks.study.tables import (
     by_regime,
@@ -33,6 +33,8 @@ def describe(study: Study) -> str:
         headline_table(study),
         RECOMMENDATION,
         *result_sections(study, "study_pretrained"),
+        "## Before the first conversation\n",
+        start_section(study),
         "## By kind of question, images seen, and round\n",
         "Accuracy in percent with the decoder frozen, all seeds together. `name` asks what is in an image, `count` how many"
         " of a kind are in it, `same` whether two images show the same thing, `sort` what sort of thing it is.\n",
@@ -52,6 +54,8 @@ def describe(study: Study) -> str:
         cost_section(study),
         "## MMCA with one thing changed\n",
         change_section(study),
+        "## Learning rates\n",
+        rate_section(study),
     ]
     return "\n".join(sections) + "\n"
 
@@ -59,7 +63,6 @@ def describe(study: Study) -> str:
 def introduction(study: Study) -> str:
     settings = study.settings
     train, test, unseen = settings["scenes"]
-    rates = ", ".join(f"{part.rstrip('_')} {rate:g}" for part, rate in RATES.items())
     return f"""# With pretrained parts
 
 Written by `python -m benchmarks.study.run pretrained --grid {study.grid}` from `study_pretrained_results.json`, which holds
@@ -74,8 +77,9 @@ every number below: {len(study.results)} jobs, {study.minutes:.0f} minutes of on
   `make pictures`. For each of {len(study.seeds)} seeds, all variants start from the same projector, and read the same
   conversations in the same order.
 - **Training**: up to {study.sizes[-1]} conversations of 1 to 4 images and 1 to 3 rounds, each seen once, in batches of
-  {BATCH_SIZE}, in float32. Learning rates are constant after a warm-up of {WARMUP_STEPS} steps ({rates}), so that the state
-  of a run after N conversations is the end of a run of N conversations.
+  {BATCH_SIZE}; matrix products are in bfloat16 where the processor has it. Learning rates are constant after a warm-up of
+  {WARMUP_STEPS} steps, so that the state of a run after N conversations is the end of a run of N conversations.
+- **Test**: {settings["conversations"]} conversations about other scenes for each seed.
 - **Variants**: *numbered* models have learned numbers of images. `cross` has new blocks of cross attention in every third
   layer, through which text looks at images, which do not pass through the decoder.
 - **Regimes**: {"; ".join(f"*{name}*: {REGIMES[name]}" for name in study.regimes)}.
@@ -103,7 +107,9 @@ def text_section(study: Study) -> str:
 
 
 def cost_section(study: Study) -> str:
-    cost = next(result for result in study.results if result["kind"] == "cost")
+    cost = next((result for result in study.results if result["kind"] == "cost"), None)
+    if cost is None:
+        return "Not measured yet.\n"
     costs, base = cost["costs"], cost["costs"]["causal"]
     rows = [
         [
@@ -126,6 +132,39 @@ def cost_section(study: Study) -> str:
         f" ({cost['prompt_tokens']} tokens in all), tower included; *known* images were in another conversation, and what"
         " can be kept of them was: the image memory, or where there is none the projected features. Times are medians; the"
         " variants took turns.\n\n" + table(head, rows) + "\n"
+    )
+
+
+def start_section(study: Study) -> str:
+    """What each variant answers with the projector that has learned words alone."""
+    rows = [
+        [f"`{variant}`", percent(interval([run["start"] for run in study.runs(study.tasks[0], "frozen", variant)]))]
+        for variant in study.variants
+    ]
+    return (
+        "The projector has learned the decoder's words, and the decoder has not taken part yet: accuracy in percent.\n\n"
+        + table(["", "accuracy"], rows)
+        + "\n"
+    )
+
+
+def rate_section(study: Study) -> str:
+    """What was tried to choose the learning rates."""
+    rows = []
+    for (regime, variant, part), rates in TRIED_RATES.items():
+        found = {
+            result["change"]: result
+            for result in study.results
+            if (result["kind"], result["regime"], result["variant"]) == ("rate", regime, variant)
+        }
+        tried = {rate: found[f"{part} {rate:g}"] for rate in rates}
+        cells = [f"{rate:g}: {100 * one['accuracy']:.1f} ({one['loss']:.2f})" for rate, one in tried.items()]
+        rows.append([part.rstrip("_"), f"`{variant}`, {regime}", "; ".join(cells), f"{RATES[part]:g}"])
+    return (
+        "Accuracy in percent, and the loss, of conversations about training scenes that no other measure uses, after"
+        f" {study.sizes[-1]} training conversations, seed {study.seeds[0]}. A rate is the same for all variants.\n\n"
+        + table(["rate of", "tried with", "rate: accuracy (loss)", "taken"], rows)
+        + "\n"
     )
 
 

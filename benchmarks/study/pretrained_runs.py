@@ -7,6 +7,7 @@ in the paper. The parts, the scenes, and the way in which the projector learns w
 import os
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from benchmarks.study.measures import collate, compare_memory, robustness, score
 from benchmarks.study.pretrained_measures import cost_of_known_images, saved_bytes, take_turns, text_answers, text_loss
 from benchmarks.study.scratch_runs import add_lora
 from examples.digits_demo.stages import train
-from examples.pictures.demo import IMAGE_PREFIX, MOST_IMAGES
+from examples.pictures.demo import MOST_IMAGES
 from examples.pictures.parts import IMAGE_SIZE, make_parts
+from examples.pictures.precision import autocast, computes_bfloat16
 from examples.pictures.scenes import Scene, draw_scene
 from examples.pictures.words import CLASS_TOKEN_OUTPUTS, see, teach_words
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
@@ -58,9 +60,20 @@ CHANGES = {
 }
 # What the changes are made to
 CHANGED_VARIANT = "mmca, numbered"
+LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6)
+# Jobs that leave files for others; of these the results are not enough
+LEAVE_FILES = ("features", "base")
 PARTS = Path("outputs/parts")
-RATES = {"projector": 1e-4, "image_numbers": 1e-2, "image_weight": 1e-2, "cross_attn": 1e-3, "lora_": 5e-4}
-WARMUP_STEPS, BATCH_SIZE = 8, 8
+# The learning rates of the parts, and what was tried to choose them: each on conversations that no other measure uses
+RATES = {"projector": 2e-4, "image_numbers": 3e-3, "image_weight": 1e-2, "cross_attn": 1e-3, "lora_": 1e-3}
+TRIED_RATES = {
+    ("frozen", "causal", "projector"): (2e-4, 4e-4),
+    ("frozen", "mmca_merged, numbered, prefix", "projector"): (1e-4, 2e-4, 4e-4),
+    ("frozen", "mmca_merged, numbered, prefix", "image_numbers"): (1e-3, 3e-3, 1e-2),
+    ("frozen", "cross", "cross_attn"): (1e-3, 3e-3),
+    ("lora", "causal", "lora_"): (5e-4, 1e-3, 2e-3),
+}
+WARMUP_STEPS, BATCH_SIZE = 8, 4
 REPEATS = 7  # of a measured time
 
 
@@ -87,7 +100,7 @@ SPLITS = ("train", "test", "unseen")
 GRIDS = {
     "tiny": PretrainedScale((0,), tuple(VARIANTS), tuple(REGIMES), TASKS, tuple(CHANGES), (40, 20, 8), 2, (1, 2), 6, 4),
     "published": PretrainedScale(
-        (0, 1, 2), tuple(VARIANTS), tuple(REGIMES), TASKS, tuple(CHANGES), (8000, 800, 240), None, (25, 50, 100), 160, 64
+        (0, 1, 2), tuple(VARIANTS), tuple(REGIMES), TASKS, tuple(CHANGES), (8000, 800, 240), None, (20, 40, 80), 64, 16
     ),
 }
 
@@ -95,28 +108,31 @@ GRIDS = {
 def list_jobs(scale: PretrainedScale) -> list[list[Job]]:
     """The jobs in stages. The jobs of a stage depend only on earlier stages."""
     bases = [Job("base", seed) for seed in scale.seeds]
-    runs = [
-        Job("run", seed, TASKS[0], variant, regime)
-        for seed in scale.seeds
-        for regime in scale.regimes
-        for variant in scale.variants
+    tried = [
+        Job("rate", scale.seeds[0], TASKS[0], variant, regime, f"{part} {rate:g}")
+        for (regime, variant, part), rates in TRIED_RATES.items()
+        for rate in rates
     ]
-    changes = [
-        Job("change", seed, TASKS[0], CHANGED_VARIANT, "frozen", change) for seed in scale.seeds for change in scale.changes
-    ]
-    return [[Job("features", 0)], bases, [*runs, *changes], [Job("cost", 0)]]
+    of_seeds = []  # a seed is complete before the next one begins
+    for seed in scale.seeds:
+        frozen, *others = [
+            [Job("run", seed, TASKS[0], variant, regime) for variant in scale.variants] for regime in scale.regimes
+        ]
+        changed = [Job("change", seed, TASKS[0], CHANGED_VARIANT, "frozen", change) for change in scale.changes]
+        of_seeds += [*frozen, *changed, *chain.from_iterable(others)]
+    return [[Job("features", 0)], bases, tried, of_seeds, [Job("cost", 0)]]
 
 
 def count_steps(kind: str, scale: PretrainedScale) -> int:
     """About how long a job of this kind takes, in training steps of a run."""
-    return {"features": 60, "base": 20, "cost": 20}.get(kind, scale.checkpoints[-1])
+    steps = {"features": 200, "base": 100, "cost": 60}
+    return steps.get(kind, scale.checkpoints[-1])
 
 
 def perform(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     """Does a job; see [`work`]."""
-    return {"features": make_features, "base": make_base, "run": run, "change": run, "cost": measure_cost}[job.kind](
-        job, scale, folder
-    )
+    kinds = {"features": make_features, "base": make_base, "rate": try_rate, "run": run, "change": run, "cost": measure_cost}
+    return kinds[job.kind](job, scale, folder)
 
 
 @cache
@@ -169,7 +185,7 @@ def join(variant: str, tower=None, decoder=None, **settings) -> VisualChatForCau
     fields = {"projector": "pooled", "pool_factor": 4, "class_token_outputs": CLASS_TOKEN_OUTPUTS}
     fields = {**fields, **VARIANTS[variant], **settings}
     if fields.pop("image_prefix", False):
-        fields["image_prefix_ids"] = processor.tokenizer(IMAGE_PREFIX, add_special_tokens=False)["input_ids"]
+        fields["image_prefix_ids"] = processor.image_prefix_ids()
     if fields.get("image_number_keys"):
         fields["image_number_token_ids"] = processor.image_number_token_ids(MOST_IMAGES)
     return VisualChatForCausalLM.from_vision_text_pretrained(
@@ -193,7 +209,7 @@ def make_base(job: Job, scale: PretrainedScale, folder: Path) -> dict:
 
 
 def build(job: Job, folder: Path) -> VisualChatForCausalLM:
-    """A model of the job's variant, with the stored features for a tower and the projector of its seed."""
+    """The job's model before its training, with the stored features for a tower and the projector of its seed."""
     change = CHANGES.get(job.change, {})
     set_seed(job.seed)
     model = join(job.variant, **change if isinstance(change, dict) else {})
@@ -202,21 +218,36 @@ def build(job: Job, folder: Path) -> VisualChatForCausalLM:
     model.model.vision_tower = StoredTower(load_file(folder / "features.safetensors")["features"], config)
     if isinstance(change, AttentionChange):
         change_attention(model, change)
-    return model
+    return add_lora(model) if job.regime == "lora" else model
+
+
+def try_rate(job: Job, scale: PretrainedScale, folder: Path) -> dict:
+    """Trains a model with a learning rate, and scores it with other conversations about the training scenes."""
+    processor, drawings = load_processor(), load_drawings(scale.scenes)
+    model, steps = build(job, folder), scale.checkpoints[-1]
+    part, rate = job.change.split()
+    examples = drawings.conversations("train", steps * BATCH_SIZE + scale.conversations, job.seed)
+    held_out = collate(processor, sorted(examples[steps * BATCH_SIZE :], key=estimate_length))
+    examples = batch_by_length(examples[: steps * BATCH_SIZE], job.seed)
+    fit(model, processor, examples, job.seed, [], {**RATES, part: float(rate)})
+    with autocast("cpu"):
+        right, loss = score(model, held_out)
+    return {"accuracy": float(right.mean()), "loss": loss}
 
 
 def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     """Trains one model, with measurements during training and at the end."""
     processor, drawings = load_processor(), load_drawings(scale.scenes)
     model = build(job, folder)
-    model = add_lora(model) if job.regime == "lora" else model
     steps = scale.checkpoints[-1]
     examples = batch_by_length(drawings.conversations("train", steps * BATCH_SIZE, job.seed), job.seed)
-    held_out = collate(processor, drawings.conversations("test", scale.conversations, job.seed))
+    test = drawings.conversations("test", scale.conversations, job.seed)
+    held_out = collate(processor, sorted(test, key=estimate_length))
     curve = []
 
     def measure(step: int) -> np.ndarray:
-        right, loss = score(model, held_out)
+        with autocast("cpu"):
+            right, loss = score(model, held_out)
         curve.append({"conversations": step * BATCH_SIZE, "accuracy": float(right.mean()), "loss": loss})
         return right
 
@@ -226,24 +257,27 @@ def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
                 measure(state.global_step)
                 model.train()
 
-    measure(0)
+    if job.regime == "frozen":  # LoRA begins with the same answers
+        measure(0)
     fit(model, processor, examples, job.seed, [Measure()])
     right = measure(steps)
-    unseen, _ = score(model, collate(processor, drawings.unseen()))
+    with autocast("cpu"):
+        unseen, _ = score(model, collate(processor, drawings.unseen()))
     result = {
-        "start": curve[0],
+        "start": curve.pop(0)["accuracy"] if job.regime == "frozen" else None,
         **{name: curve[-1][name] for name in ("accuracy", "loss")},
-        "curve": curve[1:],
+        "curve": curve,
         **{f"by_{name}": share_by(held_out.questions, right, name) for name in ("kind", "images", "round")},
         "unseen": float(unseen.mean()),
     }
     if job.kind == "run":
-        result["robustness"] = robustness(model, processor, drawings, "test", scale.probes, job.seed)
+        with autocast("cpu"):
+            result["robustness"] = robustness(model, processor, drawings, "test", scale.probes, job.seed)
         result["text_loss"] = text_loss(model, processor.tokenizer, processor.image_token_id)
         if job.seed == scale.seeds[0]:
             result["text_answers"] = text_answers(model, processor.tokenizer)
         if model.config.multimodal_attention in ("mmca", "mmca_merged") and job.seed == scale.seeds[0]:
-            result["memory"] = compare_memory(model, processor, held_out.examples)
+            result["memory"] = compare_memory(model, processor, test[: scale.probes])
     return result
 
 
@@ -263,15 +297,15 @@ def estimate_length(example: dict) -> int:
     return 14 * len(example["images"]) + sum(8 + len(text) // 4 for text in texts)
 
 
-def choose_trained(model: torch.nn.Module) -> list[dict]:
+def choose_trained(model: torch.nn.Module, rates: dict[str, float] = RATES) -> list[dict]:
     """The parameter groups of the optimizer. All other weights are frozen."""
-    groups = {part: [] for part in RATES}
+    groups = {part: [] for part in rates}
     for name, parameter in model.named_parameters():
-        part = next((part for part in RATES if part in name), None)
+        part = next((part for part in rates if part in name), None)
         parameter.requires_grad_(part is not None)
         if part is not None:
             groups[part].append(parameter)
-    return [{"params": parameters, "lr": RATES[part]} for part, parameters in groups.items() if parameters]
+    return [{"params": parameters, "lr": rates[part]} for part, parameters in groups.items() if parameters]
 
 
 def count_weights(groups: list[dict]) -> int:
@@ -279,7 +313,12 @@ def count_weights(groups: list[dict]) -> int:
 
 
 def fit(
-    model: torch.nn.Module, processor: VisualChatProcessor, examples: list[dict], seed: int, callbacks: list[TrainerCallback]
+    model: torch.nn.Module,
+    processor: VisualChatProcessor,
+    examples: list[dict],
+    seed: int,
+    callbacks: list[TrainerCallback],
+    rates: dict[str, float] = RATES,
 ) -> None:
     """Trains the model in place, with one pass over the conversations."""
     train(
@@ -288,16 +327,18 @@ def fit(
         len(examples) // BATCH_SIZE,
         seed,
         data_collator=VisualChatDataCollator(processor, supervised_logits_only=True),
-        optimizer=torch.optim.AdamW(choose_trained(model), betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer=torch.optim.AdamW(choose_trained(model, rates), betas=(0.9, 0.95), weight_decay=0.0),
         callbacks=callbacks,
         per_device_train_batch_size=BATCH_SIZE,
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=WARMUP_STEPS,
+        bf16=computes_bfloat16("cpu"),
         remove_unused_columns=False,
         disable_tqdm=True,
         logging_strategy="no",
     )
+    vars(model).pop("forward", None)  # the Trainer leaves one with autocast
 
 
 def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:

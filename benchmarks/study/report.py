@@ -6,8 +6,6 @@ The results of the studies as JSON, and from that, and nothing else, `study.md` 
 """
 
 import json
-import os
-import platform
 import re
 import sys
 from importlib.metadata import version
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.study import pretrained_report, pretrained_runs, scratch_report, scratch_runs
 from benchmarks.study.figures import draw_curves, draw_differences
+from benchmarks.study.jobs import describe_machine
 from benchmarks.study.results import Study
 
 
@@ -34,13 +33,9 @@ def write_results(name: str, grid: str, results: list[dict], folder: Path) -> No
         results (`list[dict]`): Of all jobs, see [`run_jobs`].
         folder (`Path`): Where everything is written.
     """
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     study = {
         "grid": grid,
-        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "machine": describe_machine(),
         "versions": {package: version(package) for package in PACKAGES},
         "results": _round(results),
     }
@@ -49,11 +44,17 @@ def write_results(name: str, grid: str, results: list[dict], folder: Path) -> No
     (folder / f"{STUDIES[name][2]}_results.json").write_text(text + "\n")
 
 
+def read_results(name: str, folder: Path) -> dict | None:
+    """What [`write_results`] wrote of a study in this folder, or `None`."""
+    path = folder / f"{STUDIES[name][2]}_results.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def read_study(name: str, folder: Path) -> Study | None:
-    """The results of a study in this folder, or `None`."""
-    runs, _, file = STUDIES[name]
-    path = folder / f"{file}_results.json"
-    return Study(json.loads(path.read_text()), runs) if path.exists() else None
+    """The results of a study in this folder, or `None` if no regime of it is finished for any seed."""
+    results = read_results(name, folder)
+    study = None if results is None else Study(results, STUDIES[name][0])
+    return study if study and study.regimes else None
 
 
 def write_document(folder: Path) -> None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The VisualChat team. Licensed under the Apache License, Version 2.0.
 """Access to the study's results, and statistics of them: means, confidence intervals, paired differences."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from math import log2, sqrt
 from statistics import mean, stdev
@@ -13,23 +14,26 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 class Study:
     """
-    The results of a study, with methods that find those of a setting.
+    The results of a study, with methods that find those of a setting. Of a study that is not finished, they are those of
+    the seeds that have all variants of a regime, or all changes.
 
     Args:
         study (`dict`): What [`write_results`] wrote.
-        tables (`ModuleType`): The module with the study's jobs, whose `VARIANTS`, `REGIMES` and `CHANGES` give the order.
+        tables (`ModuleType`): The module with the study's jobs, whose `VARIANTS`, `REGIMES` and `CHANGES` give the order,
+            and `LEVELS` the accuracies to reach.
     """
 
     def __init__(self, study: dict, tables: ModuleType):
-        self.grid, self.machine, self.versions = study["grid"], study["machine"], study["versions"]
-        self.results = study["results"]
+        self.grid, self.versions, self.levels = study["grid"], study["versions"], tables.LEVELS
+        self.results = _leave_out_unfinished(study["results"])
+        self.machine = " and ".join(dict.fromkeys(result.get("machine", study["machine"]) for result in self.results))
         self.settings = self.results[0]["settings"]
         runs = [result for result in self.results if result["kind"] == "run"]
         self.seeds = sorted({run["seed"] for run in runs})
         self.tasks = list(dict.fromkeys(run["task"] for run in runs))
         self.regimes = [regime for regime in tables.REGIMES if any(run["regime"] == regime for run in runs)]
         self.variants = [variant for variant in tables.VARIANTS if any(run["variant"] == variant for run in runs)]
-        self.sizes = [point["conversations"] for point in runs[0]["curve"]]
+        self.sizes = [point["conversations"] for point in runs[0]["curve"]] if runs else []
         self.changes = [name for name in tables.CHANGES if any(result["change"] == name for result in self.results)]
         self.minutes = sum(result["seconds"] for result in self.results) / 60
 
@@ -49,6 +53,24 @@ class Study:
     def headline_sizes(self) -> list[int]:
         """The smallest number of conversations, the largest, and one in the middle."""
         return sorted({self.sizes[0], self.sizes[len(self.sizes) // 2], self.sizes[-1]})
+
+
+def _leave_out_unfinished(results: list[dict]) -> list[dict]:
+    """Without the runs, or the changes, of a seed, task and regime of which some are not there."""
+    settings, done = defaultdict(set), defaultdict(set)
+    for result in results:
+        one = result["variant"], result["change"]
+        settings[result["kind"]].add(one)
+        done[_group(result)].add(one)
+    return [
+        result
+        for result in results
+        if result["kind"] not in ("run", "change") or done[_group(result)] == settings[result["kind"]]
+    ]
+
+
+def _group(result: dict) -> tuple:
+    return result["kind"], result["task"], result["regime"], result["seed"]
 
 
 def accuracy_at(run: dict, conversations: int) -> float:

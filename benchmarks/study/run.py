@@ -6,8 +6,9 @@ The studies: causal attention, MMCA, merged MMCA and others, with and without nu
     python -m benchmarks.study.run pretrained  # a pretrained vision tower and a pretrained decoder, which stay frozen
 
 Both are for two CPU cores. Finished jobs are saved in `--output` and not repeated, so run the command again to resume an
-interrupted study. At the end it writes the results as JSON to `--docs`, and from that `study.md` and its figures. `--grid
-tiny` checks that everything works; the study from scratch also has `--grid wide`, with more seeds and more data.
+interrupted study. At the end it writes the results as JSON to `--docs`, and from that `study.md` and its figures. Results of
+the same grid that are there already are not computed again: so a study can be published in part (`--publish`) and
+go on elsewhere. `--grid tiny` checks that everything works; the study from scratch also has `--grid wide`, which is larger.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.study.jobs import Job, Scale, work
-from benchmarks.study.report import STUDIES, write_document, write_results
+from benchmarks.study.jobs import Job, Scale, read_result, restore, work
+from benchmarks.study.report import STUDIES, read_results, write_document, write_results
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,13 +31,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="folder for models and results; default outputs/study/STUDY/GRID")
     parser.add_argument("--docs", type=Path, help="folder for the report; default docs for the published grid, else OUTPUT")
     parser.add_argument("--processes", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--publish", action="store_true", help="write the report of the jobs that are finished, and stop")
     args = parser.parse_args(argv)
     study, _, _ = STUDIES[args.study]
     if args.grid not in study.GRIDS:
         parser.error(f"the study {args.study!r} has no grid {args.grid!r}, it has {', '.join(study.GRIDS)}")
     output = args.output or Path("outputs/study") / args.study / args.grid
     docs = args.docs or (Path("docs") if args.grid == "published" else output)
-    results = run_jobs(study, study.GRIDS[args.grid], output, args.processes)
+    scale = study.GRIDS[args.grid]
+    if (published := read_results(args.study, docs)) and published["grid"] == args.grid:
+        restore(published["results"], scale, study.LEAVE_FILES, output)
+    results = collect(study, scale, output) if args.publish else run_jobs(study, scale, output, args.processes)
     write_results(args.study, args.grid, results, docs)
     write_document(docs)
     print(f"The report is {docs / 'study.md'}")
@@ -81,6 +86,14 @@ def run_jobs(study: ModuleType, scale: Scale, output: Path, processes: int) -> l
                 progress = f"[{len(results)}/{total}] {job.name}: {accuracy}{result['seconds']:.0f} s"
                 print(f"{progress}; about {left:.0f} min left", flush=True)
     return [results[job] for stage in stages for job in stage]
+
+
+def collect(study: ModuleType, scale: Scale, output: Path) -> list[dict]:
+    """The results of the jobs that are finished."""
+    jobs = [job for stage in study.list_jobs(scale) for job in stage]
+    results = [{**asdict(job), **result} for job in jobs if (result := read_result(job, scale, output))]
+    print(f"{len(results)} of {len(jobs)} jobs are finished")
+    return results
 
 
 def _seconds_left(study: ModuleType, waiting: list[Job], seconds: dict[str, list[float]], scale: Scale) -> float:

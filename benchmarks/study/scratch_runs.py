@@ -49,6 +49,9 @@ CHANGES = {
     "single samples": "trained on one image and one question a conversation",
     "concatenated samples": "the same examples, one to four of them a conversation",
 }
+LEVELS = (0.8, 0.9, 0.95)
+# Jobs that leave files for others; of these the results are not enough
+LEAVE_FILES = ("base", "pretraining")
 BATCH_SIZE = 32
 # The learning rate is constant after the warm-up, so that a run after N conversations equals a run of N conversations
 WARMUP_STEPS = 8
@@ -306,7 +309,7 @@ def fit(
 
 def add_lora(model: VisualChatForCausalLM) -> torch.nn.Module:
     """LoRA of rank 8 on the decoder's attention."""
-    targets = r".*language_model.*\.(q|k|v|o)_proj"
+    targets = r".*language_model.*\.self_attn\.(q|k|v|o)_proj"
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
 
 

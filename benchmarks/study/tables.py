@@ -7,9 +7,6 @@ from statistics import mean, median
 from benchmarks.study.results import Study, accuracy_at, difference, interval, samples_to_reach
 
 
-LEVELS = (0.8, 0.9, 0.95)
-
-
 def percent(value: tuple[float, float], sign: str = "") -> str:
     return f"{100 * value[0]:{sign}.1f} ± {100 * value[1]:.1f}"
 
@@ -82,13 +79,16 @@ def difference_table(study: Study) -> str:
 
 
 def reach_table(study: Study) -> str:
-    head = ["", *(f"{task}, {regime}: {level:.0%}" for task in study.tasks for regime in study.regimes for level in LEVELS)]
+    head = [
+        "",
+        *(f"{task}, {regime}: {level:.0%}" for task in study.tasks for regime in study.regimes for level in study.levels),
+    ]
     rows = []
     for variant in study.variants:
         cells = []
         for task in study.tasks:
             for regime in study.regimes:
-                for level in LEVELS:
+                for level in study.levels:
                     reached = [samples_to_reach(run, level) for run in study.runs(task, regime, variant)]
                     cells.append("–" if None in reached else f"{median(reached):.0f}")
         rows.append([f"`{variant}`", *cells])
@@ -147,7 +147,7 @@ def count_memory(study: Study) -> dict[str, int]:
 def memory_text(study: Study) -> str:
     totals = count_memory(study)
     return (
-        f"The {totals['models']} models of seed {study.seeds[0]} that can use image memory answered every test question"
+        f"The {totals['models']} models of seed {study.seeds[0]} that can use image memory answered test questions"
         f" twice, from `pixel_values` and from an `ImageMemory`: {totals['questions']} questions, {totals['tokens']} tokens,"
         f" of which **{totals['different']} differ**.\n"
     )

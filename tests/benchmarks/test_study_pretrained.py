@@ -10,8 +10,8 @@ from benchmarks.study import drawings as drawings_module
 from benchmarks.study import pretrained_runs
 from benchmarks.study.attention_changes import AttentionChange, change_attention
 from benchmarks.study.drawings import Drawings, StoredTower, make_pixel_processor, name_scene
-from benchmarks.study.jobs import Job, work
-from benchmarks.study.report import read_study, write_document, write_results
+from benchmarks.study.jobs import Job, restore, work
+from benchmarks.study.report import read_results, read_study, write_document, write_results
 from examples.pictures.conversations import list_questions, split_kinds
 from examples.pictures.kinds import list_kinds
 from helpers.pictures import save_parts
@@ -57,7 +57,8 @@ class TestData:
         examples = Drawings(None, {"train": 60, "test": 40, "unseen": 16}).conversations("train", 100, 0)
         ordered = pretrained_runs.batch_by_length(examples, 0)
         assert sorted(map(id, ordered)) == sorted(map(id, examples)) and ordered != examples
-        lengths = np.array([pretrained_runs.estimate_length(one) for one in ordered[:96]]).reshape(-1, 8)
+        batches = (-1, pretrained_runs.BATCH_SIZE)
+        lengths = np.array([pretrained_runs.estimate_length(one) for one in ordered[:96]]).reshape(batches)
         assert np.ptp(lengths, axis=1).mean() < 0.5 * np.ptp(lengths)
 
 
@@ -136,10 +137,43 @@ class TestWholeStudy:
         write_document(tmp_path)
         text = (tmp_path / "study.md").read_text()
         assert "of which **0 differ**" in text and "## With pretrained parts" in text and "From scratch" not in text
+        assert "| image_numbers | `mmca, numbered`, frozen | 0.003: " in text
         for name in ("study_pretrained_curves.png", "study_pretrained_differences.png"):
             assert f"({name})" in text and (tmp_path / name).stat().st_size > 10_000
         study = read_study("pretrained", tmp_path)
         assert study.variants == list(pretrained_runs.VARIANTS) and study.changes == list(pretrained_runs.CHANGES)
+
+    def test_published_results_are_not_computed_again(self, finished, tmp_path):
+        _, results = finished
+        scale = pretrained_runs.GRIDS["tiny"]
+        write_results("pretrained", "tiny", results, tmp_path)
+        published = read_results("pretrained", tmp_path)["results"]
+        restore(published, scale, pretrained_runs.LEAVE_FILES, tmp_path)
+
+        def fail(*args):
+            raise AssertionError("computed again")
+
+        for result in results:
+            job = Job(*(result[name] for name in ("kind", "seed", "task", "variant", "regime", "change")))
+            if job.kind in pretrained_runs.LEAVE_FILES:
+                assert not (tmp_path / f"results/{job.name}.json").exists()
+                continue
+            again = work(fail, job, scale, tmp_path)
+            assert again["seconds"] == result["seconds"] and again["machine"] == result["machine"]
+        restore(published, pretrained_runs.GRIDS["published"], (), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+    def test_what_is_not_finished_is_left_out(self, finished, tmp_path):
+        _, results = finished
+        of_lora = [result for result in results if result["regime"] == "lora" and result["kind"] == "run"]
+        without = [result for result in results if result not in (of_lora[-1], results[-1])]
+        write_results("pretrained", "tiny", without, tmp_path)
+        write_document(tmp_path)
+        study = read_study("pretrained", tmp_path)
+        assert study.regimes == ["frozen"] and len(study.results) == len(results) - 1 - len(of_lora)
+        assert "Not measured yet." in (tmp_path / "study.md").read_text()
+        write_results("pretrained", "tiny", [result for result in results if result["kind"] != "run"], tmp_path)
+        assert read_study("pretrained", tmp_path) is None
 
     def test_a_frozen_decoder_answers_text_as_before(self, finished):
         _, results = finished
