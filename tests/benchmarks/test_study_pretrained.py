@@ -137,7 +137,7 @@ class TestWholeStudy:
         write_document(tmp_path)
         text = (tmp_path / "study.md").read_text()
         assert "of which **0 differ**" in text and "## With pretrained parts" in text and "From scratch" not in text
-        assert "| image_numbers | `mmca, numbered`, frozen | 0.003: " in text
+        assert "| image_numbers | `mmca_merged, numbered, prefix`, frozen | 0.001: " in text
         for name in ("study_pretrained_curves.png", "study_pretrained_differences.png"):
             assert f"({name})" in text and (tmp_path / name).stat().st_size > 10_000
         study = read_study("pretrained", tmp_path)
