@@ -4,7 +4,16 @@
 from math import exp
 from statistics import mean
 
-from benchmarks.study.pretrained_runs import BATCH_SIZE, CHANGED_VARIANT, RATES, REGIMES, TRIED_RATES, WARMUP_STEPS
+from benchmarks.study.pretrained_runs import (
+    BATCH_SIZE,
+    CHANGED_VARIANT,
+    GRIDS,
+    RATES,
+    REGIMES,
+    TRIED_RATES,
+    WARMUP_STEPS,
+    list_jobs,
+)
 from benchmarks.study.results import Study, interval, paired
 from benchmarks.study.tables import (
     by_regime,
@@ -63,10 +72,11 @@ def describe(study: Study) -> str:
 def introduction(study: Study) -> str:
     settings = study.settings
     train, test, unseen = settings["scenes"]
+    jobs = sum(map(len, list_jobs(GRIDS[study.grid])))
     return f"""# With pretrained parts
 
 Written by `python -m benchmarks.study.run pretrained --grid {study.grid}` from `study_pretrained_results.json`, which holds
-every number below: {len(study.results)} jobs, {study.minutes:.0f} minutes of one core, on {study.machine};
+every number below: {len(study.results)} of {jobs} jobs, {study.minutes:.0f} minutes of one core, on {study.machine};
 {", ".join(f"{name} {number}" for name, number in study.versions.items())}.
 
 - **Parts**: SmolLM2-135M-Instruct and a DINOv2-small, both pretrained by others, as `make pictures` gets them from pip

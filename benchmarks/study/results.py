@@ -20,12 +20,13 @@ class Study:
     Args:
         study (`dict`): What [`write_results`] wrote.
         tables (`ModuleType`): The module with the study's jobs, whose `VARIANTS`, `REGIMES` and `CHANGES` give the order,
-            and `LEVELS` the accuracies to reach.
+            `GRIDS` what belongs to it, and `LEVELS` the accuracies to reach.
     """
 
     def __init__(self, study: dict, tables: ModuleType):
         self.grid, self.versions, self.levels = study["grid"], study["versions"], tables.LEVELS
-        self.results = _leave_out_unfinished(study["results"])
+        scale = tables.GRIDS[self.grid]
+        self.results = _leave_out_unfinished(study["results"], scale.variants, scale.changes)
         self.machine = " and ".join(dict.fromkeys(result.get("machine", study["machine"]) for result in self.results))
         self.settings = self.results[0]["settings"]
         runs = [result for result in self.results if result["kind"] == "run"]
@@ -55,18 +56,13 @@ class Study:
         return sorted({self.sizes[0], self.sizes[len(self.sizes) // 2], self.sizes[-1]})
 
 
-def _leave_out_unfinished(results: list[dict]) -> list[dict]:
+def _leave_out_unfinished(results: list[dict], variants: tuple[str, ...], changes: tuple[str, ...]) -> list[dict]:
     """Without the runs, or the changes, of a seed, task and regime of which some are not there."""
-    settings, done = defaultdict(set), defaultdict(set)
+    done = defaultdict(set)
     for result in results:
-        one = result["variant"], result["change"]
-        settings[result["kind"]].add(one)
-        done[_group(result)].add(one)
-    return [
-        result
-        for result in results
-        if result["kind"] not in ("run", "change") or done[_group(result)] == settings[result["kind"]]
-    ]
+        done[_group(result)].add(result["change"] or result["variant"])
+    whole = {"run": set(variants), "change": set(changes)}
+    return [result for result in results if done[_group(result)] == whole.get(result["kind"], done[_group(result)])]
 
 
 def _group(result: dict) -> tuple:
