@@ -170,9 +170,12 @@ def rate_section(study: Study) -> str:
         tried = {rate: found[f"{part} {rate:g}"] for rate in rates}
         cells = [f"{rate:g}: {100 * one['accuracy']:.1f} ({one['loss']:.2f})" for rate, one in tried.items()]
         rows.append([part.rstrip("_"), f"`{variant}`, {regime}", "; ".join(cells), f"{RATES[part]:g}"])
+    tried_parts = {part for _, _, part in TRIED_RATES}
+    untried = ", ".join(f"{part} {rate:g}" for part, rate in RATES.items() if part not in tried_parts)
     return (
         "Accuracy in percent, and the loss, of conversations about training scenes that no other measure uses, after"
-        f" {study.sizes[-1]} training conversations, seed {study.seeds[0]}. A rate is the same for all variants.\n\n"
+        f" {study.sizes[-1]} training conversations, seed {study.seeds[0]}."
+        f" A rate is the same for all variants. Not tried: {untried}.\n\n"
         + table(["rate of", "tried with", "rate: accuracy (loss)", "taken"], rows)
         + "\n"
     )

@@ -13,10 +13,11 @@ go on elsewhere. `--grid tiny` checks that everything works; the study from scra
 
 import argparse
 import os
+import threading
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 
@@ -68,7 +69,7 @@ def run_jobs(study: ModuleType, scale: Scale, output: Path, processes: int) -> l
     stages = study.list_jobs(scale)
     seconds, waiting = defaultdict(list), [job for stage in stages for job in stage]
     total, results = len(waiting), {}
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         for stage in stages:
             futures = {pool.submit(work, study.perform, job, scale, output): job for job in stage}
             for future in as_completed(futures):
@@ -86,6 +87,16 @@ def run_jobs(study: ModuleType, scale: Scale, output: Path, processes: int) -> l
                 progress = f"[{len(results)}/{total}] {job.name}: {accuracy}{result['seconds']:.0f} s"
                 print(f"{progress}; about {left:.0f} min left", flush=True)
     return [results[job] for stage in stages for job in stage]
+
+
+def end_with_parent() -> None:
+    """Ends this worker process when its parent is gone. Else the jobs of a killed study would go on beside the next."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def collect(study: ModuleType, scale: Scale, output: Path) -> list[dict]:

@@ -1,6 +1,9 @@
 """The study from scratch: tasks, measures, and the whole of it in small. That docs/attention.md repeats it is tested too."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from benchmarks.study.scratch_runs import (
 )
 from benchmarks.study.scratch_tasks import SHADES, load_task
 from benchmarks.study.tables import headline_table
+from helpers.server import wait_until
 from helpers.tiny import make_model, make_processor
 from modeling_visualchat.messages_visualchat import fill_images
 
@@ -144,6 +148,35 @@ class TestMeasures:
         assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
         first, other = [{"x": 1.0}, {"x": 2.0}], [{"x": 2.0}, {"x": 3.0}]
         assert paired(first, other, lambda one: one["x"]) == (1.0, 0.0)
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    program = (
+        "import pathlib, time, os\nfrom multiprocessing import get_context\n"
+        "from benchmarks.study.run import end_with_parent\n"
+        "def work():\n    end_with_parent()\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n    get_context('spawn').Process(target=work).start()\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    parent = subprocess.Popen(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), seconds=120)
+    finally:
+        parent.kill()
+        parent.wait()
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 class TestWholeStudy:

@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 
 from peft import LoraConfig, get_peft_model
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.ops.torch_ops import bgmv_expand
 from vllm.lora.request import LoRARequest
 
 from helpers.tiny import TOKENS_PER_IMAGE, assistant, digit_image, user
@@ -149,6 +150,13 @@ def test_lora_adapters(name, options, tmp_path, monkeypatch):
         for one, other in zip(given, of_adapter):
             torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-3, rtol=0)
     assert len({tuple(one[1].tokens) for one in expected}) > 1
+
+
+def test_vllm_still_gives_rows_without_an_adapter_the_last_one():
+    """docs/serving.md warns of it. When this fails, vLLM has mended it, and the warning has to go."""
+    weights, output = torch.tensor([[[1.0]], [[2.0]]]), torch.zeros(1, 1)
+    bgmv_expand(torch.ones(1, 1), weights, output, torch.tensor([-1]))
+    assert output.item() == 2.0
 
 
 class TestRefusals:
