@@ -127,12 +127,13 @@ class StoredTower(torch.nn.Module):
 
     def __init__(self, features: torch.Tensor, config: PreTrainedConfig):
         super().__init__()
-        self.features, self.config = features, config
+        self.config = config
+        self.register_buffer("features", features, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, 1, 1)`): Of the images of [`name_scene`].
         """
-        index = (pixel_values[:, :, 0, 0].long() * CHANNELS).sum(1)
+        index = (pixel_values[:, :, 0, 0].long() * CHANNELS.to(pixel_values.device)).sum(1)
         return BaseModelOutputWithPooling(last_hidden_state=self.features[index].float())

@@ -16,7 +16,8 @@ STYLES = {  # to be told apart in black and white
     "mmca, numbered": ("0.45", "--", "s"),
     "mmca_merged": ("0.7", "-", "^"),
     "mmca_merged, numbered": ("0.7", "--", "^"),
-    "mmca_merged, numbered, prefix": ("0.7", "-.", "v"),
+    "mmca_merged, prefix": ("0.3", "-.", "^"),
+    "mmca_merged, numbered, prefix": ("0.3", "-.", "v"),
     "cross": ("0.55", ":", "D"),
 }
 
@@ -26,7 +27,7 @@ def draw_curves(study: Study, path: Path) -> None:
     figure, panels = plt.subplots(
         len(study.tasks),
         len(study.regimes),
-        figsize=(4 * len(study.regimes), 3.2 * len(study.tasks)),
+        figsize=(2.5 + 4 * len(study.regimes), 3.2 * len(study.tasks)),
         sharex=True,
         sharey="row",
         squeeze=False,
@@ -46,7 +47,7 @@ def draw_curves(study: Study, path: Path) -> None:
         axis.set_xlabel("conversations")
     for row in panels:
         row[0].set_ylabel("exact answers, %")
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -55,9 +56,8 @@ def draw_differences(study: Study, path: Path) -> None:
     """Differences from causal attention after the most conversations, with their intervals."""
     others = [variant for variant in study.variants if variant != "causal"]
     places = [(task, regime) for task in study.tasks for regime in study.regimes]
-    figure, axes = plt.subplots(
-        1, len(places), figsize=(2.3 * len(places), 2.6), sharey=True, squeeze=False, layout="constrained"
-    )
+    size = (2 + 2.3 * len(places), 1 + 0.3 * len(others))
+    figure, axes = plt.subplots(1, len(places), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for (task, regime), axis in zip(places, axes[0]):
         for height, variant in enumerate(reversed(others)):
             middle, half = difference(study, task, regime, "causal", variant, study.sizes[-1])

@@ -132,4 +132,5 @@ def restore(results: list[dict], scale: Scale, leave_files: tuple[str, ...], fol
 def describe_machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{cpu}, {os.cpu_count()} cores"
+    gpu = [f"a {torch.cuda.get_device_name()}"] if torch.cuda.is_available() else []
+    return ", ".join([cpu, f"{os.cpu_count()} cores", *gpu])

@@ -56,13 +56,15 @@ def score(model: torch.nn.Module, held_out: HeldOut) -> tuple[np.ndarray, float]
     model.eval()
     right, loss, tokens = [], 0.0, 0
     for batch in held_out.batches:
+        batch = {name: one.to(model.device) for name, one in batch.items()}
         kept = batch["logits_to_keep"]
         outputs = model(**batch)
         labels = batch["labels"].roll(-1, 1)
         is_likeliest = outputs.logits.argmax(-1) == labels[kept]
         begins = kept & ~torch.nn.functional.pad(kept[:, :-1], (1, 0))
         answer = begins.flatten().cumsum(0)[kept.flatten()] - 1
-        right.append(torch.ones(int(begins.sum())).scatter_reduce(0, answer, is_likeliest.float(), "amin").bool().numpy())
+        is_right = torch.ones(int(begins.sum()), device=model.device)
+        right.append(is_right.scatter_reduce(0, answer, is_likeliest.float(), "amin").bool().cpu().numpy())
         loss += float(outputs.loss) * len(is_likeliest)
         tokens += len(is_likeliest)
     return np.concatenate(right), loss / tokens
@@ -182,7 +184,7 @@ def compare_memory(model: torch.nn.Module, processor: VisualChatProcessor, examp
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
-        )
+        ).to(model.device)
         computed = model.generate(**inputs, **GENERATION)
         memory = model.encode_images(inputs.pop("pixel_values"))
         remembered = model.generate(**inputs, image_memory=memory, **GENERATION)

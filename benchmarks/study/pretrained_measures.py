@@ -31,7 +31,7 @@ def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_
     folder = files("sklearn.datasets.descr")
     text = "\n".join((folder / name).read_text() for name in DESCRIPTIONS)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    chunks = ids[: len(ids) // CHUNK_LENGTH * CHUNK_LENGTH].view(-1, CHUNK_LENGTH)[:CHUNKS]
+    chunks = ids[: len(ids) // CHUNK_LENGTH * CHUNK_LENGTH].view(-1, CHUNK_LENGTH)[:CHUNKS].to(model.device)
     logits = model(input_ids=chunks).logits[:, :-1, :vocab_size]
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), chunks[:, 1:].flatten()))
 
@@ -43,7 +43,7 @@ def text_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         [[{"role": "user", "content": question}] for question in TEXT_QUESTIONS], add_generation_prompt=True, tokenize=False
     )
     settings = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    inputs = tokenizer(prompts, return_tensors="pt", **settings)
+    inputs = tokenizer(prompts, return_tensors="pt", **settings).to(model.device)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=TEXT_TOKENS)
     return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -72,6 +72,8 @@ def take_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str
         for name, side in sides.items():
             start = time.perf_counter()
             side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: median(times[1:]) for name, times in seconds.items()}
 

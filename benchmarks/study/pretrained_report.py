@@ -187,7 +187,8 @@ def change_section(study: Study) -> str:
     base = study.runs(task, "frozen", CHANGED_VARIANT)
     rows = [[f"`{CHANGED_VARIANT}`", percent(interval([run["accuracy"] for run in base])), "", _unseen(base)]]
     others = [(name, study.changed(name)) for name in study.changes]
-    others += [(f"`{name}`", study.runs(task, "frozen", name)) for name in ("mmca_merged, numbered", "causal, numbered")]
+    compared = ("mmca_merged, numbered", "mmca_merged, numbered, prefix", "causal, numbered")
+    others += [(f"`{name}`", study.runs(task, "frozen", name)) for name in compared]
     for name, runs in others:
         shown = signed(paired(base, runs, lambda run: run["accuracy"]))
         rows.append([name, percent(interval([run["accuracy"] for run in runs])), shown, _unseen(runs)])
@@ -202,6 +203,7 @@ def change_section(study: Study) -> str:
         "- *keys*: at which position an image's keys are rotated for the queries of text, instead of their own.\n"
         "- *keys of number tokens*: the embeddings of the tokens 1, 2, … number the images (`image_number_keys`), instead of"
         " learned numbers.\n"
+        "- *one softmax*: as `mmca_merged`.\n"
         "- *image prefix*: an image's token attends to the beginning of a conversation, which is the same for all images"
         " (`image_prefix_ids`).\n\n" + table(["", "accuracy", "difference", "never trained"], rows) + "\n"
     )

@@ -25,7 +25,7 @@ from benchmarks.study.scratch_runs import add_lora
 from examples.digits_demo.stages import train
 from examples.pictures.demo import MOST_IMAGES
 from examples.pictures.parts import IMAGE_SIZE, make_parts
-from examples.pictures.precision import autocast, computes_bfloat16
+from examples.pictures.precision import autocast, computes_bfloat16, find_device
 from examples.pictures.scenes import Scene, draw_scene
 from examples.pictures.words import CLASS_TOKEN_OUTPUTS, see, teach_words
 from modeling_visualchat import VisualChatDataCollator, VisualChatForCausalLM, VisualChatProcessor
@@ -33,15 +33,18 @@ from visualchat.loading import find_image_size, load_image_processor
 
 
 TASKS = ("drawings",)
+MERGED = {"multimodal_attention": "mmca_merged"}
 NUMBERED = {"learned_image_numbers": MOST_IMAGES}
+PREFIX = {"image_prefix": True}
 VARIANTS = {
     "causal": {"multimodal_attention": "causal"},
     "causal, numbered": {"multimodal_attention": "causal", **NUMBERED},
     "mmca": {"multimodal_attention": "mmca"},
     "mmca, numbered": {"multimodal_attention": "mmca", **NUMBERED},
-    "mmca_merged": {"multimodal_attention": "mmca_merged"},
-    "mmca_merged, numbered": {"multimodal_attention": "mmca_merged", **NUMBERED},
-    "mmca_merged, numbered, prefix": {"multimodal_attention": "mmca_merged", **NUMBERED, "image_prefix": True},
+    "mmca_merged": MERGED,
+    "mmca_merged, numbered": {**MERGED, **NUMBERED},
+    "mmca_merged, prefix": {**MERGED, **PREFIX},
+    "mmca_merged, numbered, prefix": {**MERGED, **NUMBERED, **PREFIX},
     "cross": {"multimodal_attention": "cross", "cross_attention_every": 3},
 }
 REGIMES = {
@@ -50,13 +53,15 @@ REGIMES = {
 }
 # Fields of the config, and what is computed otherwise
 CHANGES = {
-    "image prefix": {"image_prefix": True},
-    "sees own image": AttentionChange(sees_own_image=True),
-    "image weight ½": AttentionChange(image_weight=0.5),
-    "image weight learned": AttentionChange(image_weight=None),
-    "keys at the image's begin": AttentionChange(image_positions="begin"),
-    "keys without position": AttentionChange(image_positions="none"),
-    "keys of number tokens": {"learned_image_numbers": 0, "image_number_keys": True},
+    "image prefix": (PREFIX, None),
+    "sees own image": ({}, AttentionChange(sees_own_image=True)),
+    "image weight ½": ({}, AttentionChange(image_weight=0.5)),
+    "image weight learned": ({}, AttentionChange(image_weight=None)),
+    "keys at the image's begin": ({}, AttentionChange(image_positions="begin")),
+    "keys without position": ({}, AttentionChange(image_positions="none")),
+    "keys of number tokens": ({"learned_image_numbers": 0, "image_number_keys": True}, None),
+    "image prefix, image weight ½": (PREFIX, AttentionChange(image_weight=0.5)),
+    "image prefix, one softmax, sees own image": ({**MERGED, **PREFIX}, AttentionChange(sees_own_image=True)),
 }
 # What the changes are made to
 CHANGED_VARIANT = "mmca, numbered"
@@ -163,8 +168,9 @@ def make_features(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     make_parts(PARTS)
     images = draw(load_drawings(scale.scenes).scenes)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"features": see(join("causal"), make_tower_processor(), images)}, folder / "features.safetensors")
-    decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32).eval()
+    features = see(join("causal").to(find_device()), make_tower_processor(), images)
+    save_file({"features": features}, folder / "features.safetensors")
+    decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32).to(find_device()).eval()
     tokenizer = AutoTokenizer.from_pretrained(PARTS / "decoder")
     return {
         "text_loss": text_loss(decoder, tokenizer, decoder.config.vocab_size),
@@ -199,9 +205,9 @@ def join(variant: str, tower=None, decoder=None, **settings) -> VisualChatForCau
 
 def make_base(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     """Teaches the projector words, without the decoder. All runs of a seed begin with this projector."""
-    model, drawings = join("causal"), load_drawings(scale.scenes)
+    model, drawings = join("causal").to(find_device()), load_drawings(scale.scenes)
     scenes = drawings.splits["train"].scenes
-    features = load_file(folder / "features.safetensors")["features"][: len(scenes)]
+    features = load_file(folder / "features.safetensors")["features"][: len(scenes)].to(model.device)
     teach_words(model, load_processor(), scenes, features, job.seed, scale.word_steps)
     path = folder / f"projector-{job.seed}.safetensors"
     save_file(model.model.multi_modal_projector.state_dict(), path)
@@ -210,15 +216,15 @@ def make_base(job: Job, scale: PretrainedScale, folder: Path) -> dict:
 
 def build(job: Job, folder: Path) -> VisualChatForCausalLM:
     """The job's model before its training, with the stored features for a tower and the projector of its seed."""
-    change = CHANGES.get(job.change, {})
+    settings, change = CHANGES.get(job.change, ({}, None))
     set_seed(job.seed)
-    model = join(job.variant, **change if isinstance(change, dict) else {})
+    model = join(job.variant, **settings)
     model.model.multi_modal_projector.load_state_dict(load_file(folder / f"projector-{job.seed}.safetensors"))
     config = AutoConfig.from_pretrained(PARTS / "tower")
     model.model.vision_tower = StoredTower(load_file(folder / "features.safetensors")["features"], config)
-    if isinstance(change, AttentionChange):
+    if change:
         change_attention(model, change)
-    return add_lora(model) if job.regime == "lora" else model
+    return (add_lora(model) if job.regime == "lora" else model).to(find_device())
 
 
 def try_rate(job: Job, scale: PretrainedScale, folder: Path) -> dict:
@@ -230,7 +236,7 @@ def try_rate(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     held_out = collate(processor, sorted(examples[steps * BATCH_SIZE :], key=estimate_length))
     examples = batch_by_length(examples[: steps * BATCH_SIZE], job.seed)
     fit(model, processor, examples, job.seed, [], {**RATES, part: float(rate)})
-    with autocast("cpu"):
+    with autocast(find_device()):
         right, loss = score(model, held_out)
     return {"accuracy": float(right.mean()), "loss": loss}
 
@@ -246,7 +252,7 @@ def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     curve = []
 
     def measure(step: int) -> np.ndarray:
-        with autocast("cpu"):
+        with autocast(find_device()):
             right, loss = score(model, held_out)
         curve.append({"conversations": step * BATCH_SIZE, "accuracy": float(right.mean()), "loss": loss})
         return right
@@ -261,7 +267,7 @@ def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
         measure(0)
     fit(model, processor, examples, job.seed, [Measure()])
     right = measure(steps)
-    with autocast("cpu"):
+    with autocast(find_device()):
         unseen, _ = score(model, collate(processor, drawings.unseen()))
     result = {
         "start": curve.pop(0)["accuracy"] if job.regime == "frozen" else None,
@@ -271,7 +277,7 @@ def run(job: Job, scale: PretrainedScale, folder: Path) -> dict:
         "unseen": float(unseen.mean()),
     }
     if job.kind == "run":
-        with autocast("cpu"):
+        with autocast(find_device()):
             result["robustness"] = robustness(model, processor, drawings, "test", scale.probes, job.seed)
         result["text_loss"] = text_loss(model, processor.tokenizer, processor.image_token_id)
         if job.seed == scale.seeds[0]:
@@ -333,7 +339,8 @@ def fit(
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=WARMUP_STEPS,
-        bf16=computes_bfloat16("cpu"),
+        use_cpu=find_device() == "cpu",
+        bf16=computes_bfloat16(find_device()),
         remove_unused_columns=False,
         disable_tqdm=True,
         logging_strategy="no",
@@ -347,14 +354,16 @@ def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     tokens, as they would with the paper's projector. The variants take turns.
     """
     torch.set_num_threads(os.cpu_count())  # it is alone
-    tower = AutoModel.from_pretrained(PARTS / "tower").eval()
-    decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32)
+    device = find_device()
+    tower = AutoModel.from_pretrained(PARTS / "tower").to(device).eval()
+    decoder = AutoModelForCausalLM.from_pretrained(PARTS / "decoder", dtype=torch.float32).to(device)
     processor, drawings = load_processor(), load_drawings(scale.scenes)
     batch = VisualChatDataCollator(processor, supervised_logits_only=True)(drawings.conversations("train", BATCH_SIZE, 0))
+    batch = {name: one.to(device) for name, one in batch.items()}
     models = {variant: join(variant, tower, decoder) for variant in scale.variants}
     costs, features = {}, load_file(folder / "features.safetensors")["features"]
     for variant, model in models.items():
-        model.model.vision_tower = StoredTower(features, tower.config)
+        model.model.vision_tower = StoredTower(features, tower.config).to(device)
         trained = count_weights(choose_trained(model.train()))
         costs[variant] = {"trained_weights": trained, "saved_bytes": saved_bytes(model, batch)}
 
@@ -368,12 +377,16 @@ def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     length = next(iter(models.values())).config.image_seq_length
     images = [{"type": "image", "image": image} for image in draw(drawings.scenes[:4])]
     content = [*images, {"type": "text", "text": "What is in image 3?"}]
-    inputs = make_tower_processor(length).apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+    inputs = (
+        make_tower_processor(length)
+        .apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        .to(device)
     )
     for variant, of_known in cost_of_known_images(models, inputs, REPEATS).items():
         costs[variant].update(of_known)

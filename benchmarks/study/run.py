@@ -5,10 +5,11 @@ The studies: causal attention, MMCA, merged MMCA and others, with and without nu
     python -m benchmarks.study.run scratch     # all models are trained from scratch
     python -m benchmarks.study.run pretrained  # a pretrained vision tower and a pretrained decoder, which stay frozen
 
-Both are for two CPU cores. Finished jobs are saved in `--output` and not repeated, so run the command again to resume an
-interrupted study. At the end it writes the results as JSON to `--docs`, and from that `study.md` and its figures. Results of
-the same grid that are there already are not computed again: so a study can be published in part (`--publish`) and
-go on elsewhere. `--grid tiny` checks that everything works; the study from scratch also has `--grid wide`, which is larger.
+Both are for two CPU cores; the second uses a GPU that CUDA finds. Finished jobs are saved in `--output` and not repeated, so
+run the command again to resume an interrupted study. At the end it writes the results as JSON to `--docs`, and from that
+`study.md` and its figures. Results of the same grid that are there already are not computed again: so a study can be
+published in part (`--publish`) and go on elsewhere. `--grid tiny` checks that everything works; the study from scratch also
+has `--grid wide`, which is larger.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def run_jobs(study: ModuleType, scale: Scale, output: Path, processes: int) -> l
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs the Trainer would use all, with larger batches
     stages = study.list_jobs(scale)
     seconds, waiting = defaultdict(list), [job for stage in stages for job in stage]
     total, results = len(waiting), {}

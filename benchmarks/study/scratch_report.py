@@ -20,10 +20,10 @@ from benchmarks.study.tables import (
 
 # What the published grid says; the numbers are those of the tables
 RECOMMENDATION = """\
-- **For a new model, take `multimodal_attention="mmca_merged", image_number_keys=True`.** In the end it is level with causal
-  attention on both tasks and in all regimes, and an additional image that no question is about changes no more answers. It
-  also has what causal attention cannot have: image memory and the cheaper prefill. With few training conversations and a
-  frozen decoder it is behind causal attention.
+- **Of these, take `multimodal_attention="mmca_merged", image_number_keys=True` for a decoder that you train yourself.** In
+  the end it is level with causal attention on both tasks and in all regimes, and an additional image that no question is
+  about changes no more answers. It also has what causal attention cannot have: image memory and the cheaper prefill. With
+  few training conversations and a frozen decoder it is behind causal attention.
 - `"mmca"`, the paper's definition, learned more slowly than causal attention. Its mean was lower at the end in every column,
   most where the decoder is frozen after it was trained on text, which is the paper's recipe. There, one softmax instead of
   the sum of two made up for part of the difference, and numbered keys for the rest.

@@ -240,7 +240,8 @@ def train(
         `list`: The loss curve, as `(step, loss)`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        defaults = {"lr_scheduler_type": "cosine", "warmup_steps": max_steps // 10, "adam_beta2": 0.98, "logging_steps": 10}
+        schedule = {"lr_scheduler_type": "cosine", "warmup_steps": max_steps // 10}
+        defaults = {**schedule, "adam_beta2": 0.98, "logging_steps": 10, "use_cpu": True}
         training_args = TrainingArguments(
             output_dir=scratch,
             seed=seed,
@@ -248,7 +249,6 @@ def train(
             max_grad_norm=1.0,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
             **{**defaults, **settings},
         )
         trainer = Trainer(

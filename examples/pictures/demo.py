@@ -23,7 +23,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 from transformers import AutoTokenizer, set_seed
 
@@ -33,7 +32,7 @@ from examples.digits_demo.talk import run_conversation
 from examples.pictures.dataset import CONVERSATIONS, image_path, make_data, read_examples
 from examples.pictures.measure import list_typical, measure
 from examples.pictures.parts import make_parts
-from examples.pictures.precision import computes_bfloat16
+from examples.pictures.precision import computes_bfloat16, find_device
 from examples.pictures.report import CREDIT, write_model_card
 from examples.pictures.scenes import Scene
 from examples.pictures.words import CLASS_TOKEN_OUTPUTS, see, teach_words
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, default=Path("outputs/pictures"), help="folder for all output")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     set_seed(0)
 
     print("\n1. Pretrained parts, from pip packages", flush=True)

@@ -4,6 +4,11 @@
 import torch
 
 
+def find_device() -> str:
+    """`"cuda"` if there is such a GPU, else `"cpu"`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def computes_bfloat16(device_type: str) -> bool:
     """Whether a device of this type, such as `"cpu"`, has instructions for bfloat16."""
     if device_type != "cpu":

@@ -34,6 +34,7 @@ class VisualChatJoiningMixin:
         gguf_file: str | None = None,
         dtype: str | torch.dtype = "auto",
         attn_implementation: str | dict[str, str] | None = None,
+        multimodal_attention: str = "mmca_merged",
         **config,
     ) -> PreTrainedModel:
         """
@@ -52,8 +53,10 @@ class VisualChatJoiningMixin:
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): What ids and folders are loaded in. The
                 projector takes the decoder's.
             attn_implementation (`str` or `dict`, *optional*): As for `from_pretrained`.
-            config: Fields of [`VisualChatConfig`]. `image_token_id` defaults to a new id after the decoder's vocabulary, as
-                [`VisualChatProcessor`] assigns it.
+            multimodal_attention (`str`, *optional*, defaults to `"mmca_merged"`): As in [`VisualChatConfig`], whose default
+                is the paper's `"mmca"`. With one softmax models learned as fast in our studies, or faster (docs/study.md).
+            config: Other fields of [`VisualChatConfig`]. `image_token_id` defaults to a new id after the decoder's
+                vocabulary, as [`VisualChatProcessor`] assigns it.
 
         Raises:
             TypeError: If one of the parts is another kind of model. Of ids and folders the `model_type` says so, before any
@@ -78,7 +81,12 @@ class VisualChatJoiningMixin:
         text_config = copy.deepcopy(text.config)
         if text_config.to_dict().get("quantization_config", {}).get("quant_method") == "gguf":
             del text_config.quantization_config  # the weights are dequantized, but with it nothing is saved
-        visualchat_config = cls.config_class(vision_config=copy.deepcopy(vision.config), text_config=text_config, **config)
+        visualchat_config = cls.config_class(
+            vision_config=copy.deepcopy(vision.config),
+            text_config=text_config,
+            multimodal_attention=multimodal_attention,
+            **config,
+        )
         visualchat_config.dtype = text.dtype
         if attn_implementation is not None:
             visualchat_config._attn_implementation = attn_implementation
@@ -90,7 +98,7 @@ class VisualChatJoiningMixin:
             if "image_numbers" in name or "cross_attn" in name:  # no decoder has them
                 weights[name] = torch.zeros(parameter.shape, dtype=text.dtype, device=text.device)
         model.model.language_model.load_state_dict(weights, assign=True)
-        for layer in model.model.language_model.layers if visualchat_config.multimodal_attention == "cross" else ():
+        for layer in model.model.language_model.layers if multimodal_attention == "cross" else ():
             if layer.cross_attn is not None:
                 layer.cross_attn.apply(model.model.language_model._init_weights)
         model.model.language_model.rotary_emb = text.model.rotary_emb

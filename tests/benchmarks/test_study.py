@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.study import pretrained_report
 from benchmarks.study import run as study
 from benchmarks.study.jobs import Job, work
 from benchmarks.study.measures import collate, compare_memory, image_attention, score
@@ -248,4 +249,7 @@ def test_the_document_shows_what_was_found():
     study = read_study("scratch", ROOT / "docs")
     page = (ROOT / "docs" / "attention.md").read_text()
     assert headline_table(study) in page and RECOMMENDATION in page
+    pretrained = read_study("pretrained", ROOT / "docs")
+    assert headline_table(pretrained) in page and pretrained_report.RECOMMENDATION in page
+    assert pretrained.grid == "published" and len(pretrained.seeds) == 3
     assert study.grid == "published"

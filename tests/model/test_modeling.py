@@ -196,7 +196,7 @@ class TestParts:
             clip = CLIPModel(CLIPConfig(vision_config=config.vision_config.to_dict(), text_config=tiny_text))
             vision = clip.vision_model
             parts = (clip, text)
-        model = VisualChatForCausalLM.from_vision_text_pretrained(*parts, multimodal_attention="mmca_merged")
+        model = VisualChatForCausalLM.from_vision_text_pretrained(*parts)
 
         assert model.config.multimodal_attention == "mmca_merged"
         assert model.config.image_token_id == 300

@@ -242,11 +242,11 @@ class TestChangedSettings:
         old = record(**joined)
         assert not find_differences(old, record(**joined, lora_rank=4))  # LoRA's fields are not used
         assert find_differences(old, record(**joined, multimodal_attention="causal", image_number_keys=True)) == [
-            Difference("multimodal_attention", "mmca", "causal", is_fixed=True),
+            Difference("multimodal_attention", "mmca_merged", "causal", is_fixed=True),
             Difference("image_number_keys", False, True, is_fixed=True),
         ]
         assert find_differences(old, record(**joined, image_prefix="Image:")) == [
-            Difference("image_prefix", None, "Image:", is_fixed=True)
+            Difference("image_prefix", "auto", "Image:", is_fixed=True)
         ]
 
     def test_the_attention_of_a_joined_model(self, parts, tmp_path):
@@ -260,7 +260,7 @@ class TestChangedSettings:
         run = tmp_path / "run"
         train(parts, run, **settings)
         undo_end(run)
-        with pytest.raises(InputError, match=r"multimodal_attention: 'mmca' in the checkpoint, 'causal' now \(cannot"):
+        with pytest.raises(InputError, match=r"attention: 'mmca_merged' in the checkpoint, 'causal' now \(cannot"):
             train(parts, run, "--resume", "--accept_changes", multimodal_attention="causal", **settings)
         shutil.rmtree(run / "checkpoint-1")  # as if it had been killed before: `joined` is made anew
         train(parts, run, "--resume", multimodal_attention="causal", **settings)

@@ -131,6 +131,7 @@ class TestCrossAttention:
         trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
         blocks = [layer.cross_attn for layer in trained.model.language_model.layers]
         assert blocks[:2] == [None, None] and blocks[2].gate.item() != 0
+        assert trained.config.image_prefix_ids is None
 
 
 class TestQuantized:
@@ -207,6 +208,10 @@ def test_joining_a_tower_and_a_decoder(parts, tmp_path):
     trained = AutoModel.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.image_number_keys
     assert trained.config.image_token_id == 320
+    assert trained.config.multimodal_attention == "mmca_merged"
+    assert trained.config.image_prefix_ids == make_processor().image_prefix_ids()
+    main([*words[:where], *words[where + 2 :], "--image_prefix", "none", "--max_steps", "1", "--overwrite", "True"])
+    assert AutoModel.from_pretrained(tmp_path / "run" / "model").config.image_prefix_ids is None
 
 
 def test_joining_a_decoder_from_a_gguf_file(parts, tmp_path):

@@ -17,17 +17,22 @@ class ModelArguments:
     )
     text_gguf_file: str | None = field(default=None, metadata={"help": "The decoder's GGUF file there; is dequantized."})
     multimodal_attention: str = field(
-        default="mmca", metadata={"help": "Of a joined model: mmca, mmca_merged, causal or cross."}
+        default="mmca_merged", metadata={"help": "Of a joined model: mmca (the paper's), mmca_merged, causal or cross."}
     )
     cross_attention_every: int = field(
         default=1, metadata={"help": "With cross: every how many layers of the decoder look at images."}
     )
     image_number_keys: bool = field(default=False, metadata={"help": "Of a joined model: numbered image keys."})
-    learned_image_numbers: int = field(
-        default=0, metadata={"help": "Of a joined model: so many learned numbers for images, in place of image_number_keys."}
+    learned_image_numbers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a joined model: so many learned numbers for images, in place of image_number_keys. Left out: 64 with"
+            " mmca and mmca_merged, else 0."
+        },
     )
-    image_prefix: str | None = field(
-        default=None, metadata={"help": "Of a joined model: a text that image tokens see; auto: how a conversation begins."}
+    image_prefix: str = field(
+        default="auto",
+        metadata={"help": "Of a joined model with mmca, mmca_merged: a text that images see, auto (a chat's begin), none."},
     )
     projector: str = field(
         default="linear", metadata={"help": "Of a joined model: linear, mlp, pixel_shuffle, pooled, vit or perceiver."}

@@ -13,6 +13,9 @@ from visualchat.loading import check_model_type, check_part, find_image_size, lo
 from visualchat.training.arguments import ModelArguments
 
 
+MMCA = ("mmca", "mmca_merged")
+
+
 def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
     """
     The processor of the model, or a new one made of the image processor and tokenizer of the parts.
@@ -54,11 +57,6 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     Raises:
         ValueError: If a field of the recipe has a wrong value, or one that does not suit the tower.
     """
-    prefix_ids = None
-    if model_args.image_prefix == "auto":
-        prefix_ids = processor.image_prefix_ids()
-    elif model_args.image_prefix is not None:
-        prefix_ids = processor.tokenizer(model_args.image_prefix, add_special_tokens=False)["input_ids"]
     try:
         model = VisualChatForCausalLM.from_vision_text_pretrained(
             model_args.vision_name_or_path,
@@ -75,8 +73,8 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
             image_size=find_image_size(processor.image_processor),
             image_number_keys=model_args.image_number_keys,
             image_number_token_ids=processor.image_number_token_ids() if model_args.image_number_keys else None,
-            learned_image_numbers=model_args.learned_image_numbers,
-            image_prefix_ids=prefix_ids,
+            learned_image_numbers=count_learned_numbers(model_args),
+            image_prefix_ids=find_image_prefix(model_args, processor),
         )
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from error
@@ -86,3 +84,19 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
     processor.image_seq_length = model.config.image_seq_length
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def count_learned_numbers(model_args: ModelArguments) -> int:
+    """How many learned numbers of images a recipe asks for: if it is silent, many where images do not see one another."""
+    if model_args.learned_image_numbers is not None:
+        return model_args.learned_image_numbers
+    return 64 if model_args.multimodal_attention in MMCA and not model_args.image_number_keys else 0
+
+
+def find_image_prefix(model_args: ModelArguments, processor: VisualChatProcessor) -> list[int] | None:
+    """The token ids of the image prefix that a recipe asks for: for `auto` none, if the attention has no use for one."""
+    if model_args.image_prefix in ("none", None):
+        return None
+    if model_args.image_prefix != "auto":
+        return processor.tokenizer(model_args.image_prefix, add_special_tokens=False)["input_ids"]
+    return processor.image_prefix_ids() if model_args.multimodal_attention in MMCA else None
