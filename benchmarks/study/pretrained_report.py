@@ -37,16 +37,16 @@ RECOMMENDATION = """\
   image memory, with which the first token about four known images came in a third of the time.
 - **With LoRA, causal attention was ahead**, by 5.6 ± 10.4 points of that model, and by more of all others. LoRA changed what
   the decoder answers to text alone; the frozen decoder kept all of it, whatever the attention.
-- **`mmca`, the paper's definition, hardly learned**: the decoder was pretrained without it. Three things together cure it,
-  and no one of them is enough:
+- **`mmca`, the paper's definition, hardly learned with the decoder frozen, and was far behind with LoRA.** Such a decoder
+  was pretrained without it. Three things together cure it, and no one of them is enough:
   - *One softmax.* The decoder never saw attention weights that sum to 2: before the first conversation `mmca` has no answer
     right, while `mmca_merged` has as many as causal attention. Half the weight on images helps with a prefix, but less.
   - *An image prefix.* Without it each image token is an attention sink; LoRA did not cure that within these conversations.
     The prefix adds 23.4 ± 12.8 points with the decoder frozen, and 29.0 ± 13.9 with LoRA.
   - *Learned numbers*, where the decoder is frozen. They help causal attention as well.
 - **Nothing else paid.** With prefix and one softmax, attention within an image gave no more (46.6 ± 18.2, and 53.4 ± 16.1
-  without it). A learned weight of the second softmax and other positions of image keys changed little, and keys of number
-  tokens, which the decoder has from its text, were worse than learned ones. So the config has no new fields.
+  without it). A learned weight of the second softmax and other positions of image keys changed little, and keys that are
+  made of number tokens (`image_number_keys`) were worse than learned ones. So the config has no new fields.
 - **`cross`** was far behind the best of the others in both regimes, and named none of three images. It has three times the
   weights to train. Its training step, and its first token about new images, take the least time of all.
 

@@ -377,17 +377,8 @@ def measure_cost(job: Job, scale: PretrainedScale, folder: Path) -> dict:
     length = next(iter(models.values())).config.image_seq_length
     images = [{"type": "image", "image": image} for image in draw(drawings.scenes[:4])]
     content = [*images, {"type": "text", "text": "What is in image 3?"}]
-    inputs = (
-        make_tower_processor(length)
-        .apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        .to(device)
-    )
+    chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = make_tower_processor(length).apply_chat_template([{"role": "user", "content": content}], **chat).to(device)
     for variant, of_known in cost_of_known_images(models, inputs, REPEATS).items():
         costs[variant].update(of_known)
     return {"image_seq_length": length, "prompt_tokens": inputs["input_ids"].shape[1], "costs": costs}
