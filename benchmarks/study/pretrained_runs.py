@@ -65,6 +65,8 @@ CHANGES = {
 }
 # What the changes are made to
 CHANGED_VARIANT = "mmca, numbered"
+# Those that are also tried with LoRA, where image prefix and one softmax do not reach causal attention
+LORA_CHANGES = ("image prefix, one softmax, sees own image",)
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6)
 # Jobs that leave files for others; of these the results are not enough
 LEAVE_FILES = ("features", "base")
@@ -124,7 +126,8 @@ def list_jobs(scale: PretrainedScale) -> list[list[Job]]:
             [Job("run", seed, TASKS[0], variant, regime) for variant in scale.variants] for regime in scale.regimes
         ]
         changed = [Job("change", seed, TASKS[0], CHANGED_VARIANT, "frozen", change) for change in scale.changes]
-        of_seeds += [*frozen, *changed, *chain.from_iterable(others)]
+        with_lora = [Job("change", seed, TASKS[0], CHANGED_VARIANT, "lora", change) for change in LORA_CHANGES]
+        of_seeds += [*frozen, *changed, *chain.from_iterable(others), *with_lora]
     return [[Job("features", 0)], bases, tried, of_seeds, [Job("cost", 0)]]
 
 

@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from math import log2, sqrt
 from statistics import mean, stdev
 from types import ModuleType
@@ -15,18 +16,19 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 class Study:
     """
     The results of a study, with methods that find those of a setting. Of a study that is not finished, they are those of
-    the seeds that have all variants of a regime, or all changes.
+    a regime and seed of which all variants are there, or all changes.
 
     Args:
         study (`dict`): What [`write_results`] wrote.
         tables (`ModuleType`): The module with the study's jobs, whose `VARIANTS`, `REGIMES` and `CHANGES` give the order,
-            `GRIDS` what belongs to it, and `LEVELS` the accuracies to reach.
+            `GRIDS` and `list_jobs` what belongs to it, and `LEVELS` the accuracies to reach.
     """
 
     def __init__(self, study: dict, tables: ModuleType):
         self.grid, self.versions, self.levels = study["grid"], study["versions"], tables.LEVELS
         scale = tables.GRIDS[self.grid]
-        self.results = _leave_out_unfinished(study["results"], scale.variants, scale.changes)
+        jobs = [asdict(job) for stage in tables.list_jobs(scale) for job in stage]
+        self.results = _leave_out_unfinished(study["results"], jobs)
         self.machine = " and ".join(dict.fromkeys(result.get("machine", study["machine"]) for result in self.results))
         self.settings = self.results[0]["settings"]
         runs = [result for result in self.results if result["kind"] == "run"]
@@ -42,9 +44,9 @@ class Study:
         """The runs of a setting, sorted by seed."""
         return self._find("run", task, regime, variant, "")
 
-    def changed(self, change: str) -> list[dict]:
+    def changed(self, change: str, regime: str = "frozen") -> list[dict]:
         """The runs with a change, sorted by seed."""
-        return self._find("change", self.tasks[0], "frozen", "mmca, numbered", change)
+        return self._find("change", self.tasks[0], regime, "mmca, numbered", change)
 
     def _find(self, *key: str) -> list[dict]:
         names = ("kind", "task", "regime", "variant", "change")
@@ -56,13 +58,13 @@ class Study:
         return sorted({self.sizes[0], self.sizes[len(self.sizes) // 2], self.sizes[-1]})
 
 
-def _leave_out_unfinished(results: list[dict], variants: tuple[str, ...], changes: tuple[str, ...]) -> list[dict]:
-    """Without the runs, or the changes, of a seed, task and regime of which some are not there."""
-    done = defaultdict(set)
-    for result in results:
-        done[_group(result)].add(result["change"] or result["variant"])
-    whole = {"run": set(variants), "change": set(changes)}
-    return [result for result in results if done[_group(result)] == whole.get(result["kind"], done[_group(result)])]
+def _leave_out_unfinished(results: list[dict], jobs: list[dict]) -> list[dict]:
+    """Without the results of a kind, task, regime and seed of which some jobs are not done."""
+    done, whole = defaultdict(set), defaultdict(set)
+    for found, listed in ((done, results), (whole, jobs)):
+        for one in listed:
+            found[_group(one)].add((one["variant"], one["change"]))
+    return [result for result in results if done[_group(result)] == whole[_group(result)]]
 
 
 def _group(result: dict) -> tuple:
