@@ -209,7 +209,7 @@ def rate_section(study: Study) -> str:
 
 def change_section(study: Study) -> str:
     """MMCA with one thing changed, beside MMCA and causal attention."""
-    with_lora = [(name, study.changed(name, "lora")) for name in LORA_CHANGES if study.changed(name, "lora")]
+    with_lora = [(name, study.changed(name, "lora")) for name in LORA_CHANGES]
     sections = [
         f"`{CHANGED_VARIANT}` with one thing changed, decoder frozen: accuracy in percent after {study.sizes[-1]}"
         " conversations, the difference from the first line in percentage points, paired by seed, and the accuracy on kinds"
@@ -226,7 +226,7 @@ def change_section(study: Study) -> str:
         " (`image_prefix_ids`).\n",
         change_table(study, "frozen", CHANGED_VARIANT, [(name, study.changed(name)) for name in study.changes]),
     ]
-    if with_lora:
+    if "lora" in study.regimes:
         sections += ["With LoRA:\n", change_table(study, "lora", "mmca_merged, numbered, prefix", with_lora)]
     return "\n".join(sections)
 
@@ -237,8 +237,10 @@ def change_table(study: Study, regime: str, first: str, changed: list[tuple[str,
     shown = [*changed, *((f"`{name}`", study.runs(study.tasks[0], regime, name)) for name in others if name != first)]
     base, rows = study.runs(study.tasks[0], regime, first), []
     for name, runs in [(f"`{first}`", base), *shown]:
-        seeds = {run["seed"] for run in runs}
-        step = paired([run for run in base if run["seed"] in seeds], runs, lambda run: run["accuracy"])
+        pairs = [(run, other) for run in base for other in runs if run["seed"] == other["seed"]]
+        if not pairs:  # of a study that is not finished
+            continue
+        step = paired(*zip(*pairs), lambda run: run["accuracy"])
         cells = [percent(interval([run[measure] for run in runs])) for measure in ("accuracy", "unseen")]
         rows.append([name, cells[0], "" if runs is base else signed(step), cells[1]])
     return table(["", "accuracy", "difference", "never trained"], rows) + "\n"

@@ -171,7 +171,12 @@ class TestWholeStudy:
         write_document(tmp_path)
         study = read_study("pretrained", tmp_path)
         assert study.regimes == ["frozen"] and len(study.results) == len(results) - 1 - len(of_lora)
-        assert "Not measured yet." in (tmp_path / "study.md").read_text()
+        text = (tmp_path / "study.md").read_text()
+        assert "Not measured yet." in text and "With LoRA:" not in text
+        of_lora = [result for result in results if result["regime"] == "lora" and result["kind"] == "change"]
+        write_results("pretrained", "tiny", [result for result in results if result not in of_lora], tmp_path)
+        write_document(tmp_path)
+        assert "With LoRA:" in (tmp_path / "study.md").read_text()
         without = [result for result in results if result["kind"] != "run" or result["variant"] == "causal"]
         write_results("pretrained", "tiny", without, tmp_path)
         assert read_study("pretrained", tmp_path) is None
