@@ -225,7 +225,7 @@ def build(job: Job, folder: Path) -> VisualChatForCausalLM:
     model.model.multi_modal_projector.load_state_dict(load_file(folder / f"projector-{job.seed}.safetensors"))
     config = AutoConfig.from_pretrained(PARTS / "tower")
     model.model.vision_tower = StoredTower(load_file(folder / "features.safetensors")["features"], config)
-    if change:
+    if change is not None:
         change_attention(model, change)
     return (add_lora(model) if job.regime == "lora" else model).to(find_device())
 

@@ -5,7 +5,7 @@ import torch
 
 
 def find_device() -> str:
-    """`"cuda"` if there is such a GPU, else `"cpu"`."""
+    """`"cuda"` if there is such a GPU, else `"cpu"`. On other accelerators bfloat16 was never tried."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

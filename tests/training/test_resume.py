@@ -259,12 +259,17 @@ class TestChangedSettings:
         settings = {"max_steps": 1, "save_steps": 1, "model_name_or_path": "", **joined}
         run = tmp_path / "run"
         train(parts, run, **settings)
+        config = json.loads((run / "model" / "config.json").read_text())
+        assert (config["multimodal_attention"], config["learned_image_numbers"]) == ("mmca_merged", 64)
+        assert config["image_prefix_ids"] == make_processor().image_prefix_ids()
         undo_end(run)
         with pytest.raises(InputError, match=r"attention: 'mmca_merged' in the checkpoint, 'causal' now \(cannot"):
             train(parts, run, "--resume", "--accept_changes", multimodal_attention="causal", **settings)
         shutil.rmtree(run / "checkpoint-1")  # as if it had been killed before: `joined` is made anew
         train(parts, run, "--resume", multimodal_attention="causal", **settings)
-        assert json.loads((run / "model" / "config.json").read_text())["multimodal_attention"] == "causal"
+        config = json.loads((run / "model" / "config.json").read_text())
+        assert (config["multimodal_attention"], config["learned_image_numbers"]) == ("causal", 0)
+        assert config["image_prefix_ids"] is None
 
     def test_the_models_configuration_is_compared(self):
         old = {

@@ -184,8 +184,9 @@ model.save_pretrained("outputs/visualchat-{name}")
 processor.save_pretrained("outputs/visualchat-{name}")
 ```
 
-This is the paper's attention. `multimodal_attention="mmca_merged"`, `learned_image_numbers=64` and
-`image_prefix_ids=processor.image_prefix_ids()` learned faster in our comparisons, most where the decoder stays frozen.
+This is the paper's attention. In our study with a small pretrained decoder (docs/study.md), models with
+`multimodal_attention="mmca_merged"`, `learned_image_numbers` and `image_prefix_ids=processor.image_prefix_ids()` learned
+much faster.
 
 ## Commands
 

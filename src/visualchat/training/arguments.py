@@ -30,7 +30,7 @@ class ModelArguments:
             " mmca and mmca_merged, else 0."
         },
     )
-    image_prefix: str = field(
+    image_prefix: str | None = field(
         default="auto",
         metadata={"help": "Of a joined model with mmca, mmca_merged: a text that images see, auto (a chat's begin), none."},
     )

@@ -14,6 +14,7 @@ from visualchat.training.arguments import ModelArguments
 
 
 MMCA = ("mmca", "mmca_merged")
+LEARNED_NUMBERS = 64  # as many as [`VisualChatProcessor.image_number_token_ids`] spells
 
 
 def prepare_processor(model_args: ModelArguments) -> VisualChatProcessor:
@@ -87,15 +88,15 @@ def join_parts(model_args: ModelArguments, processor: VisualChatProcessor, folde
 
 
 def count_learned_numbers(model_args: ModelArguments) -> int:
-    """How many learned numbers of images a recipe asks for: if it is silent, many where images do not see one another."""
+    """How many learned numbers of images a recipe asks for: if it is silent, `LEARNED_NUMBERS` for MMCA alone."""
     if model_args.learned_image_numbers is not None:
         return model_args.learned_image_numbers
-    return 64 if model_args.multimodal_attention in MMCA and not model_args.image_number_keys else 0
+    return LEARNED_NUMBERS if model_args.multimodal_attention in MMCA and not model_args.image_number_keys else 0
 
 
 def find_image_prefix(model_args: ModelArguments, processor: VisualChatProcessor) -> list[int] | None:
     """The token ids of the image prefix that a recipe asks for: for `auto` none, if the attention has no use for one."""
-    if model_args.image_prefix in ("none", None):
+    if model_args.image_prefix in ("none", None):  # `null` in a recipe, and what a command line can say
         return None
     if model_args.image_prefix != "auto":
         return processor.tokenizer(model_args.image_prefix, add_special_tokens=False)["input_ids"]
